@@ -1,0 +1,107 @@
+"""Samples to batches. Every index that the model needs is computed here, on the CPU, so that no device is asked.
+
+In NumPy: on a busy CPU torch's threads take far longer for such small tables.
+
+Shapes: B conversations, T tokens of the longest, N images (or tiles), M image tokens an image, K image slots, L labels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from data.datasets import DropCounter, Questions, Sample
+from models.config import VLMConfig
+
+
+class TrainCollator:
+    """Samples to a padded batch with targets."""
+
+    def __init__(self, pad_id: int, vlm_cfg: VLMConfig):
+        self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
+
+    def __call__(self, samples: list[Sample]) -> dict:
+        """The keyword arguments of the model's forward, and what is for the loop.
+
+        input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: float32 [N, 3, S, S] or None;
+        image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
+        num_labels, num_tokens: int, padding not counted; ids: the rows' names; dropped: {reason: count}.
+        Where every row was dropped input_ids is None and only ids and dropped are there besides.
+        """
+        dropped = DropCounter()
+        for sample in samples:
+            dropped.update(sample.dropped)
+        samples = [sample for sample in samples if sample.conversations]
+        rest = {"ids": [sample.id for sample in samples], "dropped": dict(dropped)}
+        if not samples:
+            return {"input_ids": None} | rest
+        conversations = [conversation for sample in samples for conversation in sample.conversations]
+        lengths = np.array([len(ids) for ids, _ in conversations])
+        filled = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
+        input_ids = _fill(filled, [ids.numpy() for ids, _ in conversations], self.pad_id)
+        targets = _fill(filled, [labels.numpy() for _, labels in conversations], -100)
+        label_positions = np.flatnonzero(targets != -100)
+        counts = [len(sample.conversations) for sample in samples]
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "targets": torch.from_numpy(targets),
+            **_image_inputs(input_ids, [sample.images for sample in samples], counts, self.vlm_cfg),
+            "label_positions": torch.from_numpy(label_positions),
+            "num_labels": len(label_positions),
+            "num_tokens": int(lengths.sum()),
+            **rest,
+        }
+
+
+class PromptCollator:
+    """Questions to a padded batch for generation."""
+
+    def __init__(self, pad_id: int, vlm_cfg: VLMConfig):
+        self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
+
+    def __call__(self, rows: list[Questions]) -> dict:
+        """The keyword arguments of the model's generate.
+
+        input_ids: int64 [B, T], padded on the left; attention_mask: int64 [B, T], 0 at padding, None without padding;
+        images, image_slots, image_sources as TrainCollator's.
+        """
+        prompts = [np.array(prompt) for row in rows for prompt in row.prompts]
+        lengths = np.array([len(prompt) for prompt in prompts])
+        longest = lengths.max()
+        filled = np.arange(longest) >= longest - lengths[:, None]  # [B, T]
+        input_ids = _fill(filled, prompts, self.pad_id)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
+            **_image_inputs(input_ids, [row.images for row in rows], [len(row.prompts) for row in rows], self.vlm_cfg),
+        }
+
+
+def _fill(filled: np.ndarray, values: list[np.ndarray], padding: int) -> np.ndarray:
+    """int64 [B, T]: the values where `filled`, row by row, the padding elsewhere."""
+    table = np.full(filled.shape, padding)
+    table[filled] = np.concatenate(values)
+    return table
+
+
+def _image_inputs(
+    input_ids: np.ndarray, images: list[torch.Tensor | None], counts: list[int], cfg: VLMConfig
+) -> dict[str, torch.Tensor | None]:
+    """images, image_slots and image_sources of rows with the given images and counts of conversations."""
+    present = [tiles.numpy() for tiles in images if tiles is not None]
+    if not present:
+        return {"images": None, "image_slots": None, "image_sources": None}
+    image_slots = np.flatnonzero(input_ids == cfg.image_token_id)
+    sources, start = [], 0
+    for tiles, count in zip(images, counts, strict=True):
+        stop = start + (0 if tiles is None else len(tiles) * cfg.mp_image_token_length)
+        sources += [np.arange(start, stop)] * count
+        start = stop
+    image_sources = np.concatenate(sources)
+    assert len(image_sources) == len(image_slots), "image tokens and images of a row do not match"
+    natural = all(count == 1 for tiles, count in zip(images, counts, strict=True) if tiles is not None)
+    return {
+        "images": torch.from_numpy(np.concatenate(present)),
+        "image_slots": torch.from_numpy(image_slots),
+        "image_sources": None if natural else torch.from_numpy(image_sources),
+    }

@@ -1,0 +1,258 @@
+"""Rows to samples: images as tiles, turns as token ids and labels. A row or a turn that cannot be used is counted."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from data.processors import (
+    ImageDecodeError,
+    ImageProcessor,
+    decode_image,
+    encode_conversation,
+    encode_prompt,
+    image_string,
+)
+from data.sources import filter_turns
+from models.config import TrainConfig, VLMConfig
+
+NOT_DECODED = "image does not decode"
+TOO_MANY_IMAGES = "too many images"
+NO_TEXT = "no text"
+IMAGE_TOKEN_IN_TEXT = "image token in text"
+LOW_RATING = "rating"
+TOO_LONG = "too long"
+NO_LABEL = "no label"
+TURN = "turn: "  # before the reason where a turn was dropped and its row kept
+
+
+@dataclass
+class Sample:
+    """What one row gives to a batch; without conversations it is a dropped row."""
+
+    images: torch.Tensor | None  # float32 [n, 3, S, S], shared by the conversations
+    conversations: list[tuple[torch.Tensor, torch.Tensor]]  # (ids, labels), int64 [T]; ids hold the image tokens
+    id: str
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
+
+
+@dataclass
+class Questions:
+    """The questions of one row, for generation; each prompt ends where the answer begins."""
+
+    images: torch.Tensor | None
+    prompts: list[list[int]]  # token ids
+    answers: list[str]
+    sources: list[str | None]
+    id: str
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+class DropCounter(Counter):
+    """How many rows (and turns of rows that were kept) could not be used, by reason; a row counts at every visit."""
+
+    def summary(self) -> str:
+        rows = {reason: count for reason, count in self.most_common() if not reason.startswith(TURN)}
+        turns = {reason.removeprefix(TURN): count for reason, count in self.most_common() if reason not in rows}
+        listed = [_listed(rows, "row"), _listed(turns, "turn")]
+        return "dropped " + (" and ".join(filter(None, listed)) or "nothing")
+
+
+def _listed(counts: dict[str, int], unit: str) -> str:
+    total = sum(counts.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"{total} {unit}{'s' * (total != 1)} ({reasons})" if counts else ""
+
+
+@dataclass
+class _Prepared:
+    """A row after all that is the same at every visit."""
+
+    sample: Sample
+    grids: list[tuple[int, int]]  # rows and columns of each image's tiles
+    sources: list[str | None]  # of each conversation
+
+
+class VQADataset:
+    """Samples of rows. dataset[epoch, index] depends on (seed, epoch, index) alone, whichever process asks.
+
+    Without turns_per_image a row is one conversation; with it each turn is one, and `train` draws so many of them.
+    cache: keep every prepared row in memory (images as float32).
+    """
+
+    def __init__(
+        self,
+        rows,
+        tokenizer,
+        image_processor: ImageProcessor,
+        vlm_cfg: VLMConfig,
+        train_cfg: TrainConfig,
+        train: bool,
+        cache: bool = False,
+    ):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.vlm_cfg = vlm_cfg
+        self.cfg = train_cfg
+        self.train = train
+        self.extra_tokens = re.compile("|".join(map(re.escape, vlm_cfg.vlm_extra_tokens.values())))
+        self.prepared: dict[int, _Prepared] | None = {} if cache else None
+        self.asked: dict[int, Questions] = {}
+        self.encoded: dict[tuple, tuple] = {}  # with cache: of texts, which a small data set repeats in many rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        if self.prepared is None:
+            return self._visit(self._prepare(self.rows[index]), f"{self.cfg.seed}/{epoch}/{index}")
+        if index not in self.prepared:
+            self.prepared[index] = self._prepare(self.rows[index])
+        return self._visit(self.prepared[index], f"{self.cfg.seed}/{epoch}/{index}")
+
+    def sample(self, row: dict, key: str = "") -> Sample:
+        """The sample of a row that has no index; `key` seeds what is random in it."""
+        return self._visit(self._prepare(row), f"{self.cfg.seed}/{key}")
+
+    def _visit(self, prepared: _Prepared, key: str) -> Sample:
+        """What is drawn anew at each visit: turns and mirroring."""
+        sample, cfg = prepared.sample, self.cfg
+        if not self.train or not sample.conversations or not (cfg.turns_per_image or cfg.flip_images):
+            return sample
+        rng = random.Random(key)
+        images, conversations = sample.images, sample.conversations
+        if cfg.turns_per_image:
+            drawn = draw_turns(prepared.sources, cfg.turns_per_image, cfg.balance_sources, rng)
+            conversations = [conversations[i] for i in drawn]
+        if cfg.flip_images and images is not None and rng.random() < 0.5:
+            images = self._mirror(images, prepared.grids)
+        return Sample(images, conversations, sample.id, sample.dropped)
+
+    def questions(self, index: int) -> Questions:
+        """Every usable turn of a row as a question of its own, with its answer."""
+        if index in self.asked:
+            return self.asked[index]
+        questions = self.questions_of(self.rows[index])
+        if self.prepared is not None:
+            self.asked[index] = questions
+        return questions
+
+    def questions_of(self, row: dict) -> Questions:
+        """The questions of a row that has no index."""
+        turns, dropped = self._usable_turns(row)
+        try:
+            images, grids = self._images(row)
+        except _RowDropped as reason:
+            return Questions(None, [], [], [], row["id"], {str(reason): 1})
+        text = image_string(grids, self.vlm_cfg)
+        prompts = [self._encoded(encode_prompt, turn["user"], text) for turn in turns]
+        answers, sources = [turn["assistant"] for turn in turns], [turn.get("source") for turn in turns]
+        return Questions(images, prompts, answers, sources, row["id"], _drops(dropped, bool(turns)))
+
+    def _prepare(self, row: dict) -> _Prepared:
+        turns, dropped = self._usable_turns(row)
+        try:
+            if not turns:
+                raise _RowDropped(dropped.most_common(1)[0][0])
+            images, grids = self._images(row)
+        except _RowDropped as reason:
+            return _Prepared(Sample(None, [], row["id"], {str(reason): 1}), [], [])
+        conversations, sources = [], []
+        text = image_string(grids, self.vlm_cfg)
+        for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
+            spoken = tuple((turn["user"], turn["assistant"]) for turn in group)
+            ids, labels = self._encoded(_conversation_tensors, spoken, text)
+            if len(ids) > self.cfg.max_sample_length:
+                dropped[TOO_LONG] += len(group)
+            elif bool((labels == -100).all()):
+                dropped[NO_LABEL] += len(group)
+            else:
+                conversations.append((ids, labels))
+                sources.append(group[0].get("source"))
+        kept = bool(conversations)
+        sample = Sample(images if kept else None, conversations, row["id"], _drops(dropped, kept))
+        return _Prepared(sample, grids, sources)
+
+    def _encoded(self, encode, *texts):
+        """encode(tokenizer, *texts), remembered with `cache`."""
+        if self.prepared is None:
+            return encode(self.tokenizer, *texts)
+        if (encode, texts) not in self.encoded:
+            self.encoded[encode, texts] = encode(self.tokenizer, *texts)
+        return self.encoded[encode, texts]
+
+    def _usable_turns(self, row: dict) -> tuple[list[dict], Counter]:
+        """The turns that can be learned, without space around them, and why the others cannot."""
+        rated = filter_turns(row, self.cfg)["texts"]
+        dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
+        turns = []
+        for turn in rated:
+            user, assistant = (turn["user"] or "").strip(), (turn["assistant"] or "").strip()
+            if not user or not assistant:
+                dropped[NO_TEXT] += 1
+            elif self.extra_tokens.search(user) or self.extra_tokens.search(assistant):
+                dropped[IMAGE_TOKEN_IN_TEXT] += 1
+            else:
+                turns.append(turn | {"user": user, "assistant": assistant})
+        if not row["texts"]:
+            dropped[NO_TEXT] += 1
+        return turns, dropped
+
+    def _images(self, row: dict) -> tuple[torch.Tensor | None, list[tuple[int, int]]]:
+        if len(row["images"]) > self.cfg.max_images_per_example:
+            raise _RowDropped(TOO_MANY_IMAGES)
+        try:
+            processed = [self.image_processor(decode_image(image)) for image in row["images"]]
+        except ImageDecodeError:
+            raise _RowDropped(NOT_DECODED) from None
+        grids = [grid for _, grid in processed]
+        return (torch.cat([tiles for tiles, _ in processed]) if processed else None), grids
+
+    def _mirror(self, images: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+        mirror, count = self.image_processor.mirror, self.image_processor.count
+        if len(grids) == 1:
+            return mirror(images, grids[0])
+        parts = images.split([count(grid) for grid in grids])
+        return torch.cat([mirror(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)])
+
+
+def _conversation_tensors(tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str) -> tuple:
+    turns = [{"user": user, "assistant": assistant} for user, assistant in spoken]
+    ids, labels = encode_conversation(tokenizer, turns, image_text)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+class _RowDropped(Exception):
+    """The reason why a whole row cannot be used."""
+
+
+def _drops(turns: Counter, kept: bool) -> dict[str, int]:
+    """The counts of a row of which `turns` were dropped: by turn if it was kept, else one row for the main reason."""
+    if kept:
+        return {TURN + reason: count for reason, count in turns.items()}
+    return {turns.most_common(1)[0][0]: 1}
+
+
+def draw_turns(sources: list[str | None], count: int, balance: bool, rng: random.Random) -> list[int]:
+    """`count` indices of `sources`, none a second time before its group is used up.
+
+    balance: a group is the turns of one source, and every draw chooses a group first, each as likely; else all are one.
+    """
+    groups: dict[str | None, list[int]] = {}
+    for i, source in enumerate(sources):
+        groups.setdefault(source if balance else None, []).append(i)
+    names = list(groups)
+    left: dict[str | None, list[int]] = {}
+    drawn = []
+    for _ in range(count):
+        name = rng.choice(names)
+        if not left.get(name):
+            left[name] = rng.sample(groups[name], len(groups[name]))
+        drawn.append(left[name].pop())
+    return drawn

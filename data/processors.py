@@ -1,0 +1,255 @@
+"""Text to token ids and labels, images to tiles.
+
+Shapes: S vit_img_size, H and W the size of the resized image (multiples of S), n images that the vision tower sees.
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from data.sources import require_hub
+from models.config import VLMConfig
+
+END_OF_TURN = "<|im_end|>"
+EASY_VQA_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)
+# fmt: off
+EASY_VQA_WORDS = (
+    "\n", "system", "user", "assistant", "?", "a", "black", "blue", "brown", "circle", "color", "contain", "does",
+    "gray", "green", "image", "in", "is", "no", "not", "of", "present", "rectangle", "red", "shape", "teal", "the",
+    "there", "triangle", "what", "yellow", "yes",
+)
+# fmt: on
+EASY_VQA_VOCAB_SIZE = 1 + len(EASY_VQA_SPECIAL_TOKENS) + len(EASY_VQA_WORDS)
+
+
+class ImageDecodeError(ValueError):
+    """The file or the bytes of an image cannot be read as an image."""
+
+
+def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None):
+    """The tokenizer of a checkpoint folder if it holds one, else cfg.lm_tokenizer, with the extra tokens added.
+
+    Raises ValueError if the extra tokens do not get the ids that the config says.
+    """
+    if folder is not None and (Path(folder) / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        # Not AutoTokenizer: it would take the checkpoint's config.json for a transformers model's.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif cfg.lm_tokenizer == "easy-vqa":
+        tokenizer = _easy_vqa_tokenizer()
+    else:
+        tokenizer = _pretrained_tokenizer(cfg.lm_tokenizer)
+    _add_extra_tokens(tokenizer, cfg)
+    tokenizer.chat_template = cfg.lm_chat_template
+    if END_OF_TURN in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TURN
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pretrained_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    try:  # the cache first: a known tokenizer needs no network
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if Path(name).exists():
+            raise ValueError(f"--lm_tokenizer {name}: {error}") from error
+    require_hub(f"--lm_tokenizer {name}", "a local folder or easy-vqa")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--lm_tokenizer {name}: {error}") from error
+
+
+def _add_extra_tokens(tokenizer, cfg: VLMConfig) -> None:
+    """Add cfg.vlm_extra_tokens after the base vocabulary, in order."""
+    from tokenizers import AddedToken
+
+    extra = list(cfg.vlm_extra_tokens.values())
+    base = len(tokenizer) - sum(token in tokenizer.get_vocab() for token in extra)
+    if base != cfg.lm_base_vocab_size:
+        raise ValueError(
+            f"--lm_base_vocab_size {cfg.lm_base_vocab_size}: must be {base}, the number of tokens of --lm_tokenizer "
+            f"{cfg.lm_tokenizer}"
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in extra], special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(extra)
+    wanted = list(range(cfg.image_token_id, cfg.image_token_id + len(extra)))
+    if ids != wanted:
+        token, found, needed = next(triple for triple in zip(extra, ids, wanted, strict=True) if triple[1] != triple[2])
+        raise ValueError(
+            f"--vlm_extra_tokens: {token} has id {found} in --lm_tokenizer {cfg.lm_tokenizer} and must have {needed}: "
+            "the extra tokens follow its own in order, and none of them may be among its own"
+        )
+
+
+def _easy_vqa_tokenizer():
+    """One token a word of easy-VQA's questions and answers; other words are <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", *EASY_VQA_SPECIAL_TOKENS, *EASY_VQA_WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(list(EASY_VQA_SPECIAL_TOKENS))
+    tokenizer.normalizer = normalizers.Lowercase()
+    # Matches are the tokens, what lies between them (spaces) is removed; a line break is a token of ChatML.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
+    joined = [decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse()]  # spaces between words, none before "?"
+    chatml = [("<|im_start|> ", "<|im_start|>"), (" <|im_end|>", "<|im_end|>"), (" \n", "\n"), ("\n ", "\n")]
+    tokenizer.decoder = decoders.Sequence(joined + [decoders.Replace(old, new) for old, new in chatml])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>", eos_token=END_OF_TURN
+    )
+
+
+def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
+    """The text that stands for images of the given grids (rows, columns): one image token for each image embedding."""
+    tokens = cfg.vlm_extra_tokens
+    slots = tokens["image_token"] * cfg.mp_image_token_length
+    text = ""
+    for rows, cols in grids:
+        if (rows, cols) == (1, 1) or "global_image_token" in tokens:
+            text += tokens.get("global_image_token", "") + slots
+        if (rows, cols) != (1, 1):
+            text += "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
+    return text
+
+
+def encode_conversation(tokenizer, turns: list[dict], image_text: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a conversation; the images stand before the first question.
+
+    labels are ids shifted left by one where the assistant speaks, its end-of-turn token included, and -100 elsewhere.
+    """
+    messages: list[dict] = []
+    spans = []  # characters that the assistant says
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["user"] if messages else image_text + turn["user"]})
+        start = len(_render(tokenizer, messages, add_generation_prompt=True))
+        messages.append({"role": "assistant", "content": turn["assistant"]})
+        text = _render(tokenizer, messages)
+        spans.append((start, len(text.rstrip())))  # the template's line break after the end of turn is nobody's
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    ids = encoding.ids
+    starts = [start for start, _ in encoding.offsets]
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        first, last = max(bisect_left(starts, start), 1), bisect_left(starts, end)
+        labels[first - 1 : last - 1] = ids[first:last]
+    return ids, labels
+
+
+def encode_prompt(tokenizer, question: str, image_text: str) -> list[int]:
+    """The ids of a question up to where the assistant begins to speak."""
+    text = _render(tokenizer, [{"role": "user", "content": image_text + question}], add_generation_prompt=True)
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def decode_image(source) -> Image.Image:
+    """The PIL image of a path, of bytes, of {"bytes", "path"} or of a PIL image, turned as its EXIF data says.
+
+    Raises ImageDecodeError.
+    """
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    try:
+        image = source
+        if not isinstance(source, Image.Image):
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders raise nearly anything at damaged files
+        raise ImageDecodeError(f"{error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode: transparent parts white, more than 8 bits scaled down."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode[0] in "IF":
+        return Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float32), image.mode)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values to [0, 255]: 16 bits by their full range; other integers and floats by the range they keep to."""
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    largest = values.max(initial=0.0)
+    ranges = [65535.0] if mode.startswith("I;16") else [255.0, 65535.0] if mode == "I" else [1.0, 255.0, 65535.0]
+    white = next((value for value in ranges if largest <= value), largest)
+    return np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8)
+
+
+class ImageProcessor:
+    """An image, of any size and mode, as the square images that the vision tower sees."""
+
+    def __init__(self, cfg: VLMConfig):
+        self.cfg = cfg
+        self.side = cfg.vit_img_size
+        self.with_global = "global_image_token" in cfg.vlm_extra_tokens
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(float32 [n, 3, S, S], normalised, and the grid (rows, columns) of tiles).
+
+        A 1x1 grid is the image alone; a larger one is, where the config has a global_image_token, the whole image
+        made S x S, and then the tiles row by row.
+        """
+        resized = _resize(to_rgb(image), self.target_size(*image.size))
+        grid = (resized.height // self.side, resized.width // self.side)
+        pixels = self._normalise(resized)
+        if grid == (1, 1):
+            return pixels[None], grid
+        tiles = pixels.view(3, grid[0], self.side, grid[1], self.side).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        if self.with_global:
+            tiles = torch.cat([self._normalise(_resize(resized, (self.side, self.side)))[None], tiles])
+        return tiles.contiguous(), grid
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in multiples of S: the longer side at most max_img_size, the shorter in proportion, up."""
+        long, short = max(width, height), min(width, height)
+        new_long = self.cfg.max_img_size
+        if not self.cfg.resize_to_max_side_len:
+            new_long = min(new_long, _round_up(long, self.side))
+        # In integers: a rounding error must not add a row of tiles.
+        new_short = -(-short * new_long // (long * self.side)) * self.side
+        return (new_long, new_short) if width >= height else (new_short, new_long)
+
+    def count(self, grid: tuple[int, int]) -> int:
+        """How many images [3, S, S] a grid of tiles makes."""
+        return 1 if grid == (1, 1) else grid[0] * grid[1] + self.with_global
+
+    def mirror(self, tiles: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The result of __call__ for the image mirrored left to right."""
+        first = len(tiles) - grid[0] * grid[1]  # 1 with a global image
+        order = np.arange(first, len(tiles)).reshape(grid)[:, ::-1]
+        # NumPy: on a busy CPU torch's threads take a hundred times as long for so small a copy.
+        return torch.from_numpy(tiles.numpy()[..., ::-1][[*range(first), *order.flatten()]])
+
+    def _normalise(self, image: Image.Image) -> torch.Tensor:
+        """[3, H, W]"""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+        scale = 1.0 / (255.0 * self.cfg.image_std)
+        return pixels.mul_(scale).sub_(self.cfg.image_mean / self.cfg.image_std)
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

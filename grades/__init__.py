@@ -1,0 +1,33 @@
+"""GradES: freeze each weight matrix of a transformer when it has converged (arXiv:2509.01842).
+
+    from grades import GradESConfig, GradESMonitor
+
+    monitor = GradESMonitor(GradESConfig(vision_tau=0.3, language_tau=6.0), model, optimizer, total_steps)
+    for step in range(1, total_steps + 1):
+        ...                           # forward, backward, clip, optimizer.step(), optimizer.zero_grad()
+        if monitor.after_step(step):  # measures, freezes what has converged; True: enough is frozen
+            break
+
+Needs torch alone; pictures need matplotlib.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from grades.config import GradESConfig
+
+if TYPE_CHECKING:
+    from grades.components import Component, find_components
+    from grades.monitor import GradESMonitor
+
+__all__ = ["Component", "GradESConfig", "GradESMonitor", "find_components"]
+
+_HOMES = {"Component": "components", "find_components": "components", "GradESMonitor": "monitor"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch on first use, so that the configuration alone is quick to import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'grades' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"grades.{_HOMES[name]}"), name)

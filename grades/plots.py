@@ -1,0 +1,161 @@
+"""The two pictures of a run, drawn from grades_history.json alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's palette: told apart by readers with any kind of colour vision.
+COLORS = {"vision": "#0072B2", "language": "#D55E00"}
+NOT_FROZEN = "#E6E6E6"
+UNITS = {"weight_change": "L1 weight change since last check"}
+
+
+def draw(history_path: str | Path, folder: str | Path | None = None) -> list[Path]:
+    """Draw convergence.png and freezing.png beside the history, or into folder; returns their paths."""
+    history = json.loads(Path(history_path).read_text())
+    folder = Path(folder) if folder else Path(history_path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "convergence.png", folder / "freezing.png"]
+    for path, figure in zip(paths, (convergence(history), freezing(history)), strict=True):
+        figure.savefig(path, dpi=120)
+    return paths
+
+
+def convergence(history: dict[str, Any]) -> Any:
+    """Per tower: the metric's median and spread over its unfrozen components, tau, grace period and freezes."""
+    figure, towers = _figure(history, height_per_row=3.2)
+    axes = figure.subplots(len(towers), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, tower in zip(axes, towers, strict=True):
+        _draw_metric(axis, history, tower)
+        axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
+        axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
+        axis.set_ylabel(UNITS.get(history["config"]["metric"], history["config"]["metric"]), fontsize=8)
+        axis.set_xlim(0, history["total_steps"] or history["last_step"] or 1)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
+    import numpy as np
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    columns = [i for i, component in enumerate(history["components"]) if component["tower"] == tower]
+    steps: list[int] = []
+    low: list[float] = []
+    median: list[float] = []
+    high: list[float] = []
+    for check in history["checks"]:
+        values = [check["values"][i] for i in columns if check["values"][i] is not None]
+        if values:
+            steps.append(check["step"])
+            for series, quantile in ((low, 5), (median, 50), (high, 95)):
+                series.append(np.percentile(values, quantile))
+    color = COLORS[tower]
+    axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="5-95 % of its live matrices")
+    axis.plot(steps, median, color=color, linewidth=1.8, label="median of its live matrices")
+    tau = history["config"][f"{tower}_tau"]
+    axis.axhline(tau, color="black", linestyle="--", linewidth=1.2, label=f"tau = {tau:g}")
+    names = {history["components"][i]["name"] for i in columns}
+    events = [event for event in history["events"] if event["name"] in names]
+    if events:
+        axis.plot(
+            [event["step"] for event in events],
+            [event["value"] for event in events],
+            linestyle="none", marker="v", markersize=6, color=color, markeredgecolor="black", markeredgewidth=0.7,
+            label=f"matrix frozen ({len(events)} of {len(columns)})",
+        )  # fmt: skip
+    if any(value > 0 for value in high):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(axis="y", color="0.9")
+
+
+def freezing(history: dict[str, Any]) -> Any:
+    """The share frozen by tower over steps, and a map of layer x matrix coloured by the step of freezing."""
+    figure, towers = _figure(history, height_per_row=0)
+    layers = max(component["layer"] for component in history["components"]) + 1
+    map_height = 1.4 + max(1.2, 0.24 * layers)
+    figure.set_size_inches(10, 3.2 + map_height)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.2, map_height])
+    _draw_shares(top.subplots(), history, towers)
+    widths = [len(_kinds(history, tower)) for tower in towers]
+    axes = bottom.subplots(1, len(towers), width_ratios=widths, squeeze=False)[0]
+    for axis, tower in zip(axes, towers, strict=True):
+        image = _draw_map(axis, history, tower)
+    bar = bottom.colorbar(image, ax=list(axes), fraction=0.04, pad=0.02)
+    bar.set_label("optimizer step of freezing")
+    bottom.supxlabel("grey: trained to the end", fontsize=9)
+    return figure
+
+
+def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
+    tower_of = {component["name"]: component["tower"] for component in history["components"]}
+    end = history["last_step"]
+    for tower in towers:
+        total = sum(other == tower for other in tower_of.values())
+        steps = sorted(event["step"] for event in history["events"] if tower_of[event["name"]] == tower)
+        shares = [100 * i / total for i in range(len(steps) + 1)]
+        label = f"{tower}: {len(steps)} of {total} frozen ({shares[-1]:.0f} %)"
+        axis.step([0, *steps, end], [*shares, shares[-1]], where="post", color=COLORS[tower], linewidth=2, label=label)
+    axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0)
+    axis.text(history["grace_steps"] / 2, 50, "grace period", ha="center", va="center", color="0.4")
+    total_steps = history["total_steps"] or end or 1
+    if history["stopped_early"]:
+        axis.axvline(end, color="black", linestyle=":", linewidth=1)
+        axis.text(end, 4, f"stopped at {end:,} of {total_steps:,} ", ha="right", fontsize=9)
+    axis.set_xlim(0, total_steps)
+    axis.set_ylim(-4, 108)
+    axis.set_title("share of each tower's matrices that is frozen", loc="left", fontweight="bold")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("frozen (%)")
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    axis.grid(axis="y", color="0.9")
+
+
+def _kinds(history: dict[str, Any], tower: str) -> list[str]:
+    """The tower's kinds of matrices, in the order of the model."""
+    return list(dict.fromkeys(c["kind"] for c in history["components"] if c["tower"] == tower))
+
+
+def _draw_map(axis: Any, history: dict[str, Any], tower: str) -> Any:
+    import matplotlib
+    import numpy as np
+
+    kinds = _kinds(history, tower)
+    members = [component for component in history["components"] if component["tower"] == tower]
+    step_of = {event["name"]: event["step"] for event in history["events"]}
+    grid = np.full((max(c["layer"] for c in members) + 1, len(kinds)), np.nan)
+    for component in members:
+        grid[component["layer"], kinds.index(component["kind"])] = step_of.get(component["name"], np.nan)
+    colormap = matplotlib.colormaps["viridis"].with_extremes(bad=NOT_FROZEN)
+    last = history["total_steps"] or history["last_step"] or 1
+    image = axis.imshow(
+        np.ma.masked_invalid(grid), cmap=colormap, vmin=history["grace_steps"], vmax=last, aspect="auto"
+    )
+    if len(grid) <= 8:
+        for (row, column), step in np.ndenumerate(grid):
+            ink = "white" if step < (history["grace_steps"] + last) / 2 else "black"
+            axis.text(
+                column, row, "" if np.isnan(step) else f"{step:.0f}", ha="center", va="center", fontsize=8, color=ink
+            )
+    axis.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", fontsize=8)
+    stride = -(-len(grid) // 16)
+    axis.set_yticks(range(0, len(grid), stride))
+    axis.set_xticks(np.arange(len(kinds) + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(grid) + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="white", linewidth=1)
+    axis.tick_params(which="minor", length=0)
+    axis.set_ylabel("layer")
+    axis.set_title(f"{tower} tower", loc="left", fontweight="bold", color=COLORS[tower])
+    return image
+
+
+def _figure(history: dict[str, Any], height_per_row: float) -> tuple[Any, list[str]]:
+    """An empty figure that needs no display, and the towers there are."""
+    from matplotlib.figure import Figure
+
+    towers = [tower for tower in COLORS if any(c["tower"] == tower for c in history["components"])]
+    return Figure(figsize=(10, max(1.0, height_per_row * len(towers))), layout="constrained"), towers

@@ -1,0 +1,198 @@
+"""The language tower: SmolLM2's (Llama's) decoder. Grouped-query attention, rotary, RMSNorm, SiLU gate, tied head.
+
+Shapes: B rows, T new positions, S all positions with the cached ones, C width, H query heads, G kv heads, D = C / H.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.config import VLMConfig
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, one buffer [B, G, max_length, D] a block."""
+
+    def __init__(self, cfg: VLMConfig, batch_size: int, max_length: int, device, dtype: torch.dtype):
+        head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
+        shape = (cfg.lm_n_blocks, 2, batch_size, cfg.lm_n_kv_heads, max_length, head_dim)
+        self.buffer = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values [B, G, T, D]; return all of them [B, G, S, D]."""
+        end = self.length + k.shape[2]
+        keys, values = self.buffer[block]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions [B, T] -> cos, sin [B, 1, T, D], in rotate-half layout."""
+
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.register_buffer("inv_freq", 1.0 / cfg.lm_re_base**exponents)
+        self.max_positions = cfg.lm_max_position_embeddings
+        self.scaling = cfg.lm_attn_scaling
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # The longest position is known on the host as `length`, so that the device is not asked for a maximum.
+        inv_freq = self.inv_freq / max(1.0, length / self.max_positions)
+        angles = position_ids[..., None].float() * inv_freq.float()  # [B, T, D/2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, D]
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + D/2) of the last dimension of x [B, H, T, D] by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attention_mask_4d(
+    attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int
+) -> torch.Tensor | None:
+    """Which of the S positions each of the last `length` may see: bool [B, 1, T, S], or None for plain causal.
+
+    attention_mask: bool or int [B, S], zero at padding on either side. document_ids: int [B, T], attention stays
+    within equal ids.
+    """
+    if attention_mask is None and document_ids is None:
+        return None
+    reference = document_ids if attention_mask is None else attention_mask
+    total = reference.shape[1]
+    query = torch.arange(total - length, total, device=reference.device)[:, None]
+    key = torch.arange(total, device=reference.device)[None]
+    mask = (key <= query)[None]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None].bool()
+    if document_ids is not None:
+        mask = mask & (document_ids[:, :, None] == document_ids[:, None])
+    # A padding position that may see nothing would turn into NaN and spread; it sees itself instead.
+    return (mask | (key == query))[:, None]
+
+
+class LanguageModelGroupedQueryAttention(nn.Module):
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = cfg.lm_n_heads, cfg.lm_n_kv_heads
+        self.head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
+        self.dropout = cfg.lm_dropout
+        kv_dim = self.n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_hidden_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=False)
+        self.out_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_hidden_dim, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, block: int = 0) -> torch.Tensor:
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, G, T, D]
+        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(block, k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,  # a single new position may see all that came before
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        )
+        y = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class LanguageModelMLP(nn.Module):
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LanguageModelBlock(nn.Module):
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
+        self.attn = LanguageModelGroupedQueryAttention(cfg)
+        self.norm2 = nn.RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
+        self.mlp = LanguageModelMLP(cfg)
+
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, block: int = 0) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, mask, cache, block)
+        return x + self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    """Embeddings [B, T, C] (token ids [B, T] with lm_use_tokens) -> hidden states [B, T, C] (then logits [B, T, V])."""
+
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
+        self.rotary_embd = RotaryEmbedding(cfg)
+        self.blocks = nn.ModuleList(LanguageModelBlock(cfg) for _ in range(cfg.lm_n_blocks))
+        self.norm = nn.RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
+        self.head = nn.Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
+        if cfg.lm_tie_weights:
+            self.head.weight = self.token_embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fan-in initialisation; what writes into the residual stream starts at half of it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        nn.init.normal_(self.token_embedding.weight, std=self.cfg.lm_hidden_dim**-0.5)
+        for block in self.blocks:
+            block.attn.out_proj.weight.mul_(0.5)
+            block.mlp.down_proj.weight.mul_(0.5)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """attention_mask: [B, S], zero at padding; None where every position counts or padding is on the right.
+
+        position_ids: int [B, T], counting from 0 along the row by default. document_ids: int [B, T]; attention is
+        confined to equal ids. cache: holds the S - T positions before x and takes in the new ones.
+        """
+        if self.cfg.lm_use_tokens:
+            x = self.token_embedding(x)
+        T, start = x.shape[1], cache.length if cache is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(start, start + T, device=x.device)[None]
+        cos, sin = self.rotary_embd(position_ids, start + T)
+        mask = attention_mask_4d(attention_mask, document_ids, T)
+        if mask is None and T > 1 and start > 0:
+            raise ValueError("several new positions after cached ones need an attention_mask")
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, cache, index)
+        if cache is not None:
+            cache.length += T
+        x = self.norm(x)
+        return self.head(x) if self.cfg.lm_use_tokens else x
+
+    @classmethod
+    def from_pretrained(cls, cfg: VLMConfig) -> "LanguageModel":
+        """SmolLM2 (Llama) weights from cfg.lm_model_type: a hub id or a local folder in the hub's format."""
+        from models.backbones import load_language_backbone
+
+        return load_language_backbone(cls(cfg))

@@ -1,0 +1,188 @@
+"""The vision-language model: vision tower -> projector -> image slots of the token embeddings -> decoder -> loss.
+
+Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens an image, L label positions, V vocabulary.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.config import VLMConfig
+from models.language_model import KVCache, LanguageModel
+from models.modality_projector import ModalityProjector
+from models.vision_transformer import ViT
+
+
+class VisionLanguageModel(nn.Module):
+    """ViT + projector + decoder. Takes ids and tensors, never text: tokenizer and images belong to `data`."""
+
+    def __init__(self, cfg: VLMConfig, load_backbone: bool = False):
+        """load_backbone: start from the pretrained vit_model_type and lm_model_type instead of random weights.
+
+        Their sizes must stand in cfg: models.backbones.configure_from_backbones puts them there.
+        """
+        super().__init__()
+        self.cfg = cfg
+        self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
+        self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
+        self.MP = ModalityProjector(cfg)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | list | None = None,
+        attention_mask: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        image_slots: torch.Tensor | None = None,
+        image_sources: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
+    ):
+        """(logits [B, T, V], mean loss or None) as nanoVLM; with label_positions the summed loss alone.
+
+        input_ids, targets: int [B, T]; targets are already shifted, -100 where there is no label.
+        images: float [N, 3, S, S], or (nested) lists of such. attention_mask: [B, T], zero at padding.
+        The collator's indices, which spare the device a search for them:
+        image_slots, int [K]: flat positions in B * T that hold image tokens, in ascending order;
+        image_sources, int [K]: for each of them its row of the N * M image embeddings (default: in order), so that
+        rows can share an image; label_positions, int [L]: flat positions in B * T that have a target.
+        position_ids, document_ids, int [B, T]: see LanguageModel.forward.
+        """
+        x = self.embed(input_ids, images, image_slots, image_sources)
+        x = self.decoder(x, attention_mask, position_ids, document_ids)
+        if label_positions is not None:
+            hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
+            labels = targets.flatten().index_select(0, label_positions)
+            return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="sum")
+        logits = self.decoder.head(x)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return logits, loss
+
+    def embed(self, input_ids, images=None, image_slots=None, image_sources=None) -> torch.Tensor:
+        """Token embeddings [B, T, C] with image embeddings in the image slots."""
+        x = self.decoder.token_embedding(input_ids)
+        images = _stack_images(images)
+        if images is None:
+            return x
+        image_embeddings = self.MP(self.vision_encoder(images)).flatten(0, 1)  # [N * M, C]
+        if image_sources is not None:
+            image_embeddings = image_embeddings.index_select(0, image_sources)
+        if image_slots is None:
+            image_slots = (input_ids.flatten() == self.cfg.image_token_id).nonzero().squeeze(1)
+            if len(image_slots) != len(image_embeddings):
+                raise ValueError(
+                    f"input_ids hold {len(image_slots)} image tokens, {len(images)} images of "
+                    f"{self.cfg.mp_image_token_length} tokens make {len(image_embeddings)}"
+                )
+        return x.flatten(0, 1).index_copy(0, image_slots, image_embeddings.to(x.dtype)).view_as(x)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | list | None = None,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 5,
+        top_k: int | None = 50,
+        top_p: float | None = 0.9,
+        temperature: float = 0.5,
+        greedy: bool = False,
+        *,
+        eos_token_id: int | None = None,
+        **indices,
+    ) -> torch.Tensor:
+        """New token ids [B, at most max_new_tokens]; a row that has ended is filled with the end token.
+
+        Rows of different lengths are padded on the left, attention_mask [B, T] zero there. The end token is
+        eos_token_id, else cfg.lm_eos_token_id; without either every row runs to max_new_tokens.
+        indices: image_slots and image_sources as in `forward`.
+        """
+        eos = self.cfg.lm_eos_token_id if eos_token_id is None else eos_token_id
+        B, T = input_ids.shape
+        x = self.embed(input_ids, images, **indices)
+        positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
+        cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, _compute_dtype(x))
+        ended = torch.zeros(B, dtype=torch.bool, device=x.device)
+        new_ids = []
+        for _ in range(max_new_tokens):
+            hidden = self.decoder(x, attention_mask, positions, cache=cache)[:, -1]
+            next_ids = _sample(self.decoder.head(hidden).float(), top_k, top_p, temperature, greedy)
+            if eos is not None:
+                next_ids = next_ids.masked_fill(ended, eos)
+                ended |= next_ids == eos
+            new_ids.append(next_ids)
+            if ended.all():
+                break
+            x = self.decoder.token_embedding(next_ids)[:, None]
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (0, 1), value=1)
+                positions = positions[:, -1:] + 1
+        return torch.stack(new_ids, dim=1)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "VisionLanguageModel":
+        """A checkpoint in nanoVLM's format: a local folder with config.json and model.safetensors, or a hub id."""
+        from models.backbones import checkpoint_folder, load_vlm_weights
+
+        folder = checkpoint_folder(path, revision)
+        return load_vlm_weights(cls(VLMConfig.load(folder)), folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (the tied head once) into the folder, made if need be."""
+        from safetensors.torch import save_model
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n")
+        save_model(self, str(folder / "model.safetensors"))
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> None:
+        """Upload weights, config and a model card to the hub repository, made if need be."""
+        from models.backbones import push_folder
+
+        push_folder(self.save_pretrained, repo_id, private)
+
+
+def _stack_images(images) -> torch.Tensor | None:
+    """One tensor [N, 3, S, S] of a tensor or of (nested) lists of tensors [n, 3, S, S] or [3, S, S]; None if empty."""
+    if isinstance(images, list | tuple):
+        stacked = [_stack_images(image) for image in images]
+        stacked = [image for image in stacked if image is not None]
+        return torch.cat(stacked) if stacked else None
+    if images is None or images.numel() == 0:
+        return None
+    return images[None] if images.dim() == 3 else images
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that matrix products of x come out in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _sample(logits: torch.Tensor, top_k, top_p, temperature: float, greedy: bool) -> torch.Tensor:
+    """The next id of each row: logits [B, V] -> int [B]. temperature 0 is greedy."""
+    if greedy or temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        # Drop a token where those before it already reach top_p; the most likely one always stays.
+        dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        dropped[:, 0] = False
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)

@@ -1,0 +1,117 @@
+"""The vision tower: SigLIP's ViT (pre-norm, gelu tanh, no CLS token, final LayerNorm).
+
+Shapes: B images, T patches, C width, H heads, D = C / H.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.config import VLMConfig
+
+
+class ViTPatchEmbeddings(nn.Module):
+    """Pixels [B, 3, S, S] -> patch embeddings with their positions added [B, T, C]."""
+
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, kernel_size=cfg.vit_patch_size, stride=cfg.vit_patch_size)
+        patches = cfg.vit_grid**2 + int(cfg.vit_cls_flag)
+        self.position_embedding = nn.Parameter(torch.zeros(1, patches, cfg.vit_hidden_dim))
+        if cfg.vit_cls_flag:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.vit_hidden_dim))
+        self.patch_size = cfg.vit_patch_size
+        self.cls = cfg.vit_cls_flag
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # The patches do not overlap, so the convolution is one matrix product over flattened patches, which is
+        # several times faster on a CPU than the strided convolution and the same on a GPU.
+        patches = F.pixel_unshuffle(images, self.patch_size)  # [B, 3 * P * P, S/P, S/P]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, T, 3 * P * P]
+        x = F.linear(patches, self.conv.weight.flatten(1), self.conv.bias)
+        if self.cls:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        return x + self.position_embedding
+
+
+class ViTMultiHeadAttention(nn.Module):
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.n_heads = cfg.vit_n_heads
+        self.dropout = cfg.vit_dropout
+        self.qkv_proj = nn.Linear(cfg.vit_hidden_dim, 3 * cfg.vit_hidden_dim)
+        self.out_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        qkv = self.qkv_proj(x).view(B, T, 3, self.n_heads, C // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        y = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class ViTMLP(nn.Module):
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.dropout = cfg.vit_dropout
+        self.fc1 = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.attn = ViTMultiHeadAttention(cfg)
+        self.ln2 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.mlp = ViTMLP(cfg)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class ViT(nn.Module):
+    """Images [B, 3, S, S], float, already normalised -> features [B, T, C], or [B, C] with vit_cls_flag."""
+
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embedding = ViTPatchEmbeddings(cfg)
+        self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
+        self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fan-in initialisation; what writes into the residual stream starts at half of it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            block.attn.out_proj.weight.mul_(0.5)
+            block.mlp.fc2.weight.mul_(0.5)
+        nn.init.normal_(self.patch_embedding.position_embedding, std=0.02)
+        if self.cfg.vit_cls_flag:
+            nn.init.normal_(self.patch_embedding.cls_token, std=0.02)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embedding(images)
+        x = F.dropout(x, self.cfg.vit_dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        x = self.layer_norm(x)
+        return x[:, 0] if self.cfg.vit_cls_flag else x
+
+    @classmethod
+    def from_pretrained(cls, cfg: VLMConfig) -> "ViT":
+        """SigLIP or SigLIP2 weights from cfg.vit_model_type: a hub id or a local folder in the hub's format."""
+        from models.backbones import load_vision_backbone
+
+        return load_vision_backbone(cls(cfg))

@@ -1,0 +1,80 @@
+"""Tiny configs, tokenizers, images and rows for the tests of `data`."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from data.datasets import VQADataset
+from data.processors import EASY_VQA_VOCAB_SIZE, ImageProcessor, get_tokenizer
+from models.config import TrainConfig, VLMConfig
+
+TILE_TOKENS = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"} | {
+    f"r{row}c{col}": f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)
+}
+
+
+def tiny_vlm(**changes) -> VLMConfig:
+    """16-pixel tiles, 4 image tokens each, at most 4 x 4 tiles, the embedded tokenizer."""
+    values = {
+        "vit_img_size": 16,
+        "vit_patch_size": 4,
+        "mp_pixel_shuffle_factor": 2,
+        "mp_image_token_length": 4,
+        "max_img_size": 64,
+        "lm_base_vocab_size": EASY_VQA_VOCAB_SIZE,
+        "lm_tokenizer": "easy-vqa",
+        "lm_max_length": 512,
+        "vlm_extra_tokens": TILE_TOKENS,
+    } | changes
+    return VLMConfig(extra_token_amount=len(values["vlm_extra_tokens"]), **values)
+
+
+def tiny_train(**changes) -> TrainConfig:
+    return TrainConfig(**{"max_sample_length": 512, "batch_size": 4, "eval_batch_size": 4} | changes)
+
+
+def picture(width: int = 16, height: int = 16, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def turn(user: str = "is there a red shape?", assistant: str = "yes", source: str | None = None) -> dict:
+    return {"user": user, "assistant": assistant, "source": source}
+
+
+def row(images=None, texts=None, name: str = "row", **more) -> dict:
+    images = [encoded(picture())] if images is None else images
+    return {"images": images, "texts": [turn()] if texts is None else texts, "id": name} | more
+
+
+def dataset(rows, vlm=None, train_cfg=None, train: bool = True, cache: bool = False) -> VQADataset:
+    vlm = vlm or tiny_vlm()
+    return VQADataset(rows, get_tokenizer(vlm), ImageProcessor(vlm), vlm, train_cfg or tiny_train(), train, cache)
+
+
+def byte_level_tokenizer(folder) -> int:
+    """Write a small byte-level BPE tokenizer with ChatML's tokens into the folder; returns its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["user\nassistant\nwhat is the colour of the shape\n\n\nthe shape is red"] * 3, trainer
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return tokenizer.get_vocab_size()

@@ -1,0 +1,215 @@
+"""nanoVLM's checkpoint format: names, shapes, old config.json files, and what goes to the hub."""
+
+import json
+import socket
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.config import EXTRA_TOKENS, VLMConfig
+from models.vision_language_model import VisionLanguageModel
+
+EMBEDDING, HEAD = "decoder.token_embedding.weight", "decoder.head.weight"
+TINY = {"vit_hidden_dim": 16, "vit_inter_dim": 24, "vit_patch_size": 4, "vit_img_size": 16, "vit_n_heads": 2}
+TINY |= {
+    "vit_n_blocks": 1,
+    "lm_hidden_dim": 24,
+    "lm_inter_dim": 32,
+    "lm_n_heads": 6,
+    "lm_n_kv_heads": 2,
+    "lm_n_blocks": 2,
+}
+TINY |= {"lm_base_vocab_size": 29, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "max_img_size": 32}
+SIZES_222M = {"vit_img_size": 224, "lm_hidden_dim": 576, "lm_inter_dim": 1536, "lm_n_heads": 9, "lm_n_kv_heads": 3}
+SIZES_222M |= {"lm_n_blocks": 30, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 49, "max_img_size": 224}
+
+
+def tiny_model(**changes) -> VisionLanguageModel:
+    torch.manual_seed(0)
+    return VisionLanguageModel(VLMConfig(**(TINY | changes)))
+
+
+def on_meta(cfg: VLMConfig) -> VisionLanguageModel:
+    with torch.device("meta"):
+        return VisionLanguageModel(cfg)
+
+
+def parameter_count(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def edit_weights(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def assert_same_weights(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_names_and_shapes_of_the_450m_checkpoint():
+    expected = json.loads((Path(__file__).parent / "assets" / "nanovlm_450m_keys.json").read_text())
+    model = on_meta(VLMConfig())
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+    assert model.decoder.head.weight is model.decoder.token_embedding.weight
+
+
+def test_parameter_count_of_the_222m_model():
+    one_token = {"extra_token_amount": 1, "vlm_extra_tokens": {"image_token": "<|image|>"}}
+    cfg = VLMConfig(**SIZES_222M, **one_token)
+    assert cfg.problems() == []
+    assert parameter_count(on_meta(cfg)) == 222_082_176
+    assert parameter_count(on_meta(VLMConfig(**SIZES_222M, extra_token_amount=0))) == 222_081_600
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_bit_for_bit_without_network(tmp_path, monkeypatch, tied):
+    def refuse(*_, **__):
+        raise AssertionError("a local folder needs no network")
+
+    model = tiny_model(lm_tie_weights=tied, lm_eos_token_id=5)
+    model.save_pretrained(tmp_path / "run" / "step_10")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    loaded = VisionLanguageModel.from_pretrained(tmp_path / "run" / "step_10")
+    assert_same_weights(loaded, model)
+    assert asdict(loaded.cfg) == asdict(model.cfg)
+    assert (loaded.decoder.head.weight is loaded.decoder.token_embedding.weight) == tied
+
+
+def test_the_tied_head_is_stored_once(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert len({EMBEDDING, HEAD} & stored.keys()) == 1
+
+
+@pytest.mark.parametrize("names", [[EMBEDDING], [HEAD], [EMBEDDING, HEAD]])
+def test_the_tied_head_loads_under_either_name(tmp_path, names):
+    def rename(tensors):
+        matrix = tensors.pop(HEAD) if HEAD in tensors else tensors.pop(EMBEDDING)
+        tensors.update({name: matrix.clone() for name in names})
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, rename)
+    assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path), model)
+
+
+def test_rotary_frequencies_may_be_absent(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.pop("decoder.rotary_embd.inv_freq"))
+    assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path), model)
+
+
+def test_all_bad_tensors_are_listed(tmp_path):
+    def damage(tensors):
+        tensors.pop("MP.proj.weight")
+        tensors.pop(HEAD if HEAD in tensors else EMBEDDING)
+        tensors["decoder.norm.weight"] = torch.zeros(7)
+        tensors["decoder.blocks.2.norm1.weight"] = torch.zeros(24)
+
+    tiny_model().save_pretrained(tmp_path)
+    edit_weights(tmp_path, damage)
+    with pytest.raises(ValueError, match="4 tensors do not fit") as error:
+        VisionLanguageModel.from_pretrained(tmp_path)
+    for problem in (
+        "MP.proj.weight: missing",
+        f"{HEAD}: missing",
+        "decoder.norm.weight: shape [7], must be [24]",
+        "decoder.blocks.2.norm1.weight: left over",
+    ):
+        assert problem in str(error.value)
+
+
+def test_an_untied_checkpoint_needs_both_matrices(tmp_path):
+    tiny_model(lm_tie_weights=False).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(ValueError, match=f"{HEAD}: missing"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
+def test_unknown_fields_are_ignored_with_a_warning():
+    stored = asdict(VLMConfig()) | {"lm_model_dtype": "bf16", "a_field_of_the_future": 3}
+    with pytest.warns(UserWarning, match="ignoring unknown fields a_field_of_the_future, lm_model_dtype"):
+        assert VLMConfig.from_dict(stored) == VLMConfig()
+
+
+def test_missing_fields_get_the_default_of_their_time():
+    """A published 450M config: no pixel normalisation and no end token among its fields."""
+    newer = ("image_mean", "image_std", "lm_eos_token_id", "resize_to_max_side_len", "max_img_size")
+    cfg = VLMConfig.from_dict({name: value for name, value in asdict(VLMConfig()).items() if name not in newer})
+    assert (cfg.image_mean, cfg.image_std, cfg.lm_eos_token_id) == (0.0, 1.0, None)
+    assert (cfg.max_img_size, cfg.resize_to_max_side_len) == (cfg.vit_img_size, False)
+    assert cfg.vlm_extra_tokens == EXTRA_TOKENS
+    assert cfg.problems() == []
+
+
+def oldest_config() -> dict:
+    """A config.json as written before the image token, at tiny sizes."""
+    newer = ("lm_base_vocab_size", "mp_image_token_length", "max_img_size")
+    return {name: value for name, value in TINY.items() if name not in newer} | {"lm_vocab_size": 29}
+
+
+def test_the_oldest_config_gets_one_image_token():
+    cfg = VLMConfig.from_dict(oldest_config())
+    assert (cfg.lm_base_vocab_size, cfg.extra_token_amount, cfg.lm_vocab_size) == (29, 1, 30)
+    assert cfg.image_token_id == 29
+    assert cfg.vlm_extra_tokens == {"image_token": "<|image|>"}
+    assert (cfg.mp_image_token_length, cfg.max_img_size) == (4, 16)
+    assert cfg.problems() == []
+
+
+def test_the_oldest_weights_grow_by_the_mean_row(tmp_path):
+    old = tiny_model(extra_token_amount=0)
+    old.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(oldest_config()))
+    with pytest.warns(UserWarning, match="no rows for 1 extra tokens"):
+        loaded = VisionLanguageModel.from_pretrained(tmp_path)
+    assert parameter_count(loaded) == parameter_count(old) + 24
+    matrix, old_matrix = loaded.decoder.token_embedding.weight, old.decoder.token_embedding.weight
+    assert torch.equal(matrix[:29], old_matrix)
+    torch.testing.assert_close(matrix[29], old_matrix.mean(dim=0))
+    assert loaded.decoder.head.weight is matrix
+    assert torch.equal(loaded.MP.proj.weight, old.MP.proj.weight)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path / "again"), loaded)
+
+
+def test_push_to_hub_uploads_a_loadable_folder(monkeypatch, tmp_path):
+    from huggingface_hub import HfApi
+
+    calls = []
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        calls.append(("create", repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        calls.append(("upload", repo_id))
+        for file in Path(folder_path).iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    model = tiny_model()
+    model.push_to_hub("someone/tiny-vlm", private=True)
+    assert calls == [("create", "someone/tiny-vlm", True, True), ("upload", "someone/tiny-vlm")]
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path), model)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: nanovlm\nlicense: mit\n")
+    assert 'VisionLanguageModel.from_pretrained("someone/tiny-vlm")' in card

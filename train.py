@@ -1,0 +1,374 @@
+"""Train a small vision-language model; with --enable_grades each weight matrix freezes when it has converged.
+
+    python train.py --enable_grades                                 # real images, minutes, no GPU, no network
+    python train.py --config configs/nanovlm_222m.yaml --enable_grades
+
+Reads from top to bottom: settings, data, model, optimizer, monitor, the loop, the report.
+"""
+
+import time
+
+PROCESS_STARTED = time.perf_counter()
+
+from training.arguments import Settings, parse_arguments
+
+if __name__ == "__main__":
+    SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from data.collators import PromptCollator, TrainCollator
+from data.datasets import DropCounter, VQADataset
+from data.loader import eval_batches, prompt_batches, train_batches
+from data.processors import ImageProcessor, get_tokenizer
+from data.sources import load_rows, split_rows
+from eval.evaluation import exact_match, mean_loss
+from eval.scoring import question_only
+from grades import GradESMonitor
+from models.config import VLMConfig, validate
+from models.vision_language_model import VisionLanguageModel
+from training import setup
+from training.checkpoint import find_checkpoint, save_checkpoint, write_json
+from training.logging import RunLog, WandbTracker, make_run_folder
+from training.step import clip_gradients, forward_backward
+
+
+@dataclass
+class Data:
+    """Batches for training, and what the evaluations go through."""
+
+    tokenizer: object
+    train_rows: object
+    val_rows: object
+    test_rows: object | None
+    train: Iterator[dict]
+    val_dataset: VQADataset
+    test_dataset: VQADataset | None
+    dropped: DropCounter
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    settings: Settings
+    folder: Path
+    device: torch.device
+    autocast: contextlib.AbstractContextManager
+    data: Data
+    model: VisionLanguageModel
+    optimizer: torch.optim.Optimizer
+    monitor: GradESMonitor | None
+    log: RunLog
+    stop: setup.StopSignal
+    step: int = 0
+    best_val_loss: float = math.inf
+    val: dict = field(default_factory=dict)  # the latest validation
+    eval_time_s: float = 0.0
+    # Steps since the last report. Losses stay on the device until then: reading one would wait for it.
+    unread: list[tuple[int, torch.Tensor, list[str]]] = field(default_factory=list)
+    unread_tokens: int = 0
+    unread_since: float = 0.0
+    total_tokens: int = 0
+
+
+class NonFiniteLossError(Exception):
+    """The loss is NaN or infinite."""
+
+
+def main(settings: Settings) -> int:
+    """One run from settings to summary; returns the exit code."""
+    try:
+        run = prepare(settings)
+    except (ValueError, OSError) as error:  # what a user can cause: a path, a flag, an unreachable hub
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    with run.stop:
+        try:
+            stop_reason = train(run)
+        except NonFiniteLossError as error:
+            run.log.say(f"stopped: {error}")
+            stop_reason = "non_finite_loss"
+    report(run, stop_reason)
+    return {"interrupted": 128 + run.stop.signal, "non_finite_loss": 1}.get(stop_reason, 0)
+
+
+def prepare(settings: Settings) -> Run:
+    """Everything before the first step. Raises ValueError or OSError with one clear sentence."""
+    cfg = settings.train
+    announce(settings)
+    device = setup.pick_device()
+    setup.prepare_backend(device)
+    setup.set_seed(cfg.seed)
+    model, checkpoint = build_model(settings)
+    data = load_data(settings, model.cfg, checkpoint)
+    model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
+    model.to(device)
+    optimizer = setup.make_optimizer(model, cfg)
+    folder = make_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
+    log = RunLog(folder, cfg.max_training_steps)
+    if cfg.log_wandb:
+        log.tracker = WandbTracker(cfg, settings.as_dict(), folder, log.say)
+    monitor = None
+    if cfg.enable_grades:
+        monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say)
+    if cfg.compile:
+        setup.compile_blocks(model)
+    autocast, stop = setup.autocast(device, cfg.dtype), setup.StopSignal(log.say)
+    run = Run(settings, folder, device, autocast, data, model, optimizer, monitor, log, stop)
+    describe(run)
+    return run
+
+
+def announce(settings: Settings) -> None:
+    """The first line: what runs, and what the real thing would be."""
+    if settings.recipe.name == "quickstart.yaml":
+        print(
+            "Recipe configs/quickstart.yaml (the default): a small model from scratch on easy-VQA. The real thing: "
+            "python train.py --config configs/table10_nanovlm.yaml --enable_grades"
+        )
+    else:
+        print(f"Recipe {settings.recipe}")
+
+
+def build_model(settings: Settings) -> tuple[VisionLanguageModel, Path | str | None]:
+    """The model, from a checkpoint, from the pretrained backbones or from random weights; and the checkpoint."""
+    vlm = settings.vlm
+    if settings.train.resume_from_vlm_checkpoint:
+        checkpoint = find_checkpoint(vlm.vlm_checkpoint_path)
+        model = VisionLanguageModel.from_pretrained(checkpoint)
+        settings.vlm = model.cfg
+        return model, checkpoint
+    if vlm.vlm_load_backbone_weights:
+        from models.backbones import configure_from_backbones
+
+        configure_from_backbones(vlm)
+        validate(vlm, settings.train, settings.grades)
+    return VisionLanguageModel(vlm, load_backbone=vlm.vlm_load_backbone_weights), None
+
+
+def load_data(settings: Settings, vlm: VLMConfig, checkpoint: Path | str | None) -> Data:
+    cfg = settings.train
+    tokenizer = get_tokenizer(vlm, checkpoint)
+    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset)
+    train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
+    test_rows = None
+    if test_path := cfg.test_dataset_path or ("easy-vqa" if cfg.train_dataset_path == "easy-vqa" else None):
+        test_rows = load_rows(test_path, split="test", flag="test_dataset_path")
+
+    def dataset(rows, train: bool) -> VQADataset:
+        return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
+
+    train_dataset = dataset(train_rows, train=True)
+    return Data(
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        test_rows=test_rows,
+        train=train_batches(train_dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg),
+        val_dataset=dataset(val_rows, train=False),
+        test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
+        dropped=DropCounter(),
+    )
+
+
+def describe(run: Run) -> None:
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.log.say(f"{parameters:,} parameters on {run.device.type}; run folder {run.folder}")
+    if run.monitor is not None:
+        towers = [component.tower for component in run.monitor.components]
+        run.log.say(
+            f"GradES watches {towers.count('vision')} vision and {towers.count('language')} language matrices every "
+            f"{run.monitor.config.compute_interval} steps; nothing freezes before step {run.monitor.grace_steps + 1}"
+        )
+
+
+def train(run: Run) -> str:
+    """The loop. Returns why it ended: "max_training_steps", "frozen" or "interrupted"."""
+    cfg = run.settings.train
+    run.log.start_bar()
+    run.unread_since = time.perf_counter()
+    while run.step < cfg.max_training_steps:
+        micro_batches = [next(run.data.train) for _ in range(cfg.gradient_accumulation_steps)]
+        run.step += 1
+        setup.set_learning_rate(run.optimizer, run.step, cfg)
+
+        loss = forward_backward(run.model, micro_batches, run.device, run.autocast)
+        grad_norm = clip_gradients(run.model, cfg.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        enough_frozen = run.monitor is not None and run.monitor.after_step(run.step)
+
+        remember(run, loss, micro_batches)
+        stopping = enough_frozen or run.stop.requested
+        evaluating = run.step % cfg.eval_interval == 0 or run.step == cfg.max_training_steps or enough_frozen
+        if run.step % cfg.log_interval == 0 or evaluating or stopping:
+            log_progress(run, grad_norm)
+        if evaluating and not run.stop.requested:
+            validate_and_save(run)
+        if stopping:
+            break
+    run.log.close_bar()
+    if run.stop.requested:
+        save(run, "last")
+        return "interrupted"
+    return "frozen" if enough_frozen else "max_training_steps"
+
+
+def remember(run: Run, loss: torch.Tensor, micro_batches: list[dict]) -> None:
+    """Keep what the next report needs."""
+    run.unread.append((run.step, loss, [row for batch in micro_batches for row in batch["ids"]]))
+    tokens = sum(batch["num_tokens"] for batch in micro_batches)
+    run.unread_tokens += tokens
+    run.total_tokens += tokens
+    for batch in micro_batches:
+        run.data.dropped.update(batch["dropped"])
+
+
+def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
+    """Read the losses since the last report, the only wait for the device; show and record the progress.
+
+    Raises NonFiniteLossError that names the step, its rows and the last good checkpoint.
+    """
+    losses = torch.stack([loss for _, loss, _ in run.unread]).tolist()
+    for (step, _, rows), loss in zip(run.unread, losses, strict=True):
+        if not math.isfinite(loss):
+            good = run.folder / "checkpoints" / "last"
+            saved = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been saved yet"
+            raise NonFiniteLossError(f"loss {loss} at step {step}; {saved}; rows of the batch: {', '.join(rows)}")
+    now = time.perf_counter()
+    loss = sum(losses) / len(losses)
+    tokens_per_s = run.unread_tokens / (now - run.unread_since)
+    lr = max(group["lr"] for group in run.optimizer.param_groups)
+    values = {
+        "train/loss": loss,
+        "train/lr": lr,
+        "train/tokens_per_s": tokens_per_s,
+        "train/grad_norm": None if grad_norm is None else float(grad_norm),
+    }
+    postfix = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok/s": f"{tokens_per_s:,.0f}"}
+    if run.monitor is not None:
+        values |= run.monitor.scalars()
+        postfix["frozen"] = f"{run.monitor.frozen_share():.0%}"
+    run.log.record(run.step, values)
+    run.log.show(run.step, **postfix)
+    run.unread, run.unread_tokens, run.unread_since = [], 0, now
+
+
+def validate_and_save(run: Run) -> None:
+    """Validation loss and exact match; then the last and, where it is the best so far, the best checkpoint."""
+    started = time.perf_counter()
+    collator = TrainCollator(run.data.tokenizer.pad_token_id, run.model.cfg)
+    batches = eval_batches(run.data.val_dataset, collator, run.settings.train)
+    run.val = {"val/loss": mean_loss(run.model, batches, run.device, run.autocast)}
+    run.val |= {f"val/exact_match_{k}": v for k, v in ask(run, run.data.val_dataset).items()}
+    run.log.record(run.step, run.val)
+    run.log.say(f"step {run.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.val.items() if v is not None))
+    save(run, "last")
+    if run.val["val/loss"] is not None and run.val["val/loss"] < run.best_val_loss:
+        run.best_val_loss = run.val["val/loss"]
+        save(run, "best")
+    seconds = time.perf_counter() - started
+    run.eval_time_s += seconds
+    run.unread_since += seconds  # evaluation does not count into tokens/s
+
+
+def ask(run: Run, dataset: VQADataset) -> dict[str, float | None]:
+    """Exact match over the dataset's questions: "all" and one entry a source."""
+    cfg, tokenizer = run.settings.train, run.data.tokenizer
+    batches = prompt_batches(dataset, PromptCollator(tokenizer.pad_token_id, run.model.cfg), cfg)
+    return exact_match(run.model, tokenizer, batches, cfg.max_new_tokens, run.device, run.autocast)
+
+
+def save(run: Run, name: str) -> None:
+    state = {
+        "step": run.step,
+        "optimizer": run.optimizer.state_dict(),
+        "grades": run.monitor.state_dict() if run.monitor is not None else None,
+        "best_val_loss": run.best_val_loss,
+    }
+    save_checkpoint(run.folder / "checkpoints" / name, run.model, run.data.tokenizer, state)
+
+
+def report(run: Run, stop_reason: str) -> None:
+    """Test accuracy, pictures and summary.json."""
+    test: dict[str, float | None] = {}
+    baseline = None
+    if run.data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen"):
+        run.log.say("Answering the test questions ...")
+        started = time.perf_counter()
+        test = ask(run, run.data.test_dataset)
+        baseline = question_only(run.data.train_rows, run.data.test_rows)
+        run.eval_time_s += time.perf_counter() - started
+    pictures = draw_pictures(run)
+    summary = {
+        "total_time_s": time.perf_counter() - PROCESS_STARTED,
+        "eval_time_s": run.eval_time_s,
+        "steps": run.step,
+        "stop_reason": stop_reason,
+        "train_tokens": run.total_tokens,
+        "val_loss": run.val.get("val/loss"),
+        "val_exact_match": run.val.get("val/exact_match_all"),
+        "test_exact_match": test.get("all"),
+        "test_exact_match_by_source": {source: value for source, value in test.items() if source != "all"} or None,
+        "question_only_exact_match": baseline,
+        "frozen_share": run.monitor.frozen_share() if run.monitor else None,
+        "frozen_share_vision": run.monitor.frozen_share("vision") if run.monitor else None,
+        "frozen_share_language": run.monitor.frozen_share("language") if run.monitor else None,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "dropped": dict(run.data.dropped),
+    }
+    write_json(run.folder / "summary.json", summary)
+    print_summary(run, summary, pictures)
+    run.log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
+    run.log.close()
+
+
+def draw_pictures(run: Run) -> list[Path]:
+    """grades_history.json, convergence.png and freezing.png of a run with GradES."""
+    if run.monitor is None:
+        return []
+    from grades.plots import draw
+
+    history = run.folder / "grades_history.json"
+    run.monitor.save_history(history)
+    return draw(history)
+
+
+def print_summary(run: Run, summary: dict, pictures: list[Path]) -> None:
+    say = run.log.say
+    say(f"\n{summary['steps']:,} steps, {summary['total_time_s']:.0f} s in all ({summary['stop_reason']})")
+    if summary["test_exact_match"] is not None:
+        by_source = ", ".join(f"{k} {percent(v)}" for k, v in (summary["test_exact_match_by_source"] or {}).items())
+        say(f"test exact match {percent(summary['test_exact_match'])} ({by_source})")
+        say(f"   the same questions without the image: {percent(summary['question_only_exact_match'])}")
+    if run.monitor is not None:
+        say(
+            f"frozen: {percent(summary['frozen_share'])} of the matrices (vision "
+            f"{percent(summary['frozen_share_vision'])}, language {percent(summary['frozen_share_language'])}), "
+            f"{run.monitor.freed_bytes / 2**20:.1f} MiB of optimizer state freed"
+        )
+    if summary["dropped"]:
+        say(run.data.dropped.summary())
+    for path in [run.folder / "summary.json", *pictures]:
+        say(f"   {path}")
+    say(
+        f"ask it: python generate.py --checkpoint {run.folder} --image IMAGE.png --prompt 'what shape is in the image?'"
+    )
+
+
+def percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.1f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS))

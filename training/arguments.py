@@ -1,0 +1,134 @@
+"""The command line: every field of the three configs is a flag, a YAML recipe lies under the flags."""
+
+import dataclasses
+import difflib
+import json
+import sys
+from argparse import SUPPRESS
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from grades.config import GradESConfig
+from models.config import TrainConfig, VLMConfig, validate
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
+
+
+@dataclass
+class Settings:
+    """All that a run is told."""
+
+    vlm: VLMConfig
+    train: TrainConfig
+    grades: GradESConfig
+    recipe: Path
+
+    def as_dict(self) -> dict:
+        """The resolved settings, flat as in a recipe, so that they are a recipe again."""
+        return {
+            name: value
+            for config in (self.vlm, self.train, self.grades)
+            for name, value in dataclasses.asdict(config).items()
+            if value is not None
+        }
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser, with --no_x for every boolean, JSON for mappings, and errors of one line each."""
+
+    def __init__(self, **kwargs):
+        super().__init__(CONFIG_CLASSES, allow_abbrev=False, **kwargs)
+        self.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; flags go over it")
+        for field in fields().values():
+            if field.type is bool and field.default is False:  # the others have it from HfArgumentParser
+                names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
+                self.add_argument(*names, dest=field.name, action="store_false", default=False, help=SUPPRESS)
+        for action in self._actions:
+            if action.type == dict[str, str]:
+                action.type = json_mapping
+
+    def error(self, message: str):
+        """End with the message alone: a usage text of a hundred flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def json_mapping(text: str) -> dict[str, str]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is not a JSON mapping")
+    return value
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    return {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config)}
+
+
+def recipe_as_flags(path: Path) -> list[str]:
+    """The recipe as command-line flags, so that its values are read and checked as those are.
+
+    Raises ValueError that names the file and every unknown key.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: must be a mapping of settings to values")
+    known = fields()
+    if unknown := [key for key in recipe if key not in known]:
+        lines = [f"--config {path}: unknown setting {key}{_suggestion(key, known)}" for key in unknown]
+        raise ValueError("\n".join(lines))
+    flags: list[str] = []
+    for key, value in recipe.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            flags.append(f"--{key}={json.dumps(value)}")
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def _suggestion(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_arguments(argv: list[str] | None = None) -> Settings:
+    """Read flags and recipe, check all of it; ends the program with every error at once, before any work."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(
+        prog="train.py",
+        description="Train a nanoVLM; --enable_grades freezes each weight matrix when it has converged. Booleans are "
+        "switched by --x, --x false and --no_x; every flag may be written with dashes.",
+    )
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        parser.exit()
+    try:
+        recipe = _recipe_of(argv)
+        *configs, _, unknown = parser.parse_args_into_dataclasses(
+            [*recipe_as_flags(recipe), *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            known = [f"--{name}" for name in fields()]
+            raise ValueError("\n".join(f"unknown argument {word}{_suggestion(word, known)}" for word in unknown))
+        validate(*configs)
+    except ValueError as error:
+        parser.error(str(error).replace("\n", f"\n{parser.prog}: error: "))
+    return Settings(*configs, recipe=recipe)
+
+
+def _recipe_of(argv: list[str]) -> Path:
+    """The recipe that argv names, looked for before all else is read."""
+    from argparse import ArgumentParser
+
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, default=DEFAULT_RECIPE)
+    return finder.parse_known_args(argv)[0].config

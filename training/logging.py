@@ -1,0 +1,152 @@
+"""What a run says and writes: console, log.txt, metrics.jsonl, progress bar, wandb."""
+
+import json
+import math
+import netrc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from models.config import TrainConfig
+
+
+def make_run_folder(output_dir: str, run_name: str | None, recipe: str) -> Path:
+    """A new folder for the run: run_name as given, else recipe and time. Raises ValueError where it exists already."""
+    root = Path(output_dir)
+    if run_name is not None:
+        folder = root / run_name
+        if folder.exists():
+            raise ValueError(f"--run_name {run_name}: {folder} exists already; earlier runs are never overwritten")
+        folder.mkdir(parents=True)
+        return folder
+    stem = f"{recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 1000):
+        folder = root / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run of the same second
+            continue
+        return folder
+    raise ValueError(f"--output_dir {output_dir}: no free folder name for {stem}")
+
+
+class Tracker(Protocol):
+    """Where numbers and pictures go besides the run folder."""
+
+    def log(self, values: dict[str, Any], step: int) -> None: ...
+
+    def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None: ...
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        pass
+
+    def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
+        pass
+
+
+class WandbTracker:
+    """Weights & Biases; records offline where it cannot upload, and never asks."""
+
+    def __init__(self, cfg: TrainConfig, settings: dict[str, Any], folder: Path, say: Callable[[str], None]):
+        """say: takes a line for the console. Raises ValueError where the package wandb is not installed."""
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                "--log_wandb needs the package wandb: uv sync --extra wandb, or pip install wandb"
+            ) from None
+        self.wandb = wandb
+        self.say = say
+        offline = os.environ.get("WANDB_MODE") == "offline" or not has_wandb_account()
+        options = {
+            "project": cfg.wandb_project,
+            "entity": cfg.wandb_entity,
+            "name": folder.name,
+            "dir": str(folder),
+            "config": settings,
+        }
+        quiet = wandb.Settings(silent=True, init_timeout=20, console="off")
+        try:
+            self.run = wandb.init(mode="offline" if offline else None, settings=quiet, **options)
+        except wandb.Error as error:
+            say(f"wandb: {error}; recording offline instead")
+            self.run = wandb.init(mode="offline", settings=quiet, **options)
+        self.offline = self.run.offline
+        if self.offline:
+            say(f"wandb records offline; upload later with: wandb sync {Path(self.run.dir).parent}")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
+        self.run.summary.update({name: value for name, value in summary.items() if value is not None})
+        if pictures:
+            self.run.log({path.stem: self.wandb.Image(str(path)) for path in pictures})
+        self.run.finish()
+        if self.offline:
+            self.say(f"wandb recorded offline; upload with: wandb sync {Path(self.run.dir).parent}")
+
+
+def has_wandb_account() -> bool:
+    """Whether wandb can log in without asking: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class RunLog:
+    """One run's console lines, log.txt, metrics.jsonl and progress bar."""
+
+    def __init__(self, folder: Path, total_steps: int):
+        self.tracker: Tracker = NoTracker()
+        self.text = (folder / "log.txt").open("a", encoding="utf-8")
+        self.metrics = (folder / "metrics.jsonl").open("a")
+        self.total_steps = total_steps
+        self.bar: tqdm | None = None
+
+    def start_bar(self) -> None:
+        self.bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def say(self, line: str) -> None:
+        """A line to the console, above the progress bar, and to log.txt."""
+        tqdm.write(line)
+        self.text.write(line + "\n")
+        self.text.flush()
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl and a point in the tracker. A value that is None or not finite becomes null."""
+        values = {name: value if _is_finite(value) else None for name, value in values.items()}
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self.metrics.flush()
+        self.tracker.log({name: value for name, value in values.items() if value is not None}, step)
+
+    def show(self, step: int, **postfix: str) -> None:
+        """Move the progress bar to step."""
+        if self.bar is not None:
+            self.bar.set_postfix(postfix, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        self.close_bar()
+        self.text.close()
+        self.metrics.close()
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,120 @@
+"""Device, seeds, precision, optimizer and learning-rate schedule of a run."""
+
+import contextlib
+import math
+import random
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from models.config import TrainConfig
+
+
+def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def prepare_backend(device: torch.device) -> None:
+    """Process-wide switches that make the step faster and change no result beyond rounding."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        # The fused CPU attention kernel has a slow bfloat16 backward at small head sizes; without it
+        # scaled_dot_product_attention takes the path of plain matrix products. (The switch is named after CUDA and
+        # governs the CPU as well.)
+        torch.backends.cuda.enable_flash_sdp(False)
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("arm_bf16"))
+    return False
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """The context of a forward pass for --dtype auto, bfloat16 or float32."""
+    if dtype == "bfloat16" or (dtype == "auto" and has_fast_bfloat16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a group for projector, vision tower and language model; a learning rate of 0 freezes its part.
+
+    Each group keeps its peak learning rate under "peak_lr", which `set_learning_rate` scales.
+    """
+    parts = {
+        "projector": (model.MP, cfg.lr_mp),
+        "vision": (model.vision_encoder, cfg.lr_vision_backbone),
+        "language": (model.decoder, cfg.lr_language_backbone),
+    }
+    groups = []
+    for name, (module, lr) in parts.items():
+        if lr > 0:
+            groups.append({"params": list(module.parameters()), "lr": lr, "peak_lr": lr, "name": name})
+        else:
+            module.requires_grad_(False)
+    return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay, fused=True)
+
+
+def lr_factor(step: int, cfg: TrainConfig) -> float:
+    """Share of the peak learning rate at optimizer step `step`, counted from 1: linear warm-up, then a cosine."""
+    warmup = int(cfg.warmup_ratio * cfg.max_training_steps)
+    if step <= warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, cfg.max_training_steps - warmup)
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig) -> None:
+    factor = lr_factor(step, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every block in place: equal blocks share one compilation, and module names stay as they are."""
+    for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
+        block.compile()
+
+
+class StopSignal:
+    """Within this context Ctrl-C and SIGTERM only ask for the end; a second one ends the program at once."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.signal = 0  # the number of the signal that came
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.signal = number
+        self.say(f"{signal.Signals(number).name}: saving and ending after this step; a second one ends at once")
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
