@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.attention import attention
 from models.config import VLMConfig
 
 
@@ -98,15 +99,8 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,  # a single new position may see all that came before
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )
+        causal = mask is None and T > 1  # a single new position may see all that came before
+        y = attention(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         y = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 

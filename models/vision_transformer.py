@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.attention import attention
 from models.config import VLMConfig
 
 
@@ -46,7 +47,7 @@ class ViTMultiHeadAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv_proj(x).view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask=None, causal=False, dropout=self.dropout if self.training else 0.0)
         y = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 

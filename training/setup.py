@@ -24,11 +24,6 @@ def prepare_backend(device: torch.device) -> None:
     """Process-wide switches that make the step faster and change no result beyond rounding."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":
-        # The fused CPU attention kernel has a slow bfloat16 backward at small head sizes; without it
-        # scaled_dot_product_attention takes the path of plain matrix products. (The switch is named after CUDA and
-        # governs the CPU as well.)
-        torch.backends.cuda.enable_flash_sdp(False)
 
 
 def set_seed(seed: int) -> None:
