@@ -10,6 +10,12 @@ import torch.nn.functional as F
 MAX_PLAIN_LENGTH = 512
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that matrix products of x come out in; the residual stream keeps to it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float
 ) -> torch.Tensor:

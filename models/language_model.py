@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.attention import attention
+from models.attention import attention, compute_dtype
 from models.config import VLMConfig
 
 
@@ -27,6 +27,13 @@ class KVCache:
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input: PyTorch's fused kernel wants the weight in the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -119,9 +126,9 @@ class LanguageModelMLP(nn.Module):
 class LanguageModelBlock(nn.Module):
     def __init__(self, cfg: VLMConfig):
         super().__init__()
-        self.norm1 = nn.RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
+        self.norm1 = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
         self.attn = LanguageModelGroupedQueryAttention(cfg)
-        self.norm2 = nn.RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
+        self.norm2 = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
         self.mlp = LanguageModelMLP(cfg)
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, block: int = 0) -> torch.Tensor:
@@ -138,7 +145,7 @@ class LanguageModel(nn.Module):
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.rotary_embd = RotaryEmbedding(cfg)
         self.blocks = nn.ModuleList(LanguageModelBlock(cfg) for _ in range(cfg.lm_n_blocks))
-        self.norm = nn.RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
+        self.norm = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
         self.head = nn.Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
         if cfg.lm_tie_weights:
             self.head.weight = self.token_embedding.weight
@@ -170,6 +177,7 @@ class LanguageModel(nn.Module):
         """
         if self.cfg.lm_use_tokens:
             x = self.token_embedding(x)
+        x = x.to(compute_dtype(x))
         T, start = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=x.device)[None]

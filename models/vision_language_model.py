@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.attention import compute_dtype
 from models.config import VLMConfig
 from models.language_model import KVCache, LanguageModel
 from models.modality_projector import ModalityProjector
@@ -111,7 +112,7 @@ class VisionLanguageModel(nn.Module):
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
-        cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, _compute_dtype(x))
+        cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, compute_dtype(x))
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
         new_ids = []
         for _ in range(max_new_tokens):
@@ -162,12 +163,6 @@ def _stack_images(images) -> torch.Tensor | None:
     if images is None or images.numel() == 0:
         return None
     return images[None] if images.dim() == 3 else images
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that matrix products of x come out in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _sample(logits: torch.Tensor, top_k, top_p, temperature: float, greedy: bool) -> torch.Tensor:

@@ -32,7 +32,7 @@ class ViTPatchEmbeddings(nn.Module):
         x = F.linear(patches, self.conv.weight.flatten(1), self.conv.bias)
         if self.cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        return x + self.position_embedding
+        return x + self.position_embedding.to(x.dtype)
 
 
 class ViTMultiHeadAttention(nn.Module):
