@@ -242,16 +242,16 @@ def _drops(turns: Counter, kept: bool) -> dict[str, int]:
 def draw_turns(sources: list[str | None], count: int, balance: bool, rng: random.Random) -> list[int]:
     """`count` indices of `sources`, none a second time before its group is used up.
 
-    balance: a group is the turns of one source, and every draw chooses a group first, each as likely; else all are one.
+    balance: the turns of one source are a group, and the groups take turns in a random order; else all are one group.
     """
     groups: dict[str | None, list[int]] = {}
     for i, source in enumerate(sources):
         groups.setdefault(source if balance else None, []).append(i)
-    names = list(groups)
+    names = rng.sample(list(groups), len(groups))
     left: dict[str | None, list[int]] = {}
     drawn = []
-    for _ in range(count):
-        name = rng.choice(names)
+    for i in range(count):
+        name = names[i % len(names)]
         if not left.get(name):
             left[name] = rng.sample(groups[name], len(groups[name]))
         drawn.append(left[name].pop())

@@ -88,7 +88,8 @@ class RowSubset:
 
 
 def easy_vqa_rows(split: str, flag: str = "train_dataset_path") -> list[dict]:
-    """One row an image, with all its questions; source is the kind of answer: yes_no, shape or color."""
+    """One row an image, with all its questions; source is the kind of question: shape, color, or
+    yes_no_shape and yes_no_color, which ask whether there is a certain one."""
     import easy_vqa
 
     readers = {
@@ -100,15 +101,17 @@ def easy_vqa_rows(split: str, flag: str = "train_dataset_path") -> list[dict]:
     read_questions, read_paths = readers[split]
     turns: dict[int, list[dict]] = {}
     for question, answer, image in zip(*read_questions(), strict=True):
-        turns.setdefault(image, []).append({"user": question, "assistant": answer, "source": _kind_of_answer(answer)})
+        turns.setdefault(image, []).append(
+            {"user": question, "assistant": answer, "source": _kind_of_question(question, answer)}
+        )
     paths = read_paths()
     return [{"images": [paths[i]], "texts": turns[i], "id": f"easy-vqa/{split}/{i}"} for i in sorted(turns)]
 
 
-def _kind_of_answer(answer: str) -> str:
-    if answer in ("yes", "no"):
-        return "yes_no"
-    return "shape" if answer in EASY_VQA_SHAPES else "color"
+def _kind_of_question(question: str, answer: str) -> str:
+    about_shape = any(shape in f"{question} {answer}" for shape in EASY_VQA_SHAPES)
+    kind = "shape" if about_shape else "color"
+    return f"yes_no_{kind}" if answer in ("yes", "no") else kind
 
 
 @dataclass

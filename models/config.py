@@ -201,7 +201,7 @@ class TrainConfig:
         "conversation of all its turns",
         None,
     )
-    balance_sources: bool = doc("with turns_per_image: draw the `source`s of a row's turns equally often", False)
+    balance_sources: bool = doc("with turns_per_image: draw from the `source`s of a row's turns in rotation", False)
     flip_images: bool = doc("mirror half of the training images left to right", False)
     max_images_per_example: int = doc("rows with more images are dropped", 4)
     max_sample_length: int = doc("samples with more tokens are dropped", 4096)

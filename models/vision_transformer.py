@@ -77,6 +77,19 @@ class ViTBlock(nn.Module):
         return x + self.mlp(self.ln2(x))
 
 
+def sincos_positions(cfg: VLMConfig) -> torch.Tensor:
+    """[1, T, C]: sine and cosine of row and column at C / 4 wavelengths each, as MoCo v3 has them; zero for CLS."""
+    quarter = cfg.vit_hidden_dim // 4
+    frequencies = 10_000 ** (-torch.arange(quarter) / max(1, quarter))
+    angles = torch.arange(cfg.vit_grid)[:, None] * frequencies  # [side, C / 4]
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)
+    rows = line[:, None].expand(-1, cfg.vit_grid, -1)
+    table = torch.cat((rows, rows.transpose(0, 1)), dim=-1).flatten(0, 1)
+    positions = torch.zeros(1, cfg.vit_grid**2 + int(cfg.vit_cls_flag), cfg.vit_hidden_dim)
+    positions[0, int(cfg.vit_cls_flag) :, : table.shape[1]] = table
+    return positions
+
+
 class ViT(nn.Module):
     """Images [B, 3, S, S], float, already normalised -> features [B, T, C], or [B, C] with vit_cls_flag."""
 
@@ -90,15 +103,23 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fan-in initialisation; what writes into the residual stream starts at half of it."""
+        """Fan-in initialisation, sine and cosine positions, and attention that starts near what trained ones become.
+
+        Mimetic initialisation (Trockman and Kolter, arXiv:2305.09828): keys equal to queries make each patch attend
+        to those like it (W_q^T W_k near the identity), and an output projection of minus 0.4 times the transposed
+        values makes the block subtract what it has seen. From scratch on small data this halves the steps to the
+        first understanding of shapes.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            block.attn.out_proj.weight.mul_(0.5)
+            query, key, value = block.attn.qkv_proj.weight.chunk(3)
+            key.copy_(query)
+            block.attn.out_proj.weight.copy_(-0.4 * value.T)
             block.mlp.fc2.weight.mul_(0.5)
-        nn.init.normal_(self.patch_embedding.position_embedding, std=0.02)
+        self.patch_embedding.position_embedding.copy_(sincos_positions(self.cfg))
         if self.cfg.vit_cls_flag:
             nn.init.normal_(self.patch_embedding.cls_token, std=0.02)
 
