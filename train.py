@@ -16,6 +16,7 @@ if __name__ == "__main__":
     SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ from models.config import VLMConfig, validate
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.checkpoint import find_checkpoint, save_checkpoint, write_json
-from training.logging import RunLog, WandbTracker, make_run_folder
+from training.logging import RunLog, WandbTracker, new_run_folder
+from training.report import draw_pictures, summary_lines
 from training.step import clip_gradients, forward_backward
 
 
@@ -52,7 +54,7 @@ class Data:
     train: Iterator[dict]
     val_dataset: VQADataset
     test_dataset: VQADataset | None
-    dropped: DropCounter
+    dropped: dict[str, DropCounter] = field(default_factory=dict)  # by split
 
 
 @dataclass
@@ -97,7 +99,10 @@ def main(settings: Settings) -> int:
         except NonFiniteLossError as error:
             run.log.say(f"stopped: {error}")
             stop_reason = "non_finite_loss"
-    report(run, stop_reason)
+        except Exception as error:
+            run.log.say(f"{type(error).__name__} after step {run.step:,}; saving {save(run, 'last')}")
+            raise
+        report(run, stop_reason)
     return {"interrupted": 128 + run.stop.signal, "non_finite_loss": 1}.get(stop_reason, 0)
 
 
@@ -105,6 +110,7 @@ def prepare(settings: Settings) -> Run:
     """Everything before the first step. Raises ValueError or OSError with one clear sentence."""
     cfg = settings.train
     announce(settings)
+    folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
     device = setup.pick_device()
     setup.prepare_backend(device)
     setup.set_seed(cfg.seed)
@@ -113,7 +119,7 @@ def prepare(settings: Settings) -> Run:
     model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
     model.to(device)
     optimizer = setup.make_optimizer(model, cfg)
-    folder = make_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
+    folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
     log = RunLog(folder, cfg.max_training_steps)
     if cfg.log_wandb:
@@ -168,16 +174,16 @@ def load_data(settings: Settings, vlm: VLMConfig, checkpoint: Path | str | None)
     def dataset(rows, train: bool) -> VQADataset:
         return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
 
-    train_dataset = dataset(train_rows, train=True)
+    batches = train_batches(dataset(train_rows, train=True), TrainCollator(tokenizer.pad_token_id, vlm), cfg)
+    first = next(batches)  # data of which nothing can be used is an error now, not later
     return Data(
         tokenizer=tokenizer,
         train_rows=train_rows,
         val_rows=val_rows,
         test_rows=test_rows,
-        train=train_batches(train_dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg),
+        train=itertools.chain([first], batches),
         val_dataset=dataset(val_rows, train=False),
         test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
-        dropped=DropCounter(),
     )
 
 
@@ -209,13 +215,12 @@ def train(run: Run) -> str:
         enough_frozen = run.monitor is not None and run.monitor.after_step(run.step)
 
         remember(run, loss, micro_batches)
-        stopping = enough_frozen or run.stop.requested
         evaluating = run.step % cfg.eval_interval == 0 or run.step == cfg.max_training_steps or enough_frozen
-        if run.step % cfg.log_interval == 0 or evaluating or stopping:
+        if run.step % cfg.log_interval == 0 or evaluating or run.stop.requested:
             log_progress(run, grad_norm)
-        if evaluating and not run.stop.requested:
+        if evaluating:
             validate_and_save(run)
-        if stopping:
+        if enough_frozen or run.stop.requested:
             break
     run.log.close_bar()
     if run.stop.requested:
@@ -231,7 +236,7 @@ def remember(run: Run, loss: torch.Tensor, micro_batches: list[dict]) -> None:
     run.unread_tokens += tokens
     run.total_tokens += tokens
     for batch in micro_batches:
-        run.data.dropped.update(batch["dropped"])
+        run.data.dropped.setdefault("train", DropCounter()).update(batch["dropped"])
 
 
 def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
@@ -267,36 +272,48 @@ def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
 def validate_and_save(run: Run) -> None:
     """Validation loss and exact match; then the last and, where it is the best so far, the best checkpoint."""
     started = time.perf_counter()
-    collator = TrainCollator(run.data.tokenizer.pad_token_id, run.model.cfg)
-    batches = eval_batches(run.data.val_dataset, collator, run.settings.train)
-    run.val = {"val/loss": mean_loss(run.model, batches, run.device, run.autocast)}
-    run.val |= {f"val/exact_match_{k}": v for k, v in ask(run, run.data.val_dataset).items()}
-    run.log.record(run.step, run.val)
-    run.log.say(f"step {run.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.val.items() if v is not None))
-    save(run, "last")
-    if run.val["val/loss"] is not None and run.val["val/loss"] < run.best_val_loss:
-        run.best_val_loss = run.val["val/loss"]
-        save(run, "best")
+    val = {"val/loss": validation_loss(run), **ask(run, run.data.val_dataset, "val")}
     seconds = time.perf_counter() - started
     run.eval_time_s += seconds
-    run.unread_since += seconds  # evaluation does not count into tokens/s
+    if not run.stop.requested:  # else it was cut short
+        run.val = val
+        run.log.record(run.step, val | {"val/seconds": seconds})
+        run.log.say(f"step {run.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
+    save(run, "last")
+    if run.val.get("val/loss") is not None and run.val["val/loss"] < run.best_val_loss:
+        run.best_val_loss = run.val["val/loss"]
+        save(run, "best")
+    run.unread_since += time.perf_counter() - started  # does not count into tokens/s
 
 
-def ask(run: Run, dataset: VQADataset) -> dict[str, float | None]:
-    """Exact match over the dataset's questions: "all" and one entry a source."""
+def validation_loss(run: Run) -> float | None:
+    """Mean loss over the label tokens of the validation rows."""
+    collator = TrainCollator(run.data.tokenizer.pad_token_id, run.model.cfg)
+    batches = eval_batches(run.data.val_dataset, collator, run.settings.train)
+    return mean_loss(run.model, run.stop.until(batches), run.device, run.autocast)
+
+
+def ask(run: Run, dataset: VQADataset, name: str) -> dict[str, float | None]:
+    """Exact match of the greedy answers to the dataset's questions, over all and by source."""
     cfg, tokenizer = run.settings.train, run.data.tokenizer
-    batches = prompt_batches(dataset, PromptCollator(tokenizer.pad_token_id, run.model.cfg), cfg)
-    return exact_match(run.model, tokenizer, batches, cfg.max_new_tokens, run.device, run.autocast)
+    run.data.dropped[name] = DropCounter()
+    collator = PromptCollator(tokenizer.pad_token_id, run.model.cfg)
+    batches = prompt_batches(dataset, collator, cfg, run.data.dropped[name])
+    scores = exact_match(run.model, tokenizer, run.stop.until(batches), cfg.max_new_tokens, run.device, run.autocast)
+    return {f"{name}/exact_match" + ("" if key == "all" else f"/{key}"): value for key, value in scores.items()}
 
 
-def save(run: Run, name: str) -> None:
+def save(run: Run, name: str) -> Path:
+    """Write the checkpoint `name`; returns its folder."""
     state = {
         "step": run.step,
         "optimizer": run.optimizer.state_dict(),
         "grades": run.monitor.state_dict() if run.monitor is not None else None,
         "best_val_loss": run.best_val_loss,
     }
-    save_checkpoint(run.folder / "checkpoints" / name, run.model, run.data.tokenizer, state)
+    folder = run.folder / "checkpoints" / name
+    save_checkpoint(folder, run.model, run.data.tokenizer, state)
+    return folder
 
 
 def report(run: Run, stop_reason: str) -> None:
@@ -306,10 +323,13 @@ def report(run: Run, stop_reason: str) -> None:
     if run.data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen"):
         run.log.say("Answering the test questions ...")
         started = time.perf_counter()
-        test = ask(run, run.data.test_dataset)
-        baseline = question_only(run.data.train_rows, run.data.test_rows)
+        test = ask(run, run.data.test_dataset, "test")
+        if run.settings.train.train_dataset_path == "easy-vqa":  # goes through all rows, which are few
+            baseline = question_only(run.data.train_rows, run.data.test_rows)
         run.eval_time_s += time.perf_counter() - started
-    pictures = draw_pictures(run)
+        if run.stop.requested:  # cut short
+            test = {}
+    pictures = draw_pictures(run.monitor, run.folder) if run.monitor is not None else []
     summary = {
         "total_time_s": time.perf_counter() - PROCESS_STARTED,
         "eval_time_s": run.eval_time_s,
@@ -317,57 +337,24 @@ def report(run: Run, stop_reason: str) -> None:
         "stop_reason": stop_reason,
         "train_tokens": run.total_tokens,
         "val_loss": run.val.get("val/loss"),
-        "val_exact_match": run.val.get("val/exact_match_all"),
-        "test_exact_match": test.get("all"),
-        "test_exact_match_by_source": {source: value for source, value in test.items() if source != "all"} or None,
+        "val_exact_match": run.val.get("val/exact_match"),
+        "test_exact_match": test.get("test/exact_match"),
+        "test_exact_match_by_source": {
+            name.split("/")[-1]: value for name, value in test.items() if name.count("/") == 2
+        },
         "question_only_exact_match": baseline,
         "frozen_share": run.monitor.frozen_share() if run.monitor else None,
         "frozen_share_vision": run.monitor.frozen_share("vision") if run.monitor else None,
         "frozen_share_language": run.monitor.frozen_share("language") if run.monitor else None,
+        "freed_bytes": run.monitor.freed_bytes if run.monitor else None,
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "dropped": dict(run.data.dropped),
+        "dropped": {split: dict(counter) for split, counter in run.data.dropped.items() if counter},
     }
     write_json(run.folder / "summary.json", summary)
-    print_summary(run, summary, pictures)
+    for line in summary_lines(summary, run.folder, pictures):
+        run.log.say(line)
     run.log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
     run.log.close()
-
-
-def draw_pictures(run: Run) -> list[Path]:
-    """grades_history.json, convergence.png and freezing.png of a run with GradES."""
-    if run.monitor is None:
-        return []
-    from grades.plots import draw
-
-    history = run.folder / "grades_history.json"
-    run.monitor.save_history(history)
-    return draw(history)
-
-
-def print_summary(run: Run, summary: dict, pictures: list[Path]) -> None:
-    say = run.log.say
-    say(f"\n{summary['steps']:,} steps, {summary['total_time_s']:.0f} s in all ({summary['stop_reason']})")
-    if summary["test_exact_match"] is not None:
-        by_source = ", ".join(f"{k} {percent(v)}" for k, v in (summary["test_exact_match_by_source"] or {}).items())
-        say(f"test exact match {percent(summary['test_exact_match'])} ({by_source})")
-        say(f"   the same questions without the image: {percent(summary['question_only_exact_match'])}")
-    if run.monitor is not None:
-        say(
-            f"frozen: {percent(summary['frozen_share'])} of the matrices (vision "
-            f"{percent(summary['frozen_share_vision'])}, language {percent(summary['frozen_share_language'])}), "
-            f"{run.monitor.freed_bytes / 2**20:.1f} MiB of optimizer state freed"
-        )
-    if summary["dropped"]:
-        say(run.data.dropped.summary())
-    for path in [run.folder / "summary.json", *pictures]:
-        say(f"   {path}")
-    say(
-        f"ask it: python generate.py --checkpoint {run.folder} --image IMAGE.png --prompt 'what shape is in the image?'"
-    )
-
-
-def percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{100 * value:.1f} %"
 
 
 if __name__ == "__main__":

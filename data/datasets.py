@@ -74,7 +74,7 @@ class _Prepared:
 
     sample: Sample
     grids: list[tuple[int, int]]  # rows and columns of each image's tiles
-    sources: list[str | None]  # of each conversation
+    weights: list[float]  # of each conversation, for the draws of turns_per_image
 
 
 class VQADataset:
@@ -103,6 +103,7 @@ class VQADataset:
         self.extra_tokens = re.compile("|".join(map(re.escape, vlm_cfg.vlm_extra_tokens.values())))
         self.prepared: dict[int, _Prepared] | None = {} if cache else None
         self.asked: dict[int, Questions] = {}
+        self.rarity = answer_rarity(rows) if train and train_cfg.balance_answers else None
         self.encoded: dict[tuple, tuple] = {}  # with cache: of texts, which a small data set repeats in many rows
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class VQADataset:
         rng = random.Random(key)
         images, conversations = sample.images, sample.conversations
         if cfg.turns_per_image:
-            drawn = draw_turns(prepared.sources, cfg.turns_per_image, cfg.balance_sources, rng)
+            drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
         if cfg.flip_images and images is not None and rng.random() < 0.5:
             images = self._mirror(images, prepared.grids)
@@ -163,7 +164,7 @@ class VQADataset:
             images, grids = self._images(row)
         except _RowDropped as reason:
             return _Prepared(Sample(None, [], row["id"], {str(reason): 1}), [], [])
-        conversations, sources = [], []
+        conversations, kept_turns = [], []
         text = image_string(grids, self.vlm_cfg)
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
             spoken = tuple((turn["user"], turn["assistant"]) for turn in group)
@@ -174,10 +175,10 @@ class VQADataset:
                 dropped[NO_LABEL] += len(group)
             else:
                 conversations.append((ids, labels))
-                sources.append(group[0].get("source"))
+                kept_turns.append(group[0])
         kept = bool(conversations)
         sample = Sample(images if kept else None, conversations, row["id"], _drops(dropped, kept))
-        return _Prepared(sample, grids, sources)
+        return _Prepared(sample, grids, turn_weights(kept_turns, self.cfg.source_weights, self.rarity))
 
     def _encoded(self, encode, *texts):
         """encode(tokenizer, *texts), remembered with `cache`."""
@@ -239,20 +240,40 @@ def _drops(turns: Counter, kept: bool) -> dict[str, int]:
     return {turns.most_common(1)[0][0]: 1}
 
 
-def draw_turns(sources: list[str | None], count: int, balance: bool, rng: random.Random) -> list[int]:
-    """`count` indices of `sources`, none a second time before its group is used up.
+def answer_rarity(rows) -> dict[tuple[str, str], float]:
+    """1 / P(answer | question) over the texts of all rows: drawn by it, a question's answers come equally often.
 
-    balance: the turns of one source are a group, and the groups take turns in a random order; else all are one group.
+    Then nothing can be learned from the question alone, which is what a model learns first and may stay with.
     """
-    groups: dict[str | None, list[int]] = {}
-    for i, source in enumerate(sources):
-        groups.setdefault(source if balance else None, []).append(i)
-    names = rng.sample(list(groups), len(groups))
-    left: dict[str | None, list[int]] = {}
-    drawn = []
-    for i in range(count):
-        name = names[i % len(names)]
-        if not left.get(name):
-            left[name] = rng.sample(groups[name], len(groups[name]))
-        drawn.append(left[name].pop())
-    return drawn
+    pairs = Counter((turn["user"], turn["assistant"]) for row in rows for turn in row["texts"])
+    questions: Counter = Counter()
+    for (question, _), count in pairs.items():
+        questions[question] += count
+    return {(question, answer): questions[question] / count for (question, answer), count in pairs.items()}
+
+
+def turn_weights(
+    turns: list[dict], source_weights: dict[str, float], rarity: dict[tuple[str, str], float] | None
+) -> list[float]:
+    """How often to draw each turn of a row: the weight of its source (1 where not named), shared among its turns.
+
+    rarity: what a turn's share of its source's weight is proportional to; None: equal shares.
+    """
+    shares = [rarity[turn["user"], turn["assistant"]] if rarity else 1.0 for turn in turns]
+    totals: Counter = Counter()
+    for turn, share in zip(turns, shares, strict=True):
+        totals[turn.get("source")] += share
+    return [
+        source_weights.get(str(turn.get("source")), 1.0) * share / totals[turn.get("source")]
+        for turn, share in zip(turns, shares, strict=True)
+    ]
+
+
+def draw_turns(weights: list[float], count: int, rng: random.Random) -> list[int]:
+    """`count` indices of `weights`, drawn by them, none a second time before all were drawn."""
+    drawn: list[int] = []
+    while len(drawn) < count:
+        # Efraimidis and Spirakis: the largest u^(1/w) are a weighted draw without replacement.
+        keys = [rng.random() ** (1.0 / weight) for weight in weights]
+        drawn += sorted(range(len(weights)), key=keys.__getitem__, reverse=True)
+    return drawn[:count]

@@ -109,9 +109,10 @@ def easy_vqa_rows(split: str, flag: str = "train_dataset_path") -> list[dict]:
 
 
 def _kind_of_question(question: str, answer: str) -> str:
-    about_shape = any(shape in f"{question} {answer}" for shape in EASY_VQA_SHAPES)
-    kind = "shape" if about_shape else "color"
-    return f"yes_no_{kind}" if answer in ("yes", "no") else kind
+    yes_no = answer in ("yes", "no")
+    asked = question if yes_no else answer  # "what color is the circle?" asks for a color
+    kind = "shape" if any(shape in asked for shape in EASY_VQA_SHAPES) else "color"
+    return f"yes_no_{kind}" if yes_no else kind
 
 
 @dataclass

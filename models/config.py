@@ -201,7 +201,13 @@ class TrainConfig:
         "conversation of all its turns",
         None,
     )
-    balance_sources: bool = doc("with turns_per_image: draw from the `source`s of a row's turns in rotation", False)
+    source_weights: dict[str, float] = doc(
+        "with turns_per_image: how often to draw the `source`s of a row's turns, as JSON; 1 for those not named", {}
+    )
+    balance_answers: bool = doc(
+        "with turns_per_image: draw the answers of a question equally often, so that it cannot be answered unseen",
+        False,
+    )
     flip_images: bool = doc("mirror half of the training images left to right", False)
     max_images_per_example: int = doc("rows with more images are dropped", 4)
     max_sample_length: int = doc("samples with more tokens are dropped", 4096)
@@ -262,10 +268,16 @@ class TrainConfig:
             (self.num_workers >= 0, "num_workers", ">= 0"),
             (self.turns_per_image is None or self.turns_per_image >= 1, "turns_per_image", ">= 1"),
             (
-                self.turns_per_image is not None or not self.balance_sources,
-                "balance_sources",
-                "used with turns_per_image",
+                self.turns_per_image is not None or not self.source_weights,
+                "source_weights",
+                "empty without turns_per_image",
             ),
+            (
+                self.turns_per_image is not None or not self.balance_answers,
+                "balance_answers",
+                "off without turns_per_image",
+            ),
+            (all(weight > 0 for weight in self.source_weights.values()), "source_weights", "> 0 each"),
             (self.max_images_per_example >= 0, "max_images_per_example", ">= 0"),
             (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
             (

@@ -109,9 +109,8 @@ def main() -> None:
     interval = settings.grades.compute_interval
     print(f"{settings.recipe.stem} on {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"parameters           {sum(p.numel() for p in model.parameters()):,} ({len(monitor.components)} components)")
-    print(
-        f"batch                {rows} rows x {length} tokens x {len(micro_batches)} micro-batches, {len(batch['images'])} images"
-    )
+    images = len(batch["images"])
+    print(f"micro-batch          {rows} rows x {length} tokens, {images} images; {len(micro_batches)} in a step")
     print(f"step                 {step_s:.4f} s")
     print(f"tokens/s             {tokens / step_s:,.0f}")
     print(f"matrix products      {flop / 1e12:.4f} TFLOP a step, {flop / step_s / 1e12:.3f} TFLOP/s")

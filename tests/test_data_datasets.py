@@ -7,7 +7,7 @@ import torch
 from data_examples import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 from PIL import Image
 
-from data.datasets import DropCounter, draw_turns
+from data.datasets import DropCounter, answer_rarity, draw_turns, turn_weights
 from data.processors import decode_image
 
 MANY = [
@@ -47,18 +47,31 @@ def test_turns_per_image_makes_each_drawn_turn_a_conversation():
 def test_draws_repeat_no_turn_before_all_were_drawn():
     rng = random.Random(0)
     for _ in range(20):
-        assert sorted(draw_turns([None] * 5, 5, False, rng)) == [0, 1, 2, 3, 4]
-        assert max(Counter(draw_turns(["a", "b", "a"], 7, False, rng)).values()) == 3
-        assert len(set(draw_turns([None] * 9, 4, False, rng))) == 4
+        assert sorted(draw_turns([1.0, 2.0, 3.0], 3, rng)) == [0, 1, 2]
+        assert max(Counter(draw_turns([9.0, 1.0, 1.0], 7, rng)).values()) == 3
+        assert len(set(draw_turns([1.0] * 9, 4, rng))) == 4
 
 
-def test_balanced_draws_take_every_source_equally_often():
+def test_draws_follow_their_weights():
     rng = random.Random(0)
-    sources = ["yes_no"] * 8 + ["shape"] + ["color"] * 2
-    drawn = Counter(sources[i] for _ in range(1000) for i in draw_turns(sources, 3, True, rng))
-    assert all(900 < count < 1100 for count in drawn.values())
-    drawn = Counter(i for _ in range(1000) for i in draw_turns(sources, 3, False, rng))
-    assert all(200 < drawn[i] < 350 for i in range(11))
+    first = Counter(draw_turns([3.0, 1.0, 1.0], 1, rng)[0] for _ in range(5000))
+    assert [first[i] for i in range(3)] == pytest.approx([3000, 1000, 1000], rel=0.12)
+
+
+def test_a_source_shares_its_weight_among_its_turns_whatever_their_number():
+    turns = [turn(source="yes_no")] * 4 + [turn(source="shape")] + [turn(source="color")] * 2
+    weights = turn_weights(turns, {"yes_no": 2.0, "shape": 3.0}, rarity=None)
+    assert weights == pytest.approx([0.5] * 4 + [3.0] + [0.5] * 2)  # color is not named: 1
+
+
+def test_balanced_answers_leave_nothing_to_learn_from_the_question():
+    rows = [row(texts=[turn("red?", "yes" if i == 0 else "no"), turn("what?", "red")]) for i in range(5)]
+    rarity = answer_rarity(rows)
+    assert rarity == {("red?", "yes"): 5.0, ("red?", "no"): 1.25, ("what?", "red"): 1.0}
+    both = [turn("red?", "yes", "a"), turn("red?", "no", "a"), turn("what?", "red", "b")]
+    assert turn_weights(both, {"a": 2.0}, rarity) == pytest.approx([1.6, 0.4, 1.0])
+    data = dataset(rows, train_cfg=tiny_train(turns_per_image=1, balance_answers=True))
+    assert data[0, 0].conversations
 
 
 @pytest.mark.parametrize("cache", [False, True])

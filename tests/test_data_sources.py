@@ -42,9 +42,17 @@ def test_easy_vqa_has_one_row_an_image_with_kinds_of_answers():
     for one in rows:
         for t in one["texts"]:
             answers.setdefault(t["source"], set()).add(t["assistant"])
-    assert answers["yes_no"] == {"yes", "no"}
+    assert answers["yes_no_shape"] == answers["yes_no_color"] == {"yes", "no"}
     assert answers["shape"] == {"circle", "rectangle", "triangle"}
     assert answers["color"] == {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+
+
+def test_easy_vqa_kinds_follow_what_is_asked_for():
+    kinds = {t["user"]: t["source"] for one in load_rows("easy-vqa") for t in one["texts"]}
+    assert kinds["what color is the circle?"] == "color"
+    assert kinds["what is the red shape?"] == "shape"
+    assert kinds["is there a red shape?"] == "yes_no_color"
+    assert kinds["is no triangle present?"] == "yes_no_shape"
 
 
 def test_easy_vqa_does_not_import_datasets():

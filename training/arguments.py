@@ -48,7 +48,7 @@ class Parser(HfArgumentParser):
                 names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
                 self.add_argument(*names, dest=field.name, action="store_false", default=False, help=SUPPRESS)
         for action in self._actions:
-            if action.type == dict[str, str]:
+            if action.type in (dict[str, str], dict[str, float]):
                 action.type = json_mapping
 
     def error(self, message: str):
@@ -56,7 +56,7 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def json_mapping(text: str) -> dict[str, str]:
+def json_mapping(text: str) -> dict:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"{text} is not a JSON mapping")

@@ -1,9 +1,11 @@
 """What a run says and writes: console, log.txt, metrics.jsonl, progress bar, wandb."""
 
+import itertools
 import json
 import math
 import netrc
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,24 +16,16 @@ from tqdm import tqdm
 from models.config import TrainConfig
 
 
-def make_run_folder(output_dir: str, run_name: str | None, recipe: str) -> Path:
-    """A new folder for the run: run_name as given, else recipe and time. Raises ValueError where it exists already."""
-    root = Path(output_dir)
+def new_run_folder(output_dir: str, run_name: str | None, recipe: str) -> Path:
+    """A folder that does not exist yet: run_name as given, else recipe and time. Raises ValueError if it exists."""
     if run_name is not None:
-        folder = root / run_name
+        folder = Path(output_dir) / run_name
         if folder.exists():
             raise ValueError(f"--run_name {run_name}: {folder} exists already; earlier runs are never overwritten")
-        folder.mkdir(parents=True)
         return folder
-    stem = f"{recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in range(1, 1000):
-        folder = root / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:  # another run of the same second
-            continue
-        return folder
-    raise ValueError(f"--output_dir {output_dir}: no free folder name for {stem}")
+    stem = Path(output_dir) / f"{recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = (stem if number == 1 else stem.with_name(f"{stem.name}-{number}") for number in itertools.count(1))
+    return next(folder for folder in candidates if not folder.exists())
 
 
 class Tracker(Protocol):
@@ -116,7 +110,9 @@ class RunLog:
         self.bar: tqdm | None = None
 
     def start_bar(self) -> None:
-        self.bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=0.5)
+        # In a file every update is a line of its own: then one in ten seconds is enough.
+        mininterval = 0.5 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=mininterval)
 
     def say(self, line: str) -> None:
         """A line to the console, above the progress bar, and to log.txt."""

@@ -1,10 +1,11 @@
 """Device, seeds, precision, optimizer and learning-rate schedule of a run."""
 
 import contextlib
+import itertools
 import math
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -99,6 +100,10 @@ class StopSignal:
     @property
     def requested(self) -> bool:
         return self.signal != 0
+
+    def until(self, items: Iterable) -> Iterator:
+        """The items, up to the signal."""
+        return itertools.takewhile(lambda _: not self.requested, items)
 
     def _receive(self, number: int, _frame) -> None:
         if self.requested:

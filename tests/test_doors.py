@@ -1,0 +1,69 @@
+"""Who may import what: the rooms of the house stay apart."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "scripts")
+MAY_IMPORT = {
+    "grades": {"grades"},
+    "models": {"models", "grades.config"},
+    "data": {"data", "models.config"},
+    "training": {"training", "models.config", "grades"},
+    "eval": {"eval", "models", "data"},
+}
+# What `grades` may import at the top of a module; anything heavier stays inside the functions that need it.
+GRADES_AT_IMPORT = {"grades", "torch"} | set(sys.stdlib_module_names)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_allowed(name: str, allowed: set[str]) -> bool:
+    return any(name == door or name.startswith(door + ".") or door.startswith(name + ".") for door in allowed)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_through_its_doors(room):
+    for path in (ROOT / room).rglob("*.py"):
+        ours = {name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] in ROOMS}
+        wrong = {name for name in ours if not is_allowed(name, MAY_IMPORT[room])}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_nobody_imports_train():
+    for room in (*MAY_IMPORT, "scripts"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert "train" not in imported(ast.parse(path.read_text())), path
+
+
+def test_grades_needs_torch_alone():
+    for path in (ROOT / "grades").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        assert {name.split(".")[0] for name in imported(top)} <= GRADES_AT_IMPORT, path
+
+
+def test_the_configuration_loads_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import models.config, grades; grades.GradESConfig().validate()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_code_keeps_to_its_sizes():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 400
+    for room in (*MAY_IMPORT, "scripts"):
+        for path in [*(ROOT / room).rglob("*.py"), ROOT / "train.py", ROOT / "generate.py"]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    assert node.end_lineno - node.lineno < 60, f"{path.name} {node.name}"

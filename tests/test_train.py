@@ -1,0 +1,288 @@
+"""The training loop from the command line to the summary, on a model of a few thousand weights."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from models.vision_language_model import VisionLanguageModel
+from tests.data_examples import encoded, picture
+from training.arguments import parse_arguments
+from training.checkpoint import find_checkpoint, save_checkpoint
+from training.setup import lr_factor, make_optimizer
+from training.step import forward_backward
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "vit_hidden_dim": 16, "vit_inter_dim": 32,
+    "vit_n_blocks": 1, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "lm_hidden_dim": 16,
+    "lm_inter_dim": 32, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1, "dtype": "float32", "batch_size": 4,
+    "max_training_steps": 8, "eval_interval": 4, "log_interval": 2, "val_size": 4, "compute_interval": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Sixteen rows in the_cauldron's shape, one of which holds no image that decodes."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = []
+    for i in range(16):
+        (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
+        texts = [
+            {"user": "is there a red shape?", "assistant": "yes" if i % 2 else "no"},
+            {"user": "what?", "assistant": "red"},
+        ]
+        lines.append(json.dumps({"images": [f"{i}.png"], "texts": texts}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def start(data, tmp_path):
+    """start(flag=value, ...) -> (exit code, run folder, summary)."""
+
+    def run(name: str = "run", **flags) -> tuple[int, Path, dict]:
+        code = train.main(parse_arguments(arguments(data, tmp_path, name, **flags)))
+        folder = tmp_path / "out" / name
+        summary = folder / "summary.json"
+        return code, folder, json.loads(summary.read_text()) if summary.exists() else {}
+
+    return run
+
+
+def arguments(data: Path, tmp_path: Path, name: str, **flags) -> list[str]:
+    given = {"train_dataset_path": data, "test_dataset_path": data, "output_dir": tmp_path / "out", "run_name": name}
+    return [f"--{key}={value}" for key, value in (TINY | given | flags).items()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return VisionLanguageModel.from_pretrained(folder / "checkpoints" / "last").state_dict()
+
+
+def test_a_run_leaves_everything_it_promises(start):
+    code, folder, summary = start(enable_grades=True, vision_tau=1e9, language_tau=1e-9, alpha=0.5)
+    assert code == 0
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.yaml", "log.txt", "metrics.jsonl", "summary.json", "grades_history.json", "convergence.png",
+        "freezing.png", "checkpoints",
+    }  # fmt: skip
+    assert summary["stop_reason"] == "max_training_steps"
+    assert (summary["steps"], summary["frozen_share_vision"], summary["frozen_share_language"]) == (8, 1.0, 0.0)
+    assert summary["total_time_s"] > summary["eval_time_s"] > 0
+    assert 0 <= summary["test_exact_match"] <= 1
+    assert summary["question_only_exact_match"] is None  # measured on easy-VQA alone
+    assert summary["parameters"] == sum(
+        p.numel() for p in VisionLanguageModel.from_pretrained(find_checkpoint(folder)).parameters()
+    )
+    assert "image does not decode" in json.dumps(summary["dropped"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
+    assert lines[-1]["val/loss"] == summary["val_loss"]
+    log = (folder / "log.txt").read_text()
+    assert log.count("froze vision_encoder.blocks.0.") == 4
+    assert "(vision 4/4)" in log
+
+
+def test_a_run_never_overwrites_another(start, capsys):
+    start()
+    code, folder, _ = start()
+    assert code == 2
+    assert "--run_name run" in capsys.readouterr().err
+    assert (folder / "summary.json").exists()
+
+
+def test_grades_that_freezes_nothing_changes_nothing(start):
+    _, plain, _ = start("plain")
+    _, watched, summary = start("watched", enable_grades=True, vision_tau=1e-12, language_tau=1e-12, alpha=0)
+    assert summary["frozen_share"] == 0
+    ours, theirs = weights(watched), weights(plain)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_run_ends_when_all_is_frozen(start):
+    code, folder, summary = start(enable_grades=True, vision_tau=1e9, language_tau=1e9, alpha=0.3)
+    assert (code, summary["stop_reason"], summary["steps"]) == (0, "frozen", 4)
+    assert json.loads((folder / "grades_history.json").read_text())["stopped_early"] is True
+    assert summary["test_exact_match"] is not None
+
+
+def test_a_learning_rate_of_zero_freezes_its_tower(start):
+    _, folder, _ = start(lr_vision_backbone=0, max_training_steps=2, eval_interval=1)
+    before = VisionLanguageModel.from_pretrained(folder / "checkpoints" / "last").vision_encoder.state_dict()
+    torch.manual_seed(0)
+    fresh = VisionLanguageModel(parse_arguments([f"--{k}={v}" for k, v in TINY.items()]).vlm)
+    assert all(torch.equal(before[name], value) for name, value in fresh.vision_encoder.state_dict().items())
+    assert not torch.equal(weights(folder)["MP.proj.weight"], fresh.MP.proj.weight)
+
+
+def test_a_non_finite_loss_ends_the_run_and_names_the_culprits(start, monkeypatch):
+    real, calls = VisionLanguageModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        calls.append(self.training)
+        return result * torch.nan if self.training and sum(calls) == 6 else result
+
+    monkeypatch.setattr(VisionLanguageModel, "forward", forward)
+    code, folder, summary = start(gradient_accumulation_steps=1)
+    assert (code, summary["stop_reason"]) == (1, "non_finite_loss")
+    log = (folder / "log.txt").read_text()
+    assert "loss nan at step 6" in log
+    assert f"last good checkpoint is {folder / 'checkpoints' / 'last'}" in log
+    assert log.count("rows.jsonl#") >= 3
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_data_of_which_nothing_can_be_used_is_an_error_that_says_why(start, data, tmp_path, capsys):
+    code, folder, _ = start(max_sample_length=5)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "too long" in error
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_everything_saved(data, tmp_path, number):
+    flags = arguments(data, tmp_path, "run", max_training_steps=100_000, eval_interval=50_000, enable_grades=True)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    metrics = tmp_path / "out" / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error.decode()[-2000:]
+    folder = tmp_path / "out" / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["stop_reason"], summary["test_exact_match"]) == ("interrupted", None)
+    assert (folder / "convergence.png").exists()
+    state = torch.load(folder / "checkpoints" / "last" / "training_state.pt", weights_only=True)
+    assert state["step"] == summary["steps"] > 0
+    assert state["grades"]["last_step"] == state["step"]
+    assert weights(folder)
+
+
+def test_generate_answers_from_a_run_folder(start, data):
+    _, folder, _ = start(max_training_steps=2)
+    command = [sys.executable, "generate.py", "--checkpoint", str(folder), "--image", str(data / "1.png")]
+    command += ["--prompt", "is there a red shape?", "--max_new_tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().split()) <= 4
+    missing = subprocess.run(
+        [*command[:4], "--image", "absent.png", *command[6:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert missing.returncode == 2
+    assert "--image absent.png: no such file" in missing.stderr
+
+
+def test_training_goes_on_from_a_checkpoint(start):
+    _, folder, first = start("first")
+    code, _, summary = start(
+        "second", resume_from_vlm_checkpoint=True, vlm_checkpoint_path=folder, lr_mp=1e-9, lr_backbones=0
+    )
+    assert code == 0
+    assert summary["val_loss"] == pytest.approx(first["val_loss"], abs=1e-4)
+
+
+def test_wandb_records_offline_without_an_account(start, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, folder, _ = start(log_wandb=True, enable_grades=True, max_training_steps=2)
+    assert code == 0
+    assert "wandb sync " in (folder / "log.txt").read_text()
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_every_label_token_weighs_the_same_over_micro_batches():
+    torch.manual_seed(0)
+    settings = parse_arguments([f"--{k}={v}" for k, v in TINY.items()])
+    model = VisionLanguageModel(settings.vlm)
+
+    def micro(rows: int, labels: int) -> dict:
+        targets = torch.full((rows, 8), -100)
+        targets[:, -labels:] = torch.randint(0, 30, (rows, labels))
+        positions = (targets.flatten() != -100).nonzero().squeeze(1)
+        return {"input_ids": torch.randint(0, 30, (rows, 8)), "targets": targets, "label_positions": positions,
+                "num_labels": rows * labels}  # fmt: skip
+
+    parts = [micro(2, 1), micro(3, 4)]
+    import contextlib
+
+    total = forward_backward(model, parts, torch.device("cpu"), contextlib.nullcontext())
+    accumulated = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    ids, targets = (torch.cat([part[name] for part in parts]) for name in ("input_ids", "targets"))
+    _, loss = model(ids, targets=targets)
+    loss.backward()
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(accumulated[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    cfg = parse_arguments(["--max_training_steps", "1000"]).train
+    factors = [lr_factor(step, cfg) for step in range(1, 1001)]
+    assert factors[0] == pytest.approx(1 / 30)
+    assert factors[29] == 1.0
+    assert factors[30 + 485 - 1] == pytest.approx(0.55, abs=1e-3)  # half-way down
+    assert factors[-1] == pytest.approx(0.1)
+    assert max(factors) == 1.0
+
+
+def test_each_part_has_its_own_peak_learning_rate():
+    settings = parse_arguments([f"--{k}={v}" for k, v in TINY.items()] + ["--lr_mp=0.3", "--lr_vision_backbone=0"])
+    model = VisionLanguageModel(settings.vlm)
+    optimizer = make_optimizer(model, settings.train)
+    assert {group["name"]: group["peak_lr"] for group in optimizer.param_groups} == {
+        "projector": 0.3,
+        "language": 0.0015,
+    }
+    assert not any(p.requires_grad for p in model.vision_encoder.parameters())
+    grouped = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert grouped == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class Saved:
+    """Something to put into a checkpoint."""
+
+    def __init__(self, text: str, fails: bool = False):
+        self.text, self.fails = text, fails
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir(exist_ok=True, parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (Path(folder) / name).write_text(self.text)
+        if self.fails:
+            raise OSError("No space left on device")
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
+    place = tmp_path / "checkpoints" / "last"
+    save_checkpoint(place, Saved("first"), Saved("first"))
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(place, Saved("second", fails=True), Saved("second"))
+    assert (place / "model.safetensors").read_text() == "first"
+    save_checkpoint(place, Saved("third"), Saved("third"), {"step": 3})
+    assert (place / "model.safetensors").read_text() == "third"
+    assert sorted(path.name for path in place.parent.iterdir() if path.name.endswith(".old")) == []
+    place.rename(place.with_name("last.old"))  # killed between the two renames
+    assert find_checkpoint(tmp_path) == place.with_name("last.old")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path / "checkpoints")
