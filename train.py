@@ -93,6 +93,9 @@ def main(settings: Settings) -> int:
     except (ValueError, OSError) as error:  # what a user can cause: a path, a flag, an unreachable hub
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the first step", file=sys.stderr)
+        return 130
     with run.stop:
         try:
             stop_reason = train(run)
@@ -277,7 +280,7 @@ def validate_and_save(run: Run) -> None:
     run.eval_time_s += seconds
     if not run.stop.requested:  # else it was cut short
         run.val = val
-        run.log.record(run.step, val | {"val/seconds": seconds})
+        run.log.record(run.step, val | {"val/time_s": seconds})
         run.log.say(f"step {run.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
     save(run, "last")
     if run.val.get("val/loss") is not None and run.val["val/loss"] < run.best_val_loss:

@@ -245,7 +245,12 @@ def answer_rarity(rows) -> dict[tuple[str, str], float]:
 
     Then nothing can be learned from the question alone, which is what a model learns first and may stay with.
     """
-    pairs = Counter((turn["user"], turn["assistant"]) for row in rows for turn in row["texts"])
+    if not hasattr(rows, "__len__"):
+        raise ValueError(
+            "--balance_answers: must be off for a streamed data set, whose answers are not known beforehand"
+        )
+    turns = (turn for row in rows for turn in row["texts"])
+    pairs = Counter(((turn["user"] or "").strip(), (turn["assistant"] or "").strip()) for turn in turns)
     questions: Counter = Counter()
     for (question, _), count in pairs.items():
         questions[question] += count

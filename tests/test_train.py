@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_examples import encoded, picture
 
 import train
 from models.vision_language_model import VisionLanguageModel
-from tests.data_examples import encoded, picture
 from training.arguments import parse_arguments
 from training.checkpoint import find_checkpoint, save_checkpoint
 from training.setup import lr_factor, make_optimizer
@@ -140,6 +140,23 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_culprits(start, monkeypatc
     assert f"last good checkpoint is {folder / 'checkpoints' / 'last'}" in log
     assert log.count("rows.jsonl#") >= 3
     assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_a_crash_loses_nothing_that_was_trained(start, monkeypatch, tmp_path):
+    real, calls = train.forward_backward, []
+
+    def fails_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(train, "forward_backward", fails_at_the_third)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start()
+    folder = tmp_path / "out" / "run"
+    assert "RuntimeError after step" in (folder / "log.txt").read_text()
+    assert weights(folder)
 
 
 def test_data_of_which_nothing_can_be_used_is_an_error_that_says_why(start, data, tmp_path, capsys):

@@ -38,8 +38,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("arm_bf16"))
+        if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.12
+            return torch.cpu._is_avx512_bf16_supported()
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
     return False
 
 
