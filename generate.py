@@ -6,6 +6,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -22,10 +23,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--generations", type=int, default=1, help="answers to sample")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lm_tokenizer", help="hub id or local folder, for a checkpoint that brings no tokenizer")
     arguments = parser.parse_args()
     for image in arguments.image:
         if not image.is_file():
             parser.error(f"--image {image}: no such file")
+    if arguments.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens {arguments.max_new_tokens}: must be >= 1")
     return arguments
 
 
@@ -43,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     folder = checkpoint_folder(find_checkpoint(arguments.checkpoint))
     model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
-    tokenizer = get_tokenizer(model.cfg, folder)
+    model.cfg.lm_tokenizer = arguments.lm_tokenizer or model.cfg.lm_tokenizer
+    tokenizer = get_tokenizer(model.cfg, None if arguments.lm_tokenizer else folder)
     processor = ImageProcessor(model.cfg)
     processed = [processor(decode_image(str(image))) for image in arguments.image]
     text = image_string([grid for _, grid in processed], model.cfg)
@@ -62,4 +67,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    try:
+        main(parse_arguments())
+    except (ValueError, OSError) as error:  # a checkpoint or an image that cannot be read, an unreachable hub
+        sys.exit(f"generate.py: error: {error}")

@@ -16,8 +16,10 @@ if __name__ == "__main__":
     SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import contextlib
+import dataclasses
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,10 +36,10 @@ from data.sources import load_rows, split_rows
 from eval.evaluation import exact_match, mean_loss
 from eval.scoring import question_only
 from grades import GradESMonitor
-from models.config import VLMConfig, validate
+from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
-from training.checkpoint import find_checkpoint, save_checkpoint, write_json
+from training.checkpoint import find_checkpoint, save_checkpoint, write_json, write_text
 from training.logging import RunLog, WandbTracker, new_run_folder
 from training.report import draw_pictures, summary_lines
 from training.step import clip_gradients, forward_backward
@@ -88,14 +90,17 @@ class NonFiniteLossError(Exception):
 
 def main(settings: Settings) -> int:
     """One run from settings to summary; returns the exit code."""
+    announce(settings)
+    folder = None
     try:
-        run = prepare(settings)
-    except (ValueError, OSError) as error:  # what a user can cause: a path, a flag, an unreachable hub
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted before the first step", file=sys.stderr)
-        return 130
+        folder = new_run_folder(settings.train.output_dir, settings.train.run_name, settings.recipe.stem)
+        run = prepare(settings, folder)
+    except (ValueError, OSError, KeyboardInterrupt) as error:  # what a user can cause: a path, a flag, an absent hub
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print("train.py:", "interrupted before the first step" if interrupted else f"error: {error}", file=sys.stderr)
+        return 130 if interrupted else 2
     with run.stop:
         try:
             stop_reason = train(run)
@@ -103,27 +108,26 @@ def main(settings: Settings) -> int:
             run.log.say(f"stopped: {error}")
             stop_reason = "non_finite_loss"
         except Exception as error:
-            run.log.say(f"{type(error).__name__} after step {run.step:,}; saving {save(run, 'last')}")
+            run.log.say(f"{type(error).__name__} after step {run.step:,}; saving what there is to checkpoints/crash")
+            save(run, "crash")
             raise
         report(run, stop_reason)
     return {"interrupted": 128 + run.stop.signal, "non_finite_loss": 1}.get(stop_reason, 0)
 
 
-def prepare(settings: Settings) -> Run:
+def prepare(settings: Settings, folder: Path) -> Run:
     """Everything before the first step. Raises ValueError or OSError with one clear sentence."""
     cfg = settings.train
-    announce(settings)
-    folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
     device = setup.pick_device()
     setup.prepare_backend(device)
     setup.set_seed(cfg.seed)
+    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset)
     model, checkpoint = build_model(settings)
-    data = load_data(settings, model.cfg, checkpoint)
+    data = load_data(settings, rows, checkpoint)
     model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
     model.to(device)
     optimizer = setup.make_optimizer(model, cfg)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
     log = RunLog(folder, cfg.max_training_steps)
     if cfg.log_wandb:
         log.tracker = WandbTracker(cfg, settings.as_dict(), folder, log.say)
@@ -149,26 +153,24 @@ def announce(settings: Settings) -> None:
         print(f"Recipe {settings.recipe}")
 
 
-def build_model(settings: Settings) -> tuple[VisionLanguageModel, Path | str | None]:
+def build_model(settings: Settings) -> tuple[VisionLanguageModel, Path | None]:
     """The model, from a checkpoint, from the pretrained backbones or from random weights; and the checkpoint."""
-    vlm = settings.vlm
+    from models.backbones import checkpoint_folder, configure_from_backbones, load_vlm_weights
+
     if settings.train.resume_from_vlm_checkpoint:
-        checkpoint = find_checkpoint(vlm.vlm_checkpoint_path)
-        model = VisionLanguageModel.from_pretrained(checkpoint)
-        settings.vlm = model.cfg
-        return model, checkpoint
-    if vlm.vlm_load_backbone_weights:
-        from models.backbones import configure_from_backbones
-
+        checkpoint = checkpoint_folder(find_checkpoint(settings.vlm.vlm_checkpoint_path))
+        settings.take_over(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+        return load_vlm_weights(VisionLanguageModel(settings.vlm), checkpoint), checkpoint
+    if settings.vlm.vlm_load_backbone_weights:
+        vlm = dataclasses.replace(settings.vlm)
         configure_from_backbones(vlm)
-        validate(vlm, settings.train, settings.grades)
-    return VisionLanguageModel(vlm, load_backbone=vlm.vlm_load_backbone_weights), None
+        settings.take_over(vlm, "the pretrained backbones")
+    return VisionLanguageModel(settings.vlm, load_backbone=settings.vlm.vlm_load_backbone_weights), None
 
 
-def load_data(settings: Settings, vlm: VLMConfig, checkpoint: Path | str | None) -> Data:
-    cfg = settings.train
-    tokenizer = get_tokenizer(vlm, checkpoint)
-    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset)
+def load_data(settings: Settings, rows, checkpoint: Path | None) -> Data:
+    cfg, vlm = settings.train, settings.vlm
+    tokenizer = get_tokenizer(vlm, None if "lm_tokenizer" in settings.given else checkpoint)
     train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
     test_rows = None
     if test_path := cfg.test_dataset_path or ("easy-vqa" if cfg.train_dataset_path == "easy-vqa" else None):
@@ -208,13 +210,13 @@ def train(run: Run) -> str:
     run.unread_since = time.perf_counter()
     while run.step < cfg.max_training_steps:
         micro_batches = [next(run.data.train) for _ in range(cfg.gradient_accumulation_steps)]
-        run.step += 1
-        setup.set_learning_rate(run.optimizer, run.step, cfg)
+        setup.set_learning_rate(run.optimizer, run.step + 1, cfg)
 
         loss = forward_backward(run.model, micro_batches, run.device, run.autocast)
         grad_norm = clip_gradients(run.model, cfg.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
         enough_frozen = run.monitor is not None and run.monitor.after_step(run.step)
 
         remember(run, loss, micro_batches)
@@ -248,11 +250,14 @@ def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
     Raises NonFiniteLossError that names the step, its rows and the last good checkpoint.
     """
     losses = torch.stack([loss for _, loss, _ in run.unread]).tolist()
+    norm = None if grad_norm is None else float(grad_norm)
     for (step, _, rows), loss in zip(run.unread, losses, strict=True):
-        if not math.isfinite(loss):
+        # A finite loss whose gradient is not has spoilt the weights too; before the last step the next loss tells.
+        if not math.isfinite(loss) or (step == run.step and norm is not None and not math.isfinite(norm)):
             good = run.folder / "checkpoints" / "last"
             saved = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been saved yet"
-            raise NonFiniteLossError(f"loss {loss} at step {step}; {saved}; rows of the batch: {', '.join(rows)}")
+            what = f"loss {loss} at step {step} (gradient norm {norm if step == run.step else 'not read'})"
+            raise NonFiniteLossError(f"{what}; {saved}; rows of the batch: {', '.join(rows)}")
     now = time.perf_counter()
     loss = sum(losses) / len(losses)
     tokens_per_s = run.unread_tokens / (now - run.unread_since)
@@ -261,7 +266,7 @@ def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
         "train/loss": loss,
         "train/lr": lr,
         "train/tokens_per_s": tokens_per_s,
-        "train/grad_norm": None if grad_norm is None else float(grad_norm),
+        "train/grad_norm": norm,
     }
     postfix = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok/s": f"{tokens_per_s:,.0f}"}
     if run.monitor is not None:
@@ -275,6 +280,7 @@ def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
 def validate_and_save(run: Run) -> None:
     """Validation loss and exact match; then the last and, where it is the best so far, the best checkpoint."""
     started = time.perf_counter()
+    run.data.dropped["val"] = DropCounter()
     val = {"val/loss": validation_loss(run), **ask(run, run.data.val_dataset, "val")}
     seconds = time.perf_counter() - started
     run.eval_time_s += seconds
@@ -292,16 +298,16 @@ def validate_and_save(run: Run) -> None:
 def validation_loss(run: Run) -> float | None:
     """Mean loss over the label tokens of the validation rows."""
     collator = TrainCollator(run.data.tokenizer.pad_token_id, run.model.cfg)
-    batches = eval_batches(run.data.val_dataset, collator, run.settings.train)
+    batches = eval_batches(run.data.val_dataset, collator, run.settings.train, run.data.dropped["val"])
     return mean_loss(run.model, run.stop.until(batches), run.device, run.autocast)
 
 
 def ask(run: Run, dataset: VQADataset, name: str) -> dict[str, float | None]:
     """Exact match of the greedy answers to the dataset's questions, over all and by source."""
     cfg, tokenizer = run.settings.train, run.data.tokenizer
-    run.data.dropped[name] = DropCounter()
     collator = PromptCollator(tokenizer.pad_token_id, run.model.cfg)
-    batches = prompt_batches(dataset, collator, cfg, run.data.dropped[name])
+    counter = run.data.dropped.setdefault("test", DropCounter()) if name == "test" else None  # val: by its loss
+    batches = prompt_batches(dataset, collator, cfg, counter)
     scores = exact_match(run.model, tokenizer, run.stop.until(batches), cfg.max_new_tokens, run.device, run.autocast)
     return {f"{name}/exact_match" + ("" if key == "all" else f"/{key}"): value for key, value in scores.items()}
 

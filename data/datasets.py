@@ -27,6 +27,7 @@ IMAGE_TOKEN_IN_TEXT = "image token in text"
 LOW_RATING = "rating"
 TOO_LONG = "too long"
 NO_LABEL = "no label"
+UNKNOWN_WORD = "word not in the vocabulary"
 TURN = "turn: "  # before the reason where a turn was dropped and its row kept
 
 
@@ -171,6 +172,8 @@ class VQADataset:
             ids, labels = self._encoded(_conversation_tensors, spoken, text)
             if len(ids) > self.cfg.max_sample_length:
                 dropped[TOO_LONG] += len(group)
+            elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
+                dropped[UNKNOWN_WORD] += len(group)
             elif bool((labels == -100).all()):
                 dropped[NO_LABEL] += len(group)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -17,6 +18,11 @@ from data.sources import RowStream
 from models.config import TrainConfig
 
 SHUFFLE_BUFFER_ROWS = 1000
+
+
+def _init_worker(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; only the main one shall act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train_batches(
@@ -36,6 +42,7 @@ def train_batches(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "prefetch_factor": 4 if workers else None,
+        "worker_init_fn": _init_worker,
     }
     if streaming:
         loader = DataLoader(_Stream(dataset, start_epoch), batch_size=train_cfg.batch_size, **options)
@@ -162,7 +169,11 @@ def _in_order(dataset: VQADataset, workers: int, questions: bool) -> Iterator[Sa
     rows = _InOrder(dataset, questions)
     if dataset.prepared is not None or workers == 0:  # a worker's cache would be lost with it
         return (rows[index] for index in range(len(rows)))
-    return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    return iter(
+        DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_init_worker)
+    )
 
 
 def _as_it_is(row):

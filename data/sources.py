@@ -182,14 +182,16 @@ class RowStream:
         self.parts, self.start, self.stop = parts, start, stop
 
     def __iter__(self) -> Iterator[dict]:
-        return islice(self._all(), self.start, self.stop)
+        for part, arrow_table, number in islice(self._tables(), self.start, self.stop):
+            yield part.row(arrow_table, number)
 
-    def _all(self) -> Iterator[dict]:
+    def _tables(self) -> Iterator[tuple]:
+        """(part, one row as an arrow table, its number): what is skipped is not converted."""
         for part in self.parts:
             for number, arrow_table in enumerate(part.table):
                 if number == 0:
                     part.check_columns(arrow_table.column_names)
-                yield part.row(arrow_table, number)
+                yield part, arrow_table, number
 
     def take(self, count: int) -> RowStream:
         """The first `count` rows."""

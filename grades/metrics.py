@@ -22,13 +22,17 @@ class WeightChange:
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> list[float | None]:
-        """One number a component, None at its first visit. Waits for the device once."""
+        """One number a component, None where it is not known. Waits for the device once.
+
+        None at the first visit, and where the weight is what it was to the last bit: no update reached it (steps
+        without an image leave the vision tower alone), so nothing was measured of its convergence.
+        """
         known = [component for component in components if component.name in self.snapshots]
         sums = [_change_and_update(component.weight, self.snapshots[component.name]) for component in known]
         for component in components:
             if component.name not in self.snapshots:
                 self.snapshots[component.name] = component.weight.detach().clone()
-        values = torch.stack(sums).tolist() if sums else []
+        values = [value or None for value in torch.stack(sums).tolist()] if sums else []
         by_name = dict(zip((component.name for component in known), values, strict=True))
         return [by_name.get(component.name) for component in components]
 

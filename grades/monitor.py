@@ -34,21 +34,18 @@ class GradESMonitor:
         total_steps: int | None = None,
         log: Callable[[str], None] = print,
     ) -> None:
-        """total_steps: length of the run, which the grace period is a share of; needed unless alpha is 0.
+        """total_steps: length of the run, which the grace period is a share of; may be set later, before the first step.
 
         optimizer: its state of frozen weights is freed. log: takes one line a freeze. Raises ValueError on impossible
         settings and where the model has no component.
         """
         config.validate()
-        if total_steps is None and config.alpha > 0:
-            raise ValueError(f"alpha {config.alpha}: the grace period needs total_steps")
         self.config = config
         self.optimizer = optimizer
         self.log = log
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
         self.total_steps = total_steps
-        self.grace_steps = policy.grace_steps(config.alpha, total_steps or 0)
         self.metric = WeightChange()
         self.frozen: dict[str, int] = {}  # name -> step of freezing
         self.freed_bytes = 0
@@ -56,6 +53,13 @@ class GradESMonitor:
         self.checks: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.latest: dict[str, float | None] = {}
+
+    @property
+    def grace_steps(self) -> int:
+        """Steps in which nothing freezes. Raises ValueError where that depends on an unknown total_steps."""
+        if self.total_steps is None and self.config.alpha > 0:
+            raise ValueError(f"alpha {self.config.alpha}: the grace period needs the monitor's total_steps")
+        return policy.grace_steps(self.config.alpha, self.total_steps or 0)
 
     def after_step(self, step: int) -> bool:
         """Measure and freeze after optimizer step `step`, counted from 1. True: enough is frozen, end the run."""

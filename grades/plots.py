@@ -17,7 +17,9 @@ def draw(history_path: str | Path, folder: str | Path | None = None) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "convergence.png", folder / "freezing.png"]
     for path, figure in zip(paths, (convergence(history), freezing(history)), strict=True):
-        figure.savefig(path, dpi=120)
+        beside = path.with_suffix(".tmp.png")
+        figure.savefig(beside, dpi=120)
+        beside.replace(path)
     return paths
 
 
@@ -101,7 +103,8 @@ def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
         label = f"{tower}: {len(steps)} of {total} frozen ({shares[-1]:.0f} %)"
         axis.step([0, *steps, end], [*shares, shares[-1]], where="post", color=COLORS[tower], linewidth=2, label=label)
     axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0)
-    axis.text(history["grace_steps"] / 2, 50, "grace period", ha="center", va="center", color="0.4")
+    if history["grace_steps"]:
+        axis.text(history["grace_steps"] / 2, 50, "grace period", ha="center", va="center", color="0.4")
     total_steps = history["total_steps"] or end or 1
     if history["stopped_early"]:
         axis.axvline(end, color="black", linestyle=":", linewidth=1)

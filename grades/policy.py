@@ -24,4 +24,4 @@ def converged(values: Mapping[str, float | None], taus: Mapping[str, float], ste
 
 def enough_frozen(frozen: int, total: int, max_frozen_ratio: float) -> bool:
     """Whether the run stops; never while nothing is frozen."""
-    return 0 < frozen >= max_frozen_ratio * total
+    return 0 < frozen >= Decimal(repr(max_frozen_ratio)) * total

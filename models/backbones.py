@@ -267,7 +267,7 @@ class Stored(NamedTuple):
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of the folder by name; reads headers only."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -278,9 +278,12 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
         raise FileNotFoundError(f"{folder}: no {', '.join(absent)}")
     stored = {}
     for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
-            names = tensors.keys()
-            stored |= {name: Stored(folder / file, name, tensors.get_slice(name).get_shape()) for name in names}
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                names = tensors.keys()
+                stored |= {name: Stored(folder / file, name, tensors.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file}: is damaged: {error}") from error
     return stored
 
 

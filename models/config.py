@@ -221,7 +221,6 @@ class TrainConfig:
     lr_mp: float = doc("peak learning rate of the modality projector", 0.00512)
     lr_vision_backbone: float = doc("peak learning rate of the vision tower; 0 freezes it", 5e-5)
     lr_language_backbone: float = doc("peak learning rate of the language model; 0 freezes it", 5e-5)
-    lr_backbones: float | None = doc("sets both towers' learning rates", None)
     batch_size: int = doc("rows (images, with turns_per_image) in a micro-batch", 2)
     gradient_accumulation_steps: int = doc("micro-batches in an optimizer step", 8)
     max_grad_norm: float = doc("clip the gradient to this L2 norm; 0: no clipping", 1.0)
@@ -246,10 +245,6 @@ class TrainConfig:
     wandb_project: str = doc("project in Weights & Biases", "nanovlm-grades")
     wandb_entity: str | None = doc("account or team in Weights & Biases", None)
     resume_from_vlm_checkpoint: bool = doc("start from the weights of --vlm_checkpoint_path", False)
-
-    def __post_init__(self):
-        if self.lr_backbones is not None:
-            self.lr_vision_backbone = self.lr_language_backbone = self.lr_backbones
 
     def problems(self) -> list[str]:
         """Every impossible value: flag, value, what is allowed."""
@@ -304,6 +299,10 @@ def _failed(config, checks: list[tuple[bool, str, str]]) -> list[str]:
 def validate(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> None:
     """Raise ValueError that names every impossible value of the three configs at once."""
     found = vlm.problems() + train.problems() + grades.problems()
+    if vlm.vit_cls_flag:
+        found.append("--vit_cls_flag True: must be False; the projector takes the patches, not one CLS token")
+    if vlm.lm_use_tokens:
+        found.append("--lm_use_tokens True: must be False; the language model takes embeddings here")
     if train.max_sample_length > vlm.lm_max_length:
         found.append(
             f"--max_sample_length {train.max_sample_length}: must be at most lm_max_length {vlm.lm_max_length}"

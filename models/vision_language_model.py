@@ -106,6 +106,8 @@ class VisionLanguageModel(nn.Module):
         eos_token_id, else cfg.lm_eos_token_id; without either every row runs to max_new_tokens.
         indices: image_slots and image_sources as in `forward`.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 1")
         eos = self.cfg.lm_eos_token_id if eos_token_id is None else eos_token_id
         B, T = input_ids.shape
         x = self.embed(input_ids, images, **indices)

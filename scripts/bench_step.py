@@ -81,10 +81,10 @@ def main() -> None:
         setup.compile_blocks(model)
     batch = random_batch(arguments, settings, device)
     step_s, flop = time_step(arguments, settings, model, optimizer, batch, device)
-    peak_gib = peak_memory_gib(device)
     monitor.metric.measure(monitor.components)  # takes the first snapshot
     check_s = statistics.median(seconds(lambda: monitor.metric.measure(monitor.components), device) for _ in range(5))
 
+    peak_gib = peak_memory_gib(device)  # with the monitor's snapshot
     rows, length = batch["input_ids"].shape
     micro_batches = settings.train.gradient_accumulation_steps
     interval = settings.grades.compute_interval

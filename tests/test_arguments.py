@@ -61,6 +61,8 @@ def test_every_field_is_a_flag_with_dashes_too_and_has_help(capsys):
 def test_lr_backbones_sets_both_towers():
     train = parse_arguments(["--lr_backbones", "3e-5"]).train
     assert (train.lr_vision_backbone, train.lr_language_backbone) == (3e-5, 3e-5)
+    train = parse_arguments(["--lr-backbones=3e-5", "--lr_vision_backbone", "0"]).train
+    assert (train.lr_vision_backbone, train.lr_language_backbone) == (0.0, 3e-5)
 
 
 def test_every_impossible_value_is_named_at_once(capsys):

@@ -44,6 +44,13 @@ def test_turns_per_image_makes_each_drawn_turn_a_conversation():
     assert len(every[0, 0].conversations) == len(MANY)
 
 
+def test_a_turn_with_words_that_the_vocabulary_lacks_is_dropped():
+    data = dataset([row(texts=[turn("is there a purple shape?"), turn()]), row(texts=[turn("quo vadis?")])])
+    assert data[0, 0].dropped == {"turn: word not in the vocabulary": 1} or data[0, 0].conversations == []
+    assert data[0, 1].conversations == []
+    assert data[0, 1].dropped == {"word not in the vocabulary": 1}
+
+
 def test_draws_repeat_no_turn_before_all_were_drawn():
     rng = random.Random(0)
     for _ in range(20):

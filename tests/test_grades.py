@@ -207,8 +207,15 @@ def test_config_reports_every_impossible_value():
     with pytest.raises(ValueError, match=r"--metric l2") as error:
         config.validate()
     assert len(str(error.value).splitlines()) == 6
+
+
+def test_total_steps_may_come_after_the_monitor_but_not_after_the_first_check(model):
+    monitor = GradESMonitor(GradESConfig(alpha=0.3), model)
     with pytest.raises(ValueError, match="total_steps"):
-        GradESMonitor(GradESConfig(alpha=0.3), nn.Linear(2, 2))
+        monitor.after_step(1)
+    monitor.total_steps = 10
+    assert monitor.after_step(1) is False
+    assert monitor.grace_steps == 3
 
 
 def test_a_resumed_run_freezes_as_the_uninterrupted_one(model):
@@ -249,6 +256,22 @@ def test_a_state_of_another_model_is_refused(model):
     state = monitor.state_dict() | {"components": ["decoder.blocks.9.attn.q_proj"]}
     with pytest.raises(ValueError, match="other components"):
         monitor.load_state_dict(state)
+
+
+def test_a_weight_that_no_update_reached_was_not_measured(model):
+    """Steps without an image leave the vision tower alone: that is not convergence."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    config = GradESConfig(vision_tau=1e9, language_tau=1e-9, alpha=0)
+    monitor = GradESMonitor(config, model, optimizer, 10, log=lambda line: None)
+    for step in (1, 2, 3):
+        text = batch(step)
+        model(text["input_ids"].clamp(max=29), targets=text["targets"])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        monitor.after_step(step)
+    assert not monitor.frozen
+    values = dict(zip(monitor.by_name, monitor.checks[-1]["values"], strict=True))
+    assert all((values[name] is None) == name.startswith("vision") for name in values)
 
 
 def test_one_host_synchronisation_a_check(model, monkeypatch):

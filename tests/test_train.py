@@ -1,5 +1,6 @@
 """The training loop from the command line to the summary, on a model of a few thousand weights."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from data_examples import encoded, picture
 
 import train
+from data.processors import ImageProcessor, encode_prompt, get_tokenizer, image_string
 from models.vision_language_model import VisionLanguageModel
 from training.arguments import parse_arguments
 from training.checkpoint import find_checkpoint, save_checkpoint
@@ -62,8 +64,8 @@ def arguments(data: Path, tmp_path: Path, name: str, **flags) -> list[str]:
     return [f"--{key}={value}" for key, value in (TINY | given | flags).items()]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return VisionLanguageModel.from_pretrained(folder / "checkpoints" / "last").state_dict()
+def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return VisionLanguageModel.from_pretrained(folder / "checkpoints" / name).state_dict()
 
 
 def test_a_run_leaves_everything_it_promises(start):
@@ -155,8 +157,18 @@ def test_a_crash_loses_nothing_that_was_trained(start, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         start()
     folder = tmp_path / "out" / "run"
-    assert "RuntimeError after step" in (folder / "log.txt").read_text()
-    assert weights(folder)
+    assert "RuntimeError after step 2" in (folder / "log.txt").read_text()
+    state = torch.load(folder / "checkpoints" / "crash" / "training_state.pt", weights_only=True)
+    assert state["step"] == 2
+    monkeypatch.setattr(train, "forward_backward", real)
+    monkeypatch.setattr(
+        train, "save_checkpoint", lambda folder, model, *rest: kept.append(copy.deepcopy(model.state_dict()))
+    )
+    kept: list[dict] = []
+    start("whole", eval_interval=2)
+    crashed = weights(folder, "crash")
+    assert all(torch.equal(crashed[name], value) for name, value in kept[0].items())  # as after two steps
+    assert find_checkpoint(folder) == folder / "checkpoints" / "crash"
 
 
 def test_data_of_which_nothing_can_be_used_is_an_error_that_says_why(start, data, tmp_path, capsys):
@@ -197,7 +209,12 @@ def test_generate_answers_from_a_run_folder(start, data):
     command += ["--prompt", "is there a red shape?", "--max_new_tokens", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip().split()) <= 4
+    loaded = VisionLanguageModel.from_pretrained(find_checkpoint(folder)).eval()
+    tokenizer = get_tokenizer(loaded.cfg, find_checkpoint(folder))
+    pixels, grid = ImageProcessor(loaded.cfg)(picture(seed=1))
+    ids = encode_prompt(tokenizer, "is there a red shape?", image_string([grid], loaded.cfg))
+    expected = loaded.generate(torch.tensor([ids]), pixels, max_new_tokens=4, greedy=True)[0]
+    assert done.stdout.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
     missing = subprocess.run(
         [*command[:4], "--image", "absent.png", *command[6:]], cwd=ROOT, capture_output=True, text=True
     )
@@ -212,6 +229,19 @@ def test_training_goes_on_from_a_checkpoint(start):
     )
     assert code == 0
     assert summary["val_loss"] == pytest.approx(first["val_loss"], abs=1e-4)
+
+
+def test_flags_go_over_a_checkpoint_but_do_not_change_its_shape(start, capsys):
+    _, folder, _ = start("first", max_training_steps=1)
+    given = {"resume_from_vlm_checkpoint": True, "vlm_checkpoint_path": folder, "max_training_steps": 1}
+    code, second, _ = start("second", lm_dropout=0.25, **given)
+    assert code == 0
+    kept = parse_arguments(["--config", str(second / "config.yaml")])
+    assert (kept.vlm.lm_dropout, kept.vlm.vlm_checkpoint_path) == (0.25, str(folder))
+    code, third, _ = start("third", **(given | {"lm_n_blocks": 2}))
+    assert code == 2
+    assert "--lm_n_blocks 2: must be 1" in capsys.readouterr().err
+    assert not third.exists()
 
 
 def test_wandb_records_offline_without_an_account(start, monkeypatch, tmp_path):

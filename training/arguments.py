@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,12 @@ from models.config import TrainConfig, VLMConfig, validate
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
+# Fields of VLMConfig that do not shape the weights: a flag may change them for a checkpoint.
+FREE_FIELDS = {
+    "vit_dropout", "vit_model_type", "lm_dropout", "lm_max_length", "lm_model_type", "lm_tokenizer", "lm_chat_template",
+    "lm_eos_token_id", "max_img_size", "resize_to_max_side_len", "image_mean", "image_std", "vlm_checkpoint_path",
+    "vlm_load_backbone_weights", "hf_repo_name",
+}  # fmt: skip
 
 
 @dataclass
@@ -26,6 +32,24 @@ class Settings:
     train: TrainConfig
     grades: GradESConfig
     recipe: Path
+    given: frozenset[str]  # names of the flags on the command line
+
+    def take_over(self, vlm: VLMConfig, origin: str) -> None:
+        """Make vlm, the config of a checkpoint or of backbones, the run's; flags that were given go over it.
+
+        Raises ValueError where a flag asks for another shape than the weights have, and where the whole is impossible.
+        """
+        ours = self.vlm
+        wanted = {name: getattr(ours, name) for name in self.given | {"vlm_checkpoint_path"} if hasattr(ours, name)}
+        problems = [
+            f"--{name} {value}: must be {getattr(vlm, name)}, as {origin} has it"
+            for name, value in sorted(wanted.items())
+            if name not in FREE_FIELDS and value != getattr(vlm, name)
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.vlm = dataclasses.replace(vlm, **wanted)
+        validate(self.vlm, self.train, self.grades)
 
     def as_dict(self) -> dict:
         """The resolved settings, flat as in a recipe, so that they are a recipe again."""
@@ -37,12 +61,23 @@ class Settings:
         }
 
 
+class BothTowers(Action):
+    """--lr_backbones: sets the learning rate of both towers; what comes after it goes over it."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.lr_vision_backbone = namespace.lr_language_backbone = value
+
+
 class Parser(HfArgumentParser):
     """HfArgumentParser, with --no_x for every boolean, JSON for mappings, and errors of one line each."""
 
     def __init__(self, **kwargs):
         super().__init__(CONFIG_CLASSES, allow_abbrev=False, **kwargs)
         self.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; flags go over it")
+        both = "peak learning rate of both towers: --lr_vision_backbone and --lr_language_backbone"
+        self.add_argument(
+            "--lr_backbones", "--lr-backbones", type=float, action=BothTowers, default=SUPPRESS, help=both
+        )
         for field in fields().values():
             if field.type is bool and field.default is False:  # the others have it from HfArgumentParser
                 names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
@@ -80,8 +115,8 @@ def recipe_as_flags(path: Path) -> list[str]:
         raise ValueError(f"--config {path}: is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: must be a mapping of settings to values")
-    known = fields()
-    if unknown := [key for key in recipe if key not in known]:
+    known = {*fields(), "lr_backbones"}
+    if unknown := [str(key) for key in recipe if key not in known]:
         lines = [f"--config {path}: unknown setting {key}{_suggestion(key, known)}" for key in unknown]
         raise ValueError("\n".join(lines))
     flags: list[str] = []
@@ -117,12 +152,13 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             [*recipe_as_flags(recipe), *argv], return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
-            known = [f"--{name}" for name in fields()]
+            known = [f"--{name}" for name in (*fields(), "lr_backbones")]
             raise ValueError("\n".join(f"unknown argument {word}{_suggestion(word, known)}" for word in unknown))
         validate(*configs)
     except ValueError as error:
         parser.error(str(error).replace("\n", f"\n{parser.prog}: error: "))
-    return Settings(*configs, recipe=recipe)
+    words = (word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--"))
+    return Settings(*configs, recipe=recipe, given=frozenset(word.removeprefix("no_") for word in words))
 
 
 def _recipe_of(argv: list[str]) -> Path:

@@ -31,7 +31,7 @@ def save_checkpoint(folder: Path, model, tokenizer, training_state: dict | None 
 def find_checkpoint(path: str | Path) -> Path | str:
     """The checkpoint that path means: itself, or the best, else the last one of a run folder; else path as it is."""
     root = Path(path)
-    places = [root] + [root / "checkpoints" / name for name in ("best", "best.old", "last", "last.old")]
+    places = [root] + [root / "checkpoints" / name for name in ("best", "best.old", "last", "last.old", "crash")]
     for place in places:
         if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
             return place
@@ -40,11 +40,15 @@ def find_checkpoint(path: str | Path) -> Path | str:
     return path
 
 
-def write_json(path: Path, value) -> None:
-    """Write value as JSON, beside its name first."""
+def write_text(path: Path, text: str) -> None:
+    """Write the file, beside its name first."""
     beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -17,15 +17,19 @@ from models.config import TrainConfig
 
 
 def new_run_folder(output_dir: str, run_name: str | None, recipe: str) -> Path:
-    """A folder that does not exist yet: run_name as given, else recipe and time. Raises ValueError if it exists."""
-    if run_name is not None:
-        folder = Path(output_dir) / run_name
-        if folder.exists():
-            raise ValueError(f"--run_name {run_name}: {folder} exists already; earlier runs are never overwritten")
+    """Make a new folder: run_name as given, else recipe and time. Raises ValueError where run_name exists already."""
+    name = run_name or f"{recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if run_name is not None:
+                message = f"--run_name {run_name}: {folder} exists already; earlier runs are never overwritten"
+                raise ValueError(message) from None
+            continue  # another run of the same second
         return folder
-    stem = Path(output_dir) / f"{recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
-    candidates = (stem if number == 1 else stem.with_name(f"{stem.name}-{number}") for number in itertools.count(1))
-    return next(folder for folder in candidates if not folder.exists())
+    raise AssertionError("itertools.count ended")
 
 
 class Tracker(Protocol):

@@ -20,16 +20,16 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     if summary["test_exact_match"] is not None:
         by_source = ", ".join(f"{k} {percent(v)}" for k, v in summary["test_exact_match_by_source"].items())
         lines.append(f"test exact match      {percent(summary['test_exact_match'])} ({by_source})")
-        lines.append(
-            f"without the image     {percent(summary['question_only_exact_match'])} (each question's usual answer)"
-        )
+    if summary["question_only_exact_match"] is not None:
+        unseen = percent(summary["question_only_exact_match"])
+        lines.append(f"without the image     {unseen} (each question's usual answer)")
     if summary["frozen_share"] is not None:
         towers = ", ".join(f"{tower} {percent(summary[f'frozen_share_{tower}'])}" for tower in ("vision", "language"))
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
     for split, counts in summary["dropped"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        lines.append(f"dropped rows, {split + ':':<8}{reasons}")
+        lines.append(f"dropped, {split + ':':<13}{reasons}")
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
     if summary["stop_reason"] != "non_finite_loss":
         lines.append(f"ask it                python generate.py --checkpoint {folder} --image IMAGE.png --prompt '...'")
