@@ -34,7 +34,7 @@ class GradESMonitor:
         total_steps: int | None = None,
         log: Callable[[str], None] = print,
     ) -> None:
-        """total_steps: length of the run, which the grace period is a share of; may be set later, before the first step.
+        """total_steps: length of the run, which the grace period is a share of; may be set later, before step 1.
 
         optimizer: its state of frozen weights is freed. log: takes one line a freeze. Raises ValueError on impossible
         settings and where the model has no component.

@@ -45,8 +45,10 @@ def test_turns_per_image_makes_each_drawn_turn_a_conversation():
 
 
 def test_a_turn_with_words_that_the_vocabulary_lacks_is_dropped():
-    data = dataset([row(texts=[turn("is there a purple shape?"), turn()]), row(texts=[turn("quo vadis?")])])
-    assert data[0, 0].dropped == {"turn: word not in the vocabulary": 1} or data[0, 0].conversations == []
+    rows = [row(texts=[turn("is there a purple shape?"), turn()]), row(texts=[turn("quo vadis?")])]
+    data = dataset(rows, train_cfg=tiny_train(turns_per_image=2), train=False)
+    assert len(data[0, 0].conversations) == 1
+    assert data[0, 0].dropped == {"turn: word not in the vocabulary": 1}
     assert data[0, 1].conversations == []
     assert data[0, 1].dropped == {"word not in the vocabulary": 1}
 
