@@ -129,11 +129,11 @@ def prepare(settings: Settings, folder: Path) -> Run:
     optimizer = setup.make_optimizer(model, cfg)
     write_text(folder / "config.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
     log = RunLog(folder, cfg.max_training_steps)
-    if cfg.log_wandb:
-        log.tracker = WandbTracker(cfg, settings.as_dict(), folder, log.say)
     monitor = None
     if cfg.enable_grades:
         monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say)
+    if cfg.log_wandb:
+        log.tracker = WandbTracker(cfg, settings.as_dict(), folder, log.say)
     if cfg.compile:
         setup.compile_blocks(model)
     autocast, stop = setup.autocast(device, cfg.dtype), setup.StopSignal(log.say)
