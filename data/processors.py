@@ -60,7 +60,7 @@ def _pretrained_tokenizer(name: str):
 
     try:  # the cache first: a known tokenizer needs no network
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: an absent package for another kind of tokenizer
         if Path(name).exists():
             raise ValueError(f"--lm_tokenizer {name}: {error}") from error
     require_hub(f"--lm_tokenizer {name}", "a local folder or easy-vqa")

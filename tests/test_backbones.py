@@ -56,7 +56,9 @@ def edit_config(folder, remove=(), **changes):
 
 
 def edit_weights(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
+    """edit(tensors) in place; early releases of transformers 5 put `vision_model.` before the tower's names."""
+    stored = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("vision_model."): tensor for name, tensor in stored.items()}
     edit(tensors)
     save_file(tensors, folder / "model.safetensors")
 
