@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
     device = pick_device()
     prepare_backend(device)
     torch.manual_seed(arguments.seed)
-    folder = checkpoint_folder(find_checkpoint(arguments.checkpoint))
+    folder = checkpoint_folder(find_checkpoint(arguments.checkpoint), flag="checkpoint")
     model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
     model.cfg.lm_tokenizer = arguments.lm_tokenizer or model.cfg.lm_tokenizer
     tokenizer = get_tokenizer(model.cfg, None if arguments.lm_tokenizer else folder)
@@ -70,4 +70,5 @@ if __name__ == "__main__":
     try:
         main(parse_arguments())
     except (ValueError, OSError) as error:  # a checkpoint or an image that cannot be read, an unreachable hub
-        sys.exit(f"generate.py: error: {error}")
+        print(f"generate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

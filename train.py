@@ -144,13 +144,17 @@ def prepare(settings: Settings, folder: Path) -> Run:
 
 def announce(settings: Settings) -> None:
     """The first line: what runs, and what the real thing would be."""
+    data = settings.train.train_dataset_path
     if settings.recipe.name == "quickstart.yaml":
         print(
-            "Recipe configs/quickstart.yaml (the default): a small model from scratch on easy-VQA. The real thing: "
+            f"Recipe configs/quickstart.yaml (the default): a small model from scratch, data {data}. The real thing: "
             "python train.py --config configs/table10_nanovlm.yaml --enable_grades"
         )
     else:
-        print(f"Recipe {settings.recipe}")
+        print(f"Recipe {settings.recipe}, data {data}")
+    ignored = sorted(settings.given & {field.name for field in dataclasses.fields(settings.grades)})
+    if ignored and not settings.train.enable_grades:
+        print(f"Without --enable_grades these flags do nothing: {', '.join(f'--{name}' for name in ignored)}")
 
 
 def build_model(settings: Settings) -> tuple[VisionLanguageModel, Path | None]:
@@ -195,6 +199,9 @@ def load_data(settings: Settings, rows, checkpoint: Path | None) -> Data:
 def describe(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     run.log.say(f"{parameters:,} parameters on {run.device.type}; run folder {run.folder}")
+    data = {"training": run.data.train_rows, "validation": run.data.val_rows, "test": run.data.test_rows}
+    counts = (f"{len(rows):,} {name}" for name, rows in data.items() if hasattr(rows, "__len__"))
+    run.log.say("rows: " + (", ".join(counts) or "a stream"))
     if run.monitor is not None:
         towers = [component.tower for component in run.monitor.components]
         run.log.say(

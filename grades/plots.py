@@ -89,7 +89,8 @@ def freezing(history: dict[str, Any]) -> Any:
         image = _draw_map(axis, history, tower)
     bar = bottom.colorbar(image, ax=list(axes), fraction=0.04, pad=0.02)
     bar.set_label("optimizer step of freezing")
-    bottom.supxlabel("grey: trained to the end", fontsize=9)
+    if len(history["events"]) < len(history["components"]):
+        bottom.supxlabel("grey: trained to the end", fontsize=9)
     return figure
 
 

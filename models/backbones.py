@@ -101,9 +101,12 @@ def load_language_backbone(lm: LanguageModel) -> LanguageModel:
     return lm
 
 
-def checkpoint_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a nanoVLM checkpoint: `path` itself if it is a local folder, else a snapshot of that hub id."""
-    return _backbone_folder(str(path), "vlm_checkpoint_path", WEIGHT_FILES + TOKENIZER_FILES, revision)
+def checkpoint_folder(path: str | Path, revision: str | None = None, flag: str = "vlm_checkpoint_path") -> Path:
+    """The folder of a nanoVLM checkpoint: `path` itself if it is a local folder, else a snapshot of that hub id.
+
+    flag: what an error names.
+    """
+    return _backbone_folder(str(path), flag, WEIGHT_FILES + TOKENIZER_FILES, revision)
 
 
 def load_vlm_weights(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
@@ -166,10 +169,12 @@ def _backbone_folder(name: str, flag: str, patterns: list[str], revision: str | 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
+        takers = "--checkpoint accepts"
+        if flag != "checkpoint":
+            takers = "--vit_model_type, --lm_model_type, --lm_tokenizer and --vlm_checkpoint_path accept"
         raise BackboneUnavailable(
             f"--{flag} {name}: no such local folder, and the hub could not be reached or does not have it "
-            f"({_first_line(reason)}); --vit_model_type, --lm_model_type, --lm_tokenizer and --vlm_checkpoint_path "
-            "accept a local folder"
+            f"({_first_line(reason)}); {takers} a local folder"
         ) from reason
 
 

@@ -55,6 +55,7 @@ def test_every_field_is_a_flag_with_dashes_too_and_has_help(capsys):
         assert f"--{name}" in text
         assert f"--{name.replace('_', '-')}" in text
         assert len(field.metadata["help"]) > 10
+    assert "(default: 0.94)" in text  # the recipe's image_mean, not the class's
     assert parse_arguments(["--vision-tau", "0.5", "--enable-grades"]).grades.vision_tau == 0.5
 
 

@@ -141,13 +141,15 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
     parser = Parser(
         prog="train.py",
         description="Train a nanoVLM; --enable_grades freezes each weight matrix when it has converged. Booleans are "
-        "switched by --x, --x false and --no_x; every flag may be written with dashes.",
+        "switched by --x, --x false and --no_x; every flag may be written with dashes. The defaults are the recipe's.",
+        usage="train.py [--config RECIPE] [--enable_grades] [--FLAG VALUE ...]",
     )
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        parser.exit()
     try:
         recipe = _recipe_of(argv)
+        if {"-h", "--help"} & set(argv):
+            parser.set_defaults(**vars(parser.parse_known_args(recipe_as_flags(recipe))[0]))
+            parser.print_help()
+            parser.exit()
         *configs, _, unknown = parser.parse_args_into_dataclasses(
             [*recipe_as_flags(recipe), *argv], return_remaining_strings=True, look_for_args_file=False
         )
