@@ -57,7 +57,7 @@ def test_grades_needs_torch_alone():
 
 def test_the_configuration_loads_without_torch():
     code = "import sys; sys.modules['torch'] = None; import models.config, grades; grades.GradESConfig().validate()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_code_keeps_to_its_sizes():
