@@ -149,11 +149,11 @@ class VisionLanguageModel(nn.Module):
         (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n")
         save_model(self, str(folder / "model.safetensors"))
 
-    def push_to_hub(self, repo_id: str, private: bool = False) -> None:
-        """Upload weights, config and a model card to the hub repository, made if need be."""
+    def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> None:
+        """Upload weights, config and a model card to the hub repository (default cfg.hf_repo_name), made if need be."""
         from models.backbones import push_folder
 
-        push_folder(self.save_pretrained, repo_id, private)
+        push_folder(self.save_pretrained, repo_id or self.cfg.hf_repo_name, private)
 
 
 def _stack_images(images) -> torch.Tensor | None:
