@@ -8,24 +8,45 @@
         if monitor.after_step(step):  # measures, freezes what has converged; True: enough is frozen
             break
 
-Needs torch alone; pictures need matplotlib.
+With transformers' Trainer: `callbacks=[GradEarlyStoppingCallback(GradEarlyStoppingConfig(tau=0.02))]`.
+
+Needs torch alone; pictures need matplotlib, the callbacks transformers.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig
 from grades.config import GradESConfig
+from grades.paper import presets
 
 if TYPE_CHECKING:
+    from grades.callback import GradEarlyStoppingCallback, VLMGradEarlyStoppingCallback
     from grades.components import Component, find_components
     from grades.monitor import GradESMonitor
 
-__all__ = ["Component", "GradESConfig", "GradESMonitor", "find_components"]
+__all__ = [
+    "Component",
+    "GradESConfig",
+    "GradESMonitor",
+    "GradEarlyStoppingCallback",
+    "GradEarlyStoppingConfig",
+    "VLMGradEarlyStoppingCallback",
+    "VLMGradEarlyStoppingConfig",
+    "find_components",
+    "presets",
+]
 
-_HOMES = {"Component": "components", "find_components": "components", "GradESMonitor": "monitor"}
+_HOMES = {
+    "Component": "components",
+    "find_components": "components",
+    "GradESMonitor": "monitor",
+    "GradEarlyStoppingCallback": "callback",
+    "VLMGradEarlyStoppingCallback": "callback",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs torch on first use, so that the configuration alone is quick to import."""
+    """Load what needs torch or transformers on first use, so that the configuration alone is quick to import."""
     if name not in _HOMES:
         raise AttributeError(f"module 'grades' has no attribute {name!r}")
     from importlib import import_module

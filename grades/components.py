@@ -1,16 +1,33 @@
-"""Which matrices are watched. A component is one projection matrix: its module's weight and, where it has one, bias."""
+"""Which matrices are watched: the projection matrices of a transformer's blocks, whatever library built the model.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A component is one matrix and its bias: the weight of a linear, a stack of experts, or the adapter of one of these.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch.nn as nn
 
 TOWERS = ("vision", "language")
-# Parts of a module's path that tell which tower it belongs to; what is neither vision nor projector is language.
-VISION_NAMES = {"vision_encoder", "vision_tower", "vision_model", "visual"}
-PROJECTOR_NAMES = {"MP", "multi_modal_projector", "connector", "merger", "projector"}
-# What DDP and torch.compile put into the names of the modules they wrap.
-WRAPPER_NAMES = {"module", "_orig_mod"}
+# Words, between dots and underscores, of the path to a module. A path with a word of NEITHER_WORDS leads to what joins
+# the towers or to another sense; else the first word that names a tower decides, and without one it is language.
+VISION_WORDS = {"vision", "visual", "vit", "image", "video"}
+LANGUAGE_WORDS = {"language", "text", "llm", "lm", "decoder"}
+NEITHER_WORDS = {
+    "mp", "projector", "connector", "merger", "mergers", "aligner", "resampler", "perceiver", "qformer", "audio",
+}  # fmt: skip
+# A router scores the experts for each token: a classifier, not a projection.
+ROUTER = re.compile(r"\.(\w*expert_)?gate(\.|$)|[._]router([._]|$)")
+# What DDP, torch.compile, activation checkpointing and peft put into the paths of what they wrap.
+WRAPPER = re.compile(
+    r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|base_model\.model|base_layer|modules_to_save\.[^.]+)(?=\.|$)"
+)
+# GPT-2, LLaMA, BLIP and their like call it attn, self_attn, attention; nn.TransformerEncoderLayer too.
+ATTENTION = re.compile(r"attn|attention")
+LISTED_LINEARS = 30  # how many names an error holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,33 +36,132 @@ class Component:
 
     name: str  # dotted path of the module, without the names of wrappers
     tower: str  # "vision" or "language"
-    kind: str  # last part of the name: q_proj, fc1 ...
+    kind: str  # last part of the name: q_proj, fc1 ...; the path in the block where that has several of them
     layer: int  # index of its block
-    weight: nn.Parameter  # [out, in]
-    parameters: tuple[nn.Parameter, ...]  # the weight and, where there is one, the bias
+    weights: tuple[nn.Parameter, ...]  # what is measured: a matrix or a stack [experts, ., .]; an adapter's pair (A, B)
+    parameters: tuple[nn.Parameter, ...]  # what freezes: the weights and, where there is one, the bias
+
+    @property
+    def elements(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+    @property
+    def part(self) -> str:
+        """ "attention" or "mlp": the part of the block that it belongs to."""
+        return "attention" if ATTENTION.search(self.name) else "mlp"
 
 
 def find_components(model: nn.Module, targets: Sequence[str] = ()) -> list[Component]:
-    """Every trainable projection matrix of the model's repeated blocks, in the order of the forward pass by name.
+    """Every trainable projection matrix of the model's repeated blocks, once, in the order of its modules.
 
-    Norms, embeddings, the patch convolution, heads and the modality projector are none. targets: only those whose
-    name contains one of these. Raises ValueError where nothing is found.
+    Linears, GPT-2's Conv1D, the fused input projection of nn.MultiheadAttention, and experts that are stacked in one
+    parameter [E, ., .]. Norms, embeddings, convolutions, heads, routers, what joins the towers and audio towers are
+    none. A module with trainable LoRA adapters (peft) is one component: their matrices A and B, adapter by adapter.
+    targets: only those whose name contains one of these. Raises ValueError where nothing is found.
     """
-    found, linears = [], []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        parts = [part for part in path.split(".") if part not in WRAPPER_NAMES]
-        name = ".".join(parts)
-        linears.append(name)
-        layers = [int(part) for part in parts[:-1] if part.isdigit()]
+    found: list[Component] = []
+    seen: set[nn.Parameter] = set()
+    for name, weights, others in _matrices(model):
+        *path, kind = name.split(".")
+        layers = [int(part) for part in path if part.isdigit()]
+        tower = tower_of(name)
         wanted = not targets or any(target in name for target in targets)
-        if not layers or not wanted or not module.weight.requires_grad or PROJECTOR_NAMES & set(parts):
-            continue
-        tower = "vision" if VISION_NAMES & set(parts) else "language"
-        weight, *bias = module.parameters(recurse=False)
-        found.append(Component(name, tower, parts[-1], layers[-1], weight, (weight, *bias)))
+        if layers and tower and wanted and weights[0] not in seen and not ROUTER.search(name):
+            seen.add(weights[0])
+            found.append(Component(name, tower, kind, layers[0], weights, (*weights, *others)))
     if not found:
         wish = f" whose name contains one of {', '.join(targets)}" if targets else ""
-        raise ValueError(f"no trainable projection matrix{wish}; the model's linear modules are: {', '.join(linears)}")
-    return found
+        raise ValueError(f"no trainable projection matrix{wish}; the model's linear modules are: {_linears(model)}")
+    return _tell_kinds_apart(found)
+
+
+# Name, what is measured, what else freezes.
+Matrix = tuple[str, tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]
+
+
+def _matrices(model: nn.Module) -> Iterator[Matrix]:
+    """The trainable matrices of the whole model."""
+    done: set[nn.Module] = set()  # inside an adapted module: its adapters and the base, which is never a component
+    for path, module in model.named_modules():
+        name = clean_name(path)
+        if _is_lora(module):
+            done.update(part for part in module.modules() if not _is_lora(part))
+            yield from _adapter(name, module)
+        elif module not in done:
+            yield from _own_matrices(name, module)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Whether this is peft's wrapper of an adapted module; told by its structure, so that peft need not be there."""
+    return all(isinstance(getattr(module, side, None), nn.ModuleDict) for side in ("lora_A", "lora_B"))
+
+
+def _adapter(name: str, module: Any) -> Iterator[Matrix]:
+    """The trainable adapters of a module; with them freeze DoRA's magnitude and a trainable bias."""
+    pairs = [side[adapter].weight for adapter in module.lora_A for side in (module.lora_A, module.lora_B)]
+    weights = tuple(weight for weight in pairs if _is_trainable(weight) and weight.dim() == 2)
+    others = [p for child, part in module.named_children() if child != "base_layer" for p in part.parameters()]
+    others.append(getattr(module.base_layer, "bias", None))
+    if weights:
+        # An adapter of a bare parameter knows its name; those of several parameters of a module lie in one another.
+        parameter = getattr(module, "parameter_name", "weight")
+        name = name if parameter == "weight" else f"{name}.{parameter}"
+        yield name, weights, tuple(p for p in others if _is_trainable(p) and p not in set(weights))
+
+
+def _own_matrices(name: str, module: nn.Module) -> Iterator[Matrix]:
+    """The trainable matrices that the module itself holds: one of a linear, several of a stack of experts."""
+    own = {key: p for key, p in module.named_parameters(recurse=False) if _is_trainable(p)}
+    # Experts are stacked in modules that tell so in their own or in their class's name.
+    experts = "expert" in f"{name} {type(module).__name__}".lower()
+    for key, weight in own.items():
+        if (
+            (key == "weight" and weight.dim() == 2 and _is_linear(module))
+            or (key.endswith("proj_weight") and isinstance(module, nn.MultiheadAttention))
+            or (weight.dim() == 3 and experts)
+        ):
+            stem = key.removesuffix("weight").rstrip("_")
+            bias = own.get(f"{stem}_bias" if stem else "bias")
+            yield f"{name}.{stem}".rstrip("."), (weight,), () if bias is None else (bias,)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D is a linear with weight [in, out]; known by its name, as this library needs torch alone.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_trainable(parameter: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
+    """Quantized weights never are: integers cannot require a gradient."""
+    return parameter is not None and parameter.requires_grad
+
+
+def clean_name(path: str) -> str:
+    """The dotted path of a module without the names of wrappers."""
+    return WRAPPER.sub("", path).strip(".")
+
+
+def tower_of(name: str) -> str | None:
+    """The tower that a module or parameter of this name belongs to; None for what joins the towers and for audio."""
+    words = re.split(r"[._]", name.lower())
+    if NEITHER_WORDS & set(words):
+        return None
+    named = [word for word in words if word in VISION_WORDS | LANGUAGE_WORDS]
+    return "vision" if named and named[0] in VISION_WORDS else "language"
+
+
+def _tell_kinds_apart(components: list[Component]) -> list[Component]:
+    """Where a block has several matrices of one kind (GPT-2: attn.c_proj, mlp.c_proj), the kind is the path in it."""
+    counts = Counter((c.tower, c.layer, c.kind) for c in components)
+    shared = {(tower, kind) for (tower, _, kind), count in counts.items() if count > 1}
+    return [
+        replace(c, kind=re.split(r"\.?\b\d+\.", c.name, maxsplit=1)[1]) if (c.tower, c.kind) in shared else c
+        for c in components
+    ]
+
+
+def _linears(model: nn.Module) -> str:
+    """The names of the model's linear modules, * for the index of a block; the first few of very many."""
+    paths = (clean_name(path) for path, module in model.named_modules() if _is_linear(module))
+    names = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", path) for path in paths))
+    rest = len(names) - LISTED_LINEARS
+    return ", ".join(names[:LISTED_LINEARS]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,27 +1,243 @@
-"""What a freeze means for the weight and for the optimizer."""
+"""What a freeze means for the weights, for the optimizer and for the part of the model before them."""
 
-from collections.abc import Iterable
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn as nn
 
-from grades.components import Component
+from grades import compiled, policy
+from grades.components import Component, clean_name, tower_of
+
+# Words of names of what comes after the blocks, though some models define it before them (OPT's final_layer_norm).
+COMES_LAST = re.compile(r"(^|[._])(final|post|out)([._]|$)")
 
 
-def freeze(components: Iterable[Component], optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Stop the components for good; returns the bytes of gradients and optimizer state that this frees.
+class Freezer:
+    """Makes decisions real. A component that was decided on never moves again; what it saves comes with `apply`.
 
-    To be called between two optimizer steps, never between backward and step.
+    Applying flips requires_grad, which a plain model notices at once. A compiled model compiles anew and a
+    distributed one is wrapped anew, so there decisions wait for one of few rounds, their gradients being dropped
+    before the optimizer sees them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Sequence[Component],
+        optimizer: torch.optim.Optimizer | None,
+        prefix: bool = True,
+        rounds: int = 8,
+        on_round: Callable[[], None] | None = None,
+    ) -> None:
+        """on_round: called after requires_grad has changed, to wrap a distributed model anew."""
+        self.model, self.components, self.optimizer = model, components, optimizer
+        self.by_name = {component.name: component for component in components}
+        self.prefix = prefix
+        self.rounds = rounds
+        self.on_round = on_round
+        self.decided: set[str] = set()
+        self.applied: set[str] = set()
+        self.rounds_done = 0
+        self.freed_bytes = 0
+        self.prefix_parameters: list[nn.Parameter] = []  # frozen for lying before the first unfrozen matrix
+        self.cuts: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether decisions wait for a round."""
+        return compiled.has_compiled(self.model) or self.on_round is not None
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Decide: these stop now. To be called between two optimizer steps, when gradients are cleared."""
+        names = list(names)
+        self.decided |= set(names)
+        self.freed_bytes += release((p for name in names for p in self.by_name[name].parameters), self.optimizer)
+        if names and (not self.waits or self._round_number() > self.rounds_done):
+            self.apply()
+
+    def _round_number(self) -> int:
+        return policy.round_number(len(self.decided), len(self.components), self.rounds)
+
+    def drop_gradients(self) -> None:
+        """After the backward pass: what was decided but not applied gets no update."""
+        for name in self.decided - self.applied:
+            for parameter in self.by_name[name].parameters:
+                parameter.grad = None
+
+    def apply(self) -> None:
+        """Flip requires_grad of what was decided, compiled blocks keeping to few patterns; and of the prefix."""
+        self.rounds_done = self._round_number()
+        is_compiled = compiled.has_compiled(self.model)
+        flipped = compiled.flippable(self.model, self.components, self.decided) if is_compiled else set(self.decided)
+        for name in self.applied ^ flipped:
+            for parameter in self.by_name[name].parameters:
+                parameter.requires_grad_(name not in flipped)
+        self.applied = flipped
+        if self.prefix:
+            self._freeze_prefix()
+        if is_compiled:
+            compiled.restart()
+        if self.on_round is not None:
+            self.on_round()
+
+    def thaw(self, names: Iterable[str]) -> None:
+        """Let frozen components train again, from fresh optimizer state."""
+        names = set(names)
+        self.decided -= names
+        self.applied -= names
+        for name in names:
+            for parameter in self.by_name[name].parameters:
+                parameter.requires_grad_(True)
+        for parameter in self.prefix_parameters:
+            parameter.requires_grad_(True)
+        for cut in self.cuts:
+            cut.remove()
+        self.prefix_parameters, self.cuts = [], []
+        if self.prefix:
+            self._freeze_prefix()
+        if self.on_round is not None:
+            self.on_round()
+
+    def begin_probe(self) -> None:
+        """Let the next backward pass make the gradients of what is frozen."""
+        for name in self.applied:
+            for weight in self.by_name[name].weights:
+                weight.requires_grad_(True)
+
+    def end_probe(self) -> None:
+        """After that pass: the gradients were looked at, and go before anything uses them."""
+        for name in self.applied:
+            for weight in self.by_name[name].weights:
+                weight.grad = None
+                weight.requires_grad_(False)
+
+    def _freeze_prefix(self) -> None:
+        parameters, shared = frozen_prefix(self.model, self.components)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self.freed_bytes += release(parameters, self.optimizer)
+        self.prefix_parameters += parameters
+        if not self.cuts:
+            self.cuts = [module.register_forward_hook(_detach_output) for module in shared]
+
+    def state_dict(self) -> dict:
+        return {
+            "decided": sorted(self.decided),
+            "applied": sorted(self.applied),
+            "rounds_done": self.rounds_done,
+            "freed_bytes": self.freed_bytes,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """What was frozen is frozen again at once, before a model is wrapped or compiled."""
+        freed = state["freed_bytes"]
+        self.decided = set(state["applied"])
+        release((p for name in state["decided"] for p in self.by_name[name].parameters), self.optimizer)
+        if self.decided:
+            self.apply()
+        self.decided = set(state["decided"])
+        self.rounds_done, self.freed_bytes = state["rounds_done"], freed
+
+
+def release(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> int:
+    """Free the gradients and the optimizer's state of the parameters; returns the bytes.
+
     The parameters stay in the optimizer's groups, where they are skipped for want of a gradient, weight decay
     included: the groups of a saved optimizer fit again at the next start.
     """
     freed = 0
-    for component in components:
-        for parameter in component.parameters:
-            if parameter.grad is not None:
-                freed += parameter.grad.nbytes
-            if optimizer is not None:
-                state = optimizer.state.pop(parameter, {})
-                freed += sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
-            parameter.requires_grad_(False)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            freed += parameter.grad.nbytes
             parameter.grad = None
+        if optimizer is not None:
+            state = optimizer.state.pop(parameter, {})
+            freed += sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
     return freed
+
+
+def frozen_prefix(model: nn.Module, components: Sequence[Component]) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """What lies before the first trainable matrix of each tower: parameters to freeze, and modules to cut off.
+
+    A block is passed when no matrix in it trains. The vision tower has nothing before it; the language tower is passed
+    only where neither the vision tower nor the projector trains. What a passed block holds besides (norms) and what
+    lies before the blocks (embeddings, patch convolution) freezes; with its last block the whole vision tower does,
+    unless a matrix after the blocks trains.
+    An embedding whose weight is also the head's goes on training there; its module's output is to be cut off instead.
+    """
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    owners = _owners(model)
+    parameters: list[nn.Parameter] = []
+    shared: list[nn.Module] = []
+    for tower in ("vision", "language"):
+        stacks = {_stack_of(component) for component in components if component.tower == tower}
+        if len(stacks) != 1 or (tower == "language" and _trains_before_language(model, parameters)):
+            continue  # a tower that is not one row of blocks has no prefix that could be told
+        (stack,) = stacks
+        root = _root_of(stack, tower)
+        for name, parameter in _leading(modules[root], root, modules[stack], tower):
+            if len(owners[parameter]) > 1:
+                shared.append(modules[root].get_submodule(name.rpartition(".")[0]))
+            else:
+                parameters.append(parameter)
+    return parameters, shared
+
+
+def _stack_of(component: Component) -> str:
+    """The path of the list of blocks that the component is in."""
+    return re.split(r"\.\d+\.", component.name, maxsplit=1)[0]
+
+
+def _root_of(stack: str, tower: str) -> str:
+    """Path of the module that runs the tower: the outermost of its name; of a language model what holds the blocks."""
+    parts = stack.split(".")
+    if tower == "vision":
+        return next(root for i in range(len(parts)) if tower_of(root := ".".join(parts[: i + 1])) == "vision")
+    return ".".join(parts[:-1])
+
+
+def _leading(root: nn.Module, path: str, stack: nn.Module, tower: str) -> list[tuple[str, nn.Parameter]]:
+    """The tower's trainable parameters before its first block with a trainable matrix, in the order of the modules.
+
+    path: of the root. Those of the whole vision tower where no matrix trains in it.
+    """
+    blocks = list(stack.children())
+    passed = list(itertools.takewhile(lambda block: not any(_trains_as_matrix(p) for p in block.parameters()), blocks))
+    if not passed:
+        return []
+    in_blocks = {p for block in blocks for p in block.parameters()}
+    in_passed = {p for block in passed for p in block.parameters()}
+    first = next(p for p in root.parameters() if p in in_blocks)
+    before = set(itertools.takewhile(lambda p: p is not first, root.parameters()))
+    # A projector that lives inside the vision tower is not of the tower.
+    own = {name: p for name, p in root.named_parameters() if p.requires_grad and tower_of(f"{path}.{name}") == tower}
+    leading = {name: p for name, p in own.items() if p in in_passed or (p in before and not COMES_LAST.search(name))}
+    whole = tower == "vision" and not any(_trains_as_matrix(own[name]) for name in own.keys() - leading.keys())
+    return list((own if whole else leading).items())
+
+
+def _trains_as_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.dim() >= 2
+
+
+def _trains_before_language(model: nn.Module, about_to_freeze: Sequence[nn.Parameter]) -> bool:
+    frozen = set(about_to_freeze)
+    return any(
+        p.requires_grad and p not in frozen and tower_of(clean_name(name)) != "language"
+        for name, p in model.named_parameters()
+    )
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """The modules that hold each parameter: a tied embedding has two."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    return owners
+
+
+def _detach_output(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.detach()

@@ -1,58 +1,326 @@
-"""What is measured of a component. A number that was not measured is None, never 0.0."""
+"""What is measured of a component. A number that was not measured is None, never 0.0.
 
+Each metric is an element-wise L1 sum in float32, over a component's weights (one matrix, or the pair of an adapter).
+All of a check's sums are made on the device and fetched together: one host synchronisation a check.
+"""
+
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from grades.components import Component
 
 # Elements that are worked on at a time: on a CPU so few that they stay in the cache from the first operation to the
-# last, so that each weight and each snapshot comes from memory once; on a GPU so many that launches do not count.
-CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}
+# last, so that each tensor comes from memory once; on a GPU so many that launches do not count.
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+# A sample is made of runs of this many neighbouring elements: one cache line of float32, the least that memory gives.
+RUN_ELEMENTS = 16
+# Sampling less than this of a matrix would save nothing and cost precision.
+MIN_SAMPLE_ELEMENTS = 4096
 
 
-class WeightChange:
-    """sum |W_t - W_s| in float32, s the previous check: the metric of the authors' nanoVLM runs.
+class Metric:
+    """Gives each component a number; see the subclasses.
 
-    Holds one copy of every watched weight; `forget` frees it.
+    The monitor calls `after_backward` in every step, when the gradients are whole and not yet clipped, and `measure`
+    after the optimizer step where a check is due. `forget` frees what is held for components that were frozen.
     """
 
-    def __init__(self) -> None:
-        self.snapshots: dict[str, torch.Tensor] = {}
+    reads_gradients = False
+    first_check = 1  # which check gives the first number
 
-    @torch.no_grad()
-    def measure(self, components: Sequence[Component]) -> list[float | None]:
-        """One number a component, None where it is not known. Waits for the device once.
+    def __init__(self, sample: int = 1) -> None:
+        self.reader = Sampled(sample) if sample > 1 else Exact()
+        self.kept: dict[str, list[torch.Tensor]] = {}  # by component: what its weights are compared with next time
 
-        None at the first visit, and where the weight is what it was to the last bit: no update reached it (steps
-        without an image leave the vision tower alone), so nothing was measured of its convergence.
-        """
-        known = [component for component in components if component.name in self.snapshots]
-        sums = [_change_and_update(component.weight, self.snapshots[component.name]) for component in known]
-        for component in components:
-            if component.name not in self.snapshots:
-                self.snapshots[component.name] = component.weight.detach().clone()
-        values = [value or None for value in torch.stack(sums).tolist()] if sums else []
-        by_name = dict(zip((component.name for component in known), values, strict=True))
-        return [by_name.get(component.name) for component in components]
+    def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
+        """check: whether this step ends with a check; check_is_next: whether the step after it does."""
+
+    def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
+        """One number a component, None where it is not known. Waits for the device once."""
+        raise AssertionError("a subclass measures")
 
     def forget(self, names: Iterable[str]) -> None:
         for name in names:
-            self.snapshots.pop(name, None)
+            self.kept.pop(name, None)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self.snapshots)
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": dict(self.kept)}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], components: Sequence[Component]) -> None:
-        devices = {component.name: component.weight.device for component in components}
-        self.snapshots = {name: tensor.to(devices[name], copy=True) for name, tensor in state.items()}
+    def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
+        devices = {component.name: component.weights[0].device for component in components}
+        self.kept = {name: [t.to(devices[name], copy=True) for t in kept] for name, kept in state["kept"].items()}
 
 
-def _change_and_update(weight: torch.Tensor, snapshot: torch.Tensor) -> torch.Tensor:
-    """The sum of |weight - snapshot|, a float32 scalar; then the snapshot is the weight."""
-    chunk = CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cuda"])
-    total = torch.zeros((), device=weight.device)
-    for new, old in zip(weight.detach().flatten().split(chunk), snapshot.view(-1).split(chunk), strict=True):
-        total += (new.float() - old).abs_().sum()
+class WeightChange(Metric):
+    """sum |W_t - W_s|, s the previous check: the metric of the authors' nanoVLM runs and of their package."""
+
+    first_check = 2
+
+    @torch.no_grad()
+    def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
+        """None at the first visit, and where the weight is what it was to the last bit: no update reached it (steps
+        without an image leave the vision tower alone), so nothing was measured of its convergence.
+        """
+        known = [component for component in components if component.name in self.kept]
+        weights = [weight for component in known for weight in component.weights]
+        sums = self.reader.change(weights, [kept for component in known for kept in self.kept[component.name]])
+        for component in components:
+            if component.name not in self.kept:
+                self.kept[component.name] = self.reader.copy(component.weights)
+        return fetch(sums, known, components)
+
+
+class GradientNorm(Metric):
+    """sum |g_t|, g the accumulated gradient before clipping: the paper's version 1 and, over A and B, its Eq. 3."""
+
+    reads_gradients = True
+
+    def __init__(self, sample: int = 1) -> None:
+        super().__init__(sample)
+        self.measured: list[Component] = []  # in the step under way
+        self.sums = torch.empty(0)  # a number for each of their weights
+
+    @torch.no_grad()
+    def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
+        if check:
+            self.measured = [component for component in components if gradients_of(component)]
+            self.sums = self.reader.norm([g for component in self.measured for g in gradients_of(component)])
+
+    def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
+        """None where the step made no gradient."""
+        return fetch(self.sums, self.measured, components)
+
+
+class GradientChange(GradientNorm):
+    """sum |g_t - g_(t-1)|, g the accumulated gradient before clipping: the paper's Eq. 1, Algorithm 1.
+
+    Holds the gradients from the step before a check until the check: of all steps only at a compute_interval of 1.
+    """
+
+    first_check = 2  # at a compute_interval above 1 the first
+
+    @torch.no_grad()
+    def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
+        if not check and not check_is_next:
+            return
+        present = [component for component in components if gradients_of(component)]
+        if check:
+            self.measured = [component for component in present if component.name in self.kept]
+            gradients = [g for component in self.measured for g in gradients_of(component)]
+            self.sums = self.reader.change(gradients, [k for c in self.measured for k in self.kept[c.name]])
+        if check_is_next:  # where there was a comparison the kept gradient has become this step's
+            compared = {component.name for component in self.measured} if check else set()
+            self.kept = {
+                c.name: self.kept[c.name] if c.name in compared else self.reader.copy(gradients_of(c)) for c in present
+            }
+        else:
+            self.kept = {}
+
+
+class Drift(Metric):
+    """How far the weight got over the last WINDOW checks against how far it went: not in the paper.
+
+    sqrt(WINDOW) * sum |W_t - W_(t-WINDOW)| / sum over the checks between of sum |W_s - W_(s-1)|. A weight that goes
+    straight on has sqrt(WINDOW), one whose steps are a random walk has 1, and one that wanders about a minimum falls
+    below 1. Neither the size of the matrix nor the learning rate is in it, so that one tau serves every matrix of
+    every model: a weight that is merely slowed down by the schedule still drifts.
+
+    Held are WINDOW samples of 1/WINDOW of the elements: as much as one snapshot.
+    """
+
+    WINDOW = 16
+    first_check = WINDOW + 1
+
+    def __init__(self, sample: int = 1) -> None:
+        super().__init__(max(sample, self.WINDOW))
+        self.lengths: dict[str, list[float]] = {}  # by component: of the steps from sample to sample
+
+    @torch.no_grad()
+    def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
+        """None until WINDOW checks have gone by, and where no update reached the weight in them."""
+        now = {c.name: torch.cat([x.flatten() for x in self.reader.copy(c.weights)]) for c in components}
+        known = [c for c in components if c.name in self.kept]
+        whole = [c for c in known if len(self.kept[c.name]) == self.WINDOW]
+        last = [_distance(now[c.name], self.kept[c.name][-1]) for c in known]
+        first = [_distance(now[c.name], self.kept[c.name][0]) for c in whole]
+        values = _reduce_shards(stack(last + first), [c.weights[0] for c in known + whole]).tolist()
+        for component, length in zip(known, values, strict=False):
+            self.lengths[component.name] = [*self.lengths.get(component.name, []), length][-self.WINDOW :]
+        for name, sample in now.items():
+            self.kept[name] = [*self.kept.get(name, []), sample][-self.WINDOW :]
+        net = dict(zip((c.name for c in whole), values[len(known) :], strict=True))
+        return {c.name: self._drift(c.name, net.get(c.name)) for c in components}
+
+    def _drift(self, name: str, net: float | None) -> float | None:
+        path = sum(self.lengths.get(name, []))
+        return None if net is None or path == 0 else self.WINDOW**0.5 * net / path
+
+    def forget(self, names: Iterable[str]) -> None:
+        names = list(names)
+        super().forget(names)
+        for name in names:
+            self.lengths.pop(name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"lengths": dict(self.lengths)}
+
+    def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
+        super().load_state_dict(state, components)
+        self.lengths = dict(state["lengths"])
+
+
+METRICS: dict[str, type[Metric]] = {
+    "weight_change": WeightChange,
+    "gradient_change": GradientChange,
+    "gradient_norm": GradientNorm,
+    "drift": Drift,
+}
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.float() - b).abs_().sum()
+
+
+def gradients_of(component: Component) -> list[torch.Tensor]:
+    """The gradients of the component's weights; empty where one has none."""
+    gradients = [weight.grad for weight in component.weights if weight.grad is not None]
+    return gradients if len(gradients) == len(component.weights) else []
+
+
+class Exact:
+    """L1 sums over all elements of each tensor: float32, one number a tensor, left on the device."""
+
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [local(x).detach().clone(memory_format=torch.contiguous_format) for x in tensors]
+
+    def change(self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sums of |x - kept|; then kept is x."""
+        return stack([_change(local(x).detach().flatten(), old.view(-1)) for x, old in zip(tensors, kept, strict=True)])
+
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sums of |x|."""
+        return stack([_norm(local(x).detach().flatten()) for x in tensors])
+
+
+def _change(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    chunk = _chunk_elements(kept)
+    total = torch.zeros((), device=kept.device)
+    for new, old in zip(x.split(chunk), kept.split(chunk), strict=True):
+        # In place: a buffer for the differences would go through the cache besides.
+        total += old.sub_(new).abs_().sum() if old.dtype == torch.float32 else (new.float() - old).abs_().sum()
         old.copy_(new)
     return total
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    if x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+    # PyTorch's L1 norm is three times as slow on a CPU as abs and sum in a buffer that stays in the cache.
+    chunk = min(_chunk_elements(x), x.numel())
+    buffer, total = torch.empty(chunk, dtype=x.dtype), torch.zeros(())
+    for piece in x.split(chunk):
+        total += torch.abs(piece, out=buffer[: piece.numel()]).sum(dtype=torch.float32)
+    return total
+
+
+class Sampled(Exact):
+    """The same over a sample of 1/N of the elements, scaled up to all of them.
+
+    A matrix lies in memory as runs of RUN_ELEMENTS; the sample is one run at a random place of each of as many equal
+    stretches of them, so that each run is as likely as any other. A stride instead would meet the same columns again
+    and again wherever it and the row length have a common divisor, and columns differ more than elements do.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.chosen: dict[tuple[int, torch.device], torch.Tensor] = {}  # indices of runs, by their number and device
+
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        runs = [_runs(x) for x in tensors]
+        return [x.index_select(0, self._choose(x)) for x in runs]
+
+    def change(self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        new = self.copy(tensors)
+        sums = self._scaled(
+            tensors,
+            [a.float().sub_(b) if a.dtype != torch.float32 else b.sub_(a) for a, b in zip(new, kept, strict=True)],
+        )
+        for old, fresh in zip(kept, new, strict=True):
+            old.copy_(fresh)
+        return sums
+
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._scaled(tensors, self.copy(tensors))
+
+    @staticmethod
+    def _scaled(tensors: Sequence[torch.Tensor], taken: Sequence[torch.Tensor]) -> torch.Tensor:
+        # A rank's part of a small sharded matrix may be empty.
+        factors = [local(x).numel() / max(1, part.numel()) for x, part in zip(tensors, taken, strict=True)]
+        sums = stack([part.abs_().sum(dtype=torch.float32) for part in taken])
+        return sums * torch.tensor(factors).to(sums.device, non_blocking=True)
+
+    def _choose(self, runs: torch.Tensor) -> torch.Tensor:
+        """Indices of the chosen runs [k]: the same for all matrices of as many runs, after a resume and on any rank."""
+        key = (runs.shape[0], runs.device)
+        if key not in self.chosen:
+            total, width = runs.shape
+            count = min(total, max(-(-total // self.n), MIN_SAMPLE_ELEMENTS // width))
+            generator = torch.Generator().manual_seed(total)
+            # The stretches are of total / count runs, whole or not: were they rounded, some runs would be likelier.
+            places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
+            self.chosen[key] = (places * total / count).clamp_(max=total - 1).int().to(runs.device)
+        return self.chosen[key]
+
+
+def _runs(x: torch.Tensor) -> torch.Tensor:
+    """The elements as [runs, RUN_ELEMENTS] without a last incomplete run; of small matrices as runs of one."""
+    x = local(x).detach().flatten()
+    width = RUN_ELEMENTS if x.numel() >= MIN_SAMPLE_ELEMENTS else 1
+    return x[: x.numel() // width * width].view(-1, width)
+
+
+def stack(sums: list[torch.Tensor]) -> torch.Tensor:
+    """In one tensor, though a model's layers may lie on several devices."""
+    return torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.empty(0)
+
+
+def fetch(
+    sums: torch.Tensor, measured: Sequence[Component], components: Sequence[Component]
+) -> dict[str, float | None]:
+    """sums: a number for each weight of the measured components. Their sums by component, on the host.
+
+    None for components that were not measured, are exactly 0, where nothing happened, or are not finite, as gradients
+    in float16 are at times. Sums over the shards of weights are added up over the ranks first: one reduction, one
+    host synchronisation.
+    """
+    weights = [weight for component in measured for weight in component.weights]
+    values = iter(_reduce_shards(sums, weights).tolist() if weights else [])
+    totals = {component.name: sum(next(values) for _ in component.weights) for component in measured}
+    known = {name: total for name, total in totals.items() if 0 < total < math.inf}
+    return {component.name: known.get(component.name) for component in components}
+
+
+def _reduce_shards(sums: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sums, those of sharded weights (DTensor) over all of their shards, which all lie on one mesh alike."""
+    sharded = [i for i, weight in enumerate(weights) if hasattr(weight, "placements")]
+    if not sharded:
+        return sums
+    weight: Any = weights[sharded[0]]
+    index = torch.tensor(sharded, device=sums.device)
+    part = sums.index_select(0, index)
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(part, group=weight.device_mesh.get_group(dim))
+    return sums.index_copy(0, index, part)
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor (DTensor), else the tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _chunk_elements(x: torch.Tensor) -> int:
+    return CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])

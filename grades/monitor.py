@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ import torch.nn as nn
 from grades import policy
 from grades.components import TOWERS, Component, find_components
 from grades.config import GradESConfig
-from grades.freezing import freeze
-from grades.metrics import WeightChange
+from grades.freezing import Freezer
+from grades.metrics import METRICS, GradientNorm
+from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 
-HISTORY_VERSION = 1
+HISTORY_VERSION = 2
 
 
 class GradESMonitor:
     """Watches every projection matrix of a model and freezes each one when it has converged.
 
-    Call `after_step(step)` once after each optimizer step, when the gradients are cleared. Reads weights only, so a
-    run in which nothing freezes is bit for bit the run without it.
+    In every step call `after_backward(step)` between the backward pass and the clipping of the gradient, and
+    `after_step(step)` after the optimizer step, when the gradients are cleared. A run in which nothing freezes is bit
+    for bit the run without it.
     """
 
     def __init__(
@@ -33,26 +35,36 @@ class GradESMonitor:
         optimizer: torch.optim.Optimizer | None = None,
         total_steps: int | None = None,
         log: Callable[[str], None] = print,
+        on_round: Callable[[], None] | None = None,
     ) -> None:
         """total_steps: length of the run, which the grace period is a share of; may be set later, before step 1.
 
-        optimizer: its state of frozen weights is freed. log: takes one line a freeze. Raises ValueError on impossible
-        settings and where the model has no component.
+        optimizer: its state of frozen weights is freed. log: takes one line a freeze. on_round: called after
+        requires_grad has changed, where that asks for the model to be wrapped anew (DDP). Raises ValueError on
+        impossible settings and where the model has no component.
         """
         config.validate()
         self.config = config
-        self.optimizer = optimizer
         self.log = log
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
         self.total_steps = total_steps
-        self.metric = WeightChange()
+        self.metric = METRICS[config.metric](config.monitor_sample)
+        self.scale = make_scale(config, self.components, optimizer)
+        self.freezer = Freezer(model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, on_round)
+        self.prober = GradientNorm(config.monitor_sample)
+        self.taus = resolve_taus(config, self.components)  # by name; without those that are still to be found
+        self.plan = self._replay_plan()
         self.frozen: dict[str, int] = {}  # name -> step of freezing
-        self.freed_bytes = 0
+        self.streaks: dict[str, int] = {}  # name -> checks in a row below tau
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
+        self.grace_checks: list[dict[str, Any]] = []  # the last of the grace period, where taus are to be found
         self.events: list[dict[str, Any]] = []
         self.latest: dict[str, float | None] = {}
+        self._seen_backward = False
+        if total_steps is not None:
+            self._check_grace()
 
     @property
     def grace_steps(self) -> int:
@@ -61,15 +73,36 @@ class GradESMonitor:
             raise ValueError(f"alpha {self.config.alpha}: the grace period needs the monitor's total_steps")
         return policy.grace_steps(self.config.alpha, self.total_steps or 0)
 
+    @property
+    def freed_bytes(self) -> int:
+        """Gradients and optimizer state that freezing has freed so far."""
+        return self.freezer.freed_bytes
+
+    def after_backward(self, step: int) -> None:
+        """Look at the gradients of step `step`, counted from 1: whole, averaged over ranks, not yet clipped."""
+        self._seen_backward = True
+        if self._is_probe(step):
+            self.prober.after_backward([self.by_name[name] for name in self.frozen], True, False)
+            self.freezer.end_probe()
+        self.freezer.drop_gradients()
+        self.metric.after_backward(self._live(), self._is_check(step), self._is_check(step + 1))
+
     def after_step(self, step: int) -> bool:
         """Measure and freeze after optimizer step `step`, counted from 1. True: enough is frozen, end the run."""
+        self._check_use()
         self.last_step = step
-        if policy.is_check(step, self.config.compute_interval):
+        if self._is_probe(step):
+            self._wake(step)
+        if self._is_check(step):
             self.latest = self._measure(step)
-            taus = {name: self.config.tau(self.by_name[name].tower) for name in self.latest}
-            allowed = {name: value for name, value in self.latest.items() if self._may_freeze(name)}
-            self._freeze(policy.converged(allowed, taus, step, self.grace_steps), step)
-        return self.enough_frozen()
+            if step > self.grace_steps:
+                self._judge(step)
+        if step in self.plan:
+            self._freeze(self.plan[step], step)
+        enough = self.enough_frozen()
+        if self._is_probe(step + 1) and not enough:
+            self.freezer.begin_probe()
+        return enough
 
     def enough_frozen(self) -> bool:
         return policy.enough_frozen(len(self.frozen), len(self.components), self.config.max_frozen_ratio)
@@ -80,36 +113,110 @@ class GradESMonitor:
         return sum(name in self.frozen for name in names) / len(names) if names else None
 
     def scalars(self) -> dict[str, float]:
-        """What a training log wants: the frozen shares and each tower's median metric at the last check."""
+        """What a training log wants: the frozen shares and each tower's metric at the last check."""
         found = {"grades/frozen_share": self.frozen_share()}
         for tower in TOWERS:
             found[f"grades/frozen_share_{tower}"] = self.frozen_share(tower)
             values = [v for name, v in self.latest.items() if v is not None and self.by_name[name].tower == tower]
             found[f"grades/{self.config.metric}_{tower}"] = statistics.median(values) if values else None
+            found[f"grades/{self.config.metric}_{tower}_mean"] = statistics.fmean(values) if values else None
         return {name: value for name, value in found.items() if value is not None}
 
-    def _may_freeze(self, name: str) -> bool:
-        return self.config.may_freeze(self.by_name[name].tower)
+    def _live(self) -> list[Component]:
+        return [component for component in self.components if component.name not in self.frozen]
+
+    def _is_check(self, step: int) -> bool:
+        measuring = self.config.monitor_grace or step > self.grace_steps
+        return measuring and policy.is_check(step, self.config.compute_interval)
+
+    def _is_probe(self, step: int) -> bool:
+        wanted = self.config.unfreeze_factor is not None and bool(self.frozen)
+        within = self.total_steps is None or step <= self.total_steps
+        return wanted and within and policy.is_check(step, self.config.probe_interval)
+
+    def _check_use(self) -> None:
+        """What would go wrong in silence: a gradient that nobody showed, a waiting freeze that nobody stops."""
+        if not self._seen_backward and (self.metric.reads_gradients or self.freezer.waits):
+            what = f"metric {self.config.metric}" if self.metric.reads_gradients else "a compiled or distributed model"
+            raise ValueError(f"{what} needs after_backward(step) between the backward pass and the clipping")
+        if self.config.unfreeze_factor is not None and self.freezer.waits:
+            raise ValueError("unfreeze_factor: a compiled or distributed model cannot be probed; leave it out")
+        if self.last_step == 0:
+            self._check_grace()
+
+    def _check_grace(self) -> None:
+        """Raise ValueError where a tau is auto and the grace period too short to find it in."""
+        checks, needed = self.grace_steps // self.config.compute_interval, self.metric.first_check
+        if not self.taus and self.config.replay_history is None and checks < needed:
+            raise ValueError(
+                f"--alpha {self.config.alpha}: the grace period of {self.grace_steps} steps holds {checks} checks; "
+                f"to find a tau of auto it must hold {needed} or more: raise --alpha or lower --compute_interval"
+            )
 
     def _measure(self, step: int) -> dict[str, float | None]:
-        live = [component for component in self.components if component.name not in self.frozen]
-        values = dict(zip((component.name for component in live), self.metric.measure(live), strict=True))
+        values = self.scale.apply(self.metric.measure(self._live()))
         self.checks.append({"step": step, "values": [values.get(component.name) for component in self.components]})
+        if not self.taus and step <= self.grace_steps:
+            self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
+        self._thin_checks()
         return values
 
-    def _freeze(self, names: list[str], step: int) -> None:
-        self.freed_bytes += freeze([self.by_name[name] for name in names], self.optimizer)
-        self.metric.forget(names)
+    def _thin_checks(self) -> None:
+        """Of more than history_maxlen checks keep those whose number is even; then a multiple of four, and so on."""
+        stride = 1
+        while len(self.checks) > self.config.history_maxlen:
+            stride *= 2
+            self.checks = [c for c in self.checks if c["step"] // self.config.compute_interval % stride == 0]
+
+    def _judge(self, step: int) -> None:
+        """Freeze what has converged at this check, after the grace period."""
+        if self.config.replay_history is not None:
+            return
+        self.taus = self.taus or resolve_taus(self.config, self.components, self.grace_checks)
+        judged = {name: v for name, v in self.latest.items() if self.config.may_freeze(self.by_name[name].tower)}
+        self.streaks = policy.count_below(self.streaks, judged, self.taus)
+        self._freeze(policy.converged(judged, self.streaks, self.config.patience), step)
+
+    def _freeze(self, names: Iterable[str], step: int) -> None:
+        names = [name for name in names if name not in self.frozen]
         for name in names:
             self.frozen[name] = step
-            component, value = self.by_name[name], self.latest[name]
-            tau = self.config.tau(component.tower)
+            component, value, tau = self.by_name[name], self.latest.get(name), self.taus.get(name)
             self.events.append({"step": step, "name": name, "value": value, "tau": tau})
-            self.log(f"step {step:,}: froze {name}, {value:.4g} < tau {tau:g} ({self._count(component)})")
+            why = "drawn at random" if name in self.plan.get(step, []) else f"{value:.4g} < tau {tau:.4g}"
+            self.log(f"step {step:,}: froze {name}, {why} ({self._count(component)})")
+        self.metric.forget(names)
+        self.freezer.freeze(names)
+
+    def _wake(self, step: int) -> None:
+        """Let frozen components train again whose gradient the probe of this step found too large."""
+        assert self.config.unfreeze_factor is not None
+        values = self.prober.measure([self.by_name[name] for name in self.frozen])
+        names = policy.woken(values, self.taus, self.config.unfreeze_factor)
+        for name in names:
+            del self.frozen[name]
+            self.streaks.pop(name, None)
+            value, tau = values[name], self.taus[name]
+            self.events.append({"step": step, "name": name, "value": value, "tau": tau, "unfrozen": True})
+            self.log(f"step {step:,}: unfroze {name}, gradient {value:.4g} > {self.config.unfreeze_factor:g} tau")
+        if names:
+            self.freezer.thaw(names)
 
     def _count(self, component: Component) -> str:
         tower = [other for other in self.components if other.tower == component.tower]
         return f"{component.tower} {sum(other.name in self.frozen for other in tower)}/{len(tower)}"
+
+    def _replay_plan(self) -> dict[int, list[str]]:
+        if self.config.replay_history is None:
+            return {}
+        events = json.loads(Path(self.config.replay_history).read_text())["events"]
+        towers = {component.name: component.tower for component in self.components}
+        if odd := sorted({event["name"] for event in events} - set(towers)):
+            raise ValueError(
+                f"--replay_history {self.config.replay_history}: must be of a run with the same components; "
+                f"there are none here named {', '.join(odd)}"
+            )
+        return policy.replay(events, towers, self.config.replay_seed)
 
     def history(self) -> dict[str, Any]:
         """Everything that happened, as JSON: the pictures are drawn from this alone."""
@@ -121,7 +228,8 @@ class GradESMonitor:
             "last_step": self.last_step,
             "stopped_early": self.enough_frozen(),
             "components": [
-                {"name": c.name, "tower": c.tower, "kind": c.kind, "layer": c.layer, "elements": c.weight.numel()}
+                {"name": c.name, "tower": c.tower, "kind": c.kind, "layer": c.layer, "elements": c.elements}
+                | {"tau": self.taus.get(c.name)}
                 for c in self.components
             ],
             "checks": self.checks,
@@ -140,23 +248,34 @@ class GradESMonitor:
         return {
             "components": [component.name for component in self.components],
             "frozen": dict(self.frozen),
-            "freed_bytes": self.freed_bytes,
+            "streaks": dict(self.streaks),
+            "taus": dict(self.taus),
             "last_step": self.last_step,
             "checks": list(self.checks),
+            "grace_checks": list(self.grace_checks),
             "events": list(self.events),
             "latest": dict(self.latest),
             "metric": self.metric.state_dict(),
+            "scale": self.scale.state_dict(),
+            "freezer": self.freezer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; what was frozen is frozen again at once. Raises ValueError for another model."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state; what was frozen is frozen again at once. Raises ValueError for another model.
+
+        To be called before the model is wrapped or compiled.
+        """
         names = [component.name for component in self.components]
         if state["components"] != names:
             odd = sorted(set(state["components"]) ^ set(names))
             raise ValueError(f"the saved GradES state watches other components: {', '.join(odd) or 'another order'}")
-        self.frozen = dict(state["frozen"])
-        self.freed_bytes, self.last_step = state["freed_bytes"], state["last_step"]
+        self.frozen, self.streaks, self.taus = dict(state["frozen"]), dict(state["streaks"]), dict(state["taus"])
+        self.last_step = state["last_step"]
         self.checks, self.events = list(state["checks"]), list(state["events"])
+        self.grace_checks = list(state["grace_checks"])
         self.latest = dict(state["latest"])
         self.metric.load_state_dict(state["metric"], self.components)
-        freeze([self.by_name[name] for name in self.frozen], self.optimizer)
+        self.scale.load_state_dict(state["scale"])
+        self.freezer.load_state_dict(state["freezer"])
+        if self._is_probe(self.last_step + 1):
+            self.freezer.begin_probe()

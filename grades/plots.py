@@ -4,10 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grades.policy import lasting
+
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision.
 COLORS = {"vision": "#0072B2", "language": "#D55E00"}
 NOT_FROZEN = "#E6E6E6"
-UNITS = {"weight_change": "L1 weight change since last check"}
+UNITS = {
+    "weight_change": "L1 weight change since last check",
+    "gradient_change": "L1 gradient change since last step",
+    "gradient_norm": "L1 gradient norm",
+    "drift": "drift (1: a random walk)",
+}
+MODES = {"absolute": "", "relative": " / own peak", "per_element_lr": " / (elements x sum of lr)"}
 
 
 def draw(history_path: str | Path, folder: str | Path | None = None) -> list[Path]:
@@ -31,7 +39,8 @@ def convergence(history: dict[str, Any]) -> Any:
         _draw_metric(axis, history, tower)
         axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
         axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
-        axis.set_ylabel(UNITS.get(history["config"]["metric"], history["config"]["metric"]), fontsize=8)
+        config = history["config"]
+        axis.set_ylabel(UNITS[config["metric"]] + MODES[config["tau_mode"]], fontsize=8)
         axis.set_xlim(0, history["total_steps"] or history["last_step"] or 1)
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     axes[-1].set_xlabel("optimizer step")
@@ -43,36 +52,59 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     columns = [i for i, component in enumerate(history["components"]) if component["tower"] == tower]
+    counts = _frozen_counts(history, tower)
     steps: list[int] = []
     low: list[float] = []
     median: list[float] = []
     high: list[float] = []
     for check in history["checks"]:
         values = [check["values"][i] for i in columns if check["values"][i] is not None]
-        if values:
+        frozen = next(count for step, count in reversed(counts) if step < check["step"])
+        if values or frozen == len(columns):  # a gap in the lines while nothing in the tower is live
             steps.append(check["step"])
             for series, quantile in ((low, 5), (median, 50), (high, 95)):
-                series.append(np.percentile(values, quantile))
+                series.append(np.percentile(values, quantile) if values else np.nan)
     color = COLORS[tower]
     axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="5-95 % of its live matrices")
     axis.plot(steps, median, color=color, linewidth=1.8, label="median of its live matrices")
-    tau = history["config"][f"{tower}_tau"]
-    axis.axhline(tau, color="black", linestyle="--", linewidth=1.2, label=f"tau = {tau:g}")
-    names = {history["components"][i]["name"] for i in columns}
-    events = [event for event in history["events"] if event["name"] in names]
-    if events:
-        axis.plot(
-            [event["step"] for event in events],
-            [event["value"] for event in events],
-            linestyle="none", marker="v", markersize=6, color=color, markeredgecolor="black", markeredgewidth=0.7,
-            label=f"matrix frozen ({len(events)} of {len(columns)})",
-        )  # fmt: skip
+    found = {history["components"][i]["tau"] for i in columns} - {None, 0}  # 0: never measured in the grace period
+    taus = [] if history["config"]["replay_history"] else sorted(found)
+    for tau in taus:
+        spread = f"tau = {taus[0]:.3g}" + (f" to {taus[-1]:.3g}, by matrix" if len(taus) > 1 else "")
+        label = spread if tau == taus[0] else None
+        axis.axhline(tau, color="black", linestyle="--", linewidth=1.2 if len(taus) < 3 else 0.5, label=label)
+    _draw_events(axis, history, tower)
     if any(value > 0 for value in high):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="y", color="0.9")
+
+
+def _draw_events(axis: Any, history: dict[str, Any], tower: str) -> None:
+    """A triangle down for each freeze, one up for each matrix that trains again, at the value that brought it about."""
+    names = {component["name"] for component in history["components"] if component["tower"] == tower}
+    _, last = _frozen_counts(history, tower)[-1]
+    for unfrozen, marker, fill in ((False, "v", COLORS[tower]), (True, "^", "white")):
+        events = [e for e in history["events"] if e["name"] in names and bool(e.get("unfrozen")) == unfrozen]
+        points = [(event["step"], event["value"]) for event in events if event["value"] is not None]
+        if points:
+            label = "trains again" if unfrozen else f"matrix frozen ({last} of {len(names)})"
+            axis.plot(
+                *zip(*points, strict=True), linestyle="none", marker=marker, markersize=6, color=fill,
+                markeredgecolor="black", markeredgewidth=0.7, label=label,
+            )  # fmt: skip
+
+
+def _frozen_counts(history: dict[str, Any], tower: str) -> list[tuple[int, int]]:
+    """(step, how many of the tower's matrices are frozen after it): from (0, 0), one for each event."""
+    names = {component["name"] for component in history["components"] if component["tower"] == tower}
+    counts = [(0, 0)]
+    for event in history["events"]:
+        if event["name"] in names:
+            counts.append((event["step"], counts[-1][1] + (-1 if event.get("unfrozen") else 1)))
+    return counts
 
 
 def freezing(history: dict[str, Any]) -> Any:
@@ -89,20 +121,19 @@ def freezing(history: dict[str, Any]) -> Any:
         image = _draw_map(axis, history, tower)
     bar = bottom.colorbar(image, ax=list(axes), fraction=0.04, pad=0.02)
     bar.set_label("optimizer step of freezing")
-    if len(history["events"]) < len(history["components"]):
+    if len(lasting(history["events"])) < len(history["components"]):
         bottom.supxlabel("grey: trained to the end", fontsize=9)
     return figure
 
 
 def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
-    tower_of = {component["name"]: component["tower"] for component in history["components"]}
     end = history["last_step"]
     for tower in towers:
-        total = sum(other == tower for other in tower_of.values())
-        steps = sorted(event["step"] for event in history["events"] if tower_of[event["name"]] == tower)
-        shares = [100 * i / total for i in range(len(steps) + 1)]
-        label = f"{tower}: {len(steps)} of {total} frozen ({shares[-1]:.0f} %)"
-        axis.step([0, *steps, end], [*shares, shares[-1]], where="post", color=COLORS[tower], linewidth=2, label=label)
+        total = sum(component["tower"] == tower for component in history["components"])
+        steps, counts = zip(*_frozen_counts(history, tower), strict=True)
+        shares = [100 * count / total for count in counts]
+        label = f"{tower}: {counts[-1]} of {total} frozen ({shares[-1]:.0f} %)"
+        axis.step([*steps, end], [*shares, shares[-1]], where="post", color=COLORS[tower], linewidth=2, label=label)
     axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0)
     if history["grace_steps"]:
         axis.text(history["grace_steps"] / 2, 50, "grace period", ha="center", va="center", color="0.4")
@@ -130,7 +161,7 @@ def _draw_map(axis: Any, history: dict[str, Any], tower: str) -> Any:
 
     kinds = _kinds(history, tower)
     members = [component for component in history["components"] if component["tower"] == tower]
-    step_of = {event["name"]: event["step"] for event in history["events"]}
+    step_of = {event["name"]: event["step"] for event in lasting(history["events"])}
     grid = np.full((max(c["layer"] for c in members) + 1, len(kinds)), np.nan)
     for component in members:
         grid[component["layer"], kinds.index(component["kind"])] = step_of.get(component["name"], np.nan)

@@ -1,0 +1,64 @@
+"""The settings of the Hugging Face callbacks: GradESConfig, with what the authors' package takes besides.
+
+Needs neither torch nor transformers.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from grades.config import GradESConfig, doc
+
+NO_EFFECT = {
+    "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always told apart",
+    "use_cuda_acceleration": "measuring always runs where the weights are",
+    "log_interval": "values are logged with the trainer's own, every logging_steps",
+    "enable_wandb_logging": "values are logged with the trainer's own, to all that report_to names",
+}
+
+
+@dataclass(kw_only=True)
+class VLMGradEarlyStoppingConfig(GradESConfig):
+    """Settings of VLMGradEarlyStoppingCallback: every field of GradESConfig, with a tau for each tower, and these.
+
+    Options of the authors' package that mean nothing here are accepted; the callback names them in one warning.
+    """
+
+    output_dir: str | None = doc(
+        "where grades_history.json and the pictures go; None: the trainer's output_dir", "./grades_output"
+    )
+    save_stats: bool = doc("write them at the end of the run", True)
+    save_freezing_history: bool = doc("the same; either off: nothing is written", True)
+    log_interval: int = doc("no effect: " + NO_EFFECT["log_interval"], 10)
+    enable_wandb_logging: bool = doc("no effect: " + NO_EFFECT["enable_wandb_logging"], False)
+    auto_detect_mode: bool = doc("no effect: " + NO_EFFECT["auto_detect_mode"], True)
+    use_cuda_acceleration: bool = doc("no effect: " + NO_EFFECT["use_cuda_acceleration"], True)
+
+    def __post_init__(self) -> None:
+        self.target_components = list(self.target_components or [])
+        self.output_dir = None if self.output_dir is None else str(self.output_dir)
+
+    def without_effect(self) -> list[str]:
+        """The options that were changed from their default and do nothing, each with the reason."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return [f"{name}: {reason}" for name, reason in NO_EFFECT.items() if getattr(self, name) != defaults[name]]
+
+    def as_arguments(self) -> dict[str, Any]:
+        """What makes an equal configuration again, as JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+
+@dataclass(kw_only=True)
+class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
+    """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components."""
+
+    tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4)
+    vision_tau: float | str = field(init=False, default=1e-4)
+    language_tau: float | str = field(init=False, default=1e-4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.vision_tau = self.language_tau = self.tau
+
+    def problems(self) -> list[str]:
+        lines = [line for line in super().problems() if not line.startswith("--vision_tau")]
+        return [line.replace("--language_tau", "--tau") for line in lines]

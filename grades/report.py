@@ -1,0 +1,64 @@
+"""The record of a run as text: every component, and when it froze."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grades.policy import lasting
+
+HISTORY_NAME = "grades_history.json"
+
+
+def find_history(path: Path) -> Path:
+    """The history in a run's folder, in a checkpoint's or in the latest of its checkpoints; or the file itself.
+
+    Raises ValueError where there is none.
+    """
+    checkpoints = sorted(path.glob(f"checkpoint-*/{HISTORY_NAME}"), key=lambda history: history.stat().st_mtime)
+    for candidate in (path, path / HISTORY_NAME, *reversed(checkpoints)):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"{path}: must be a folder of a run or of a checkpoint that holds {HISTORY_NAME}")
+
+
+def table(history: dict[str, Any]) -> str:
+    """A line for each component: tower, layer, name, tau, last value measured, and the step of its freezing."""
+    frozen = {event["name"]: event for event in lasting(history["events"])}
+    rows: list[Sequence[str]] = [("tower", "layer", "component", "tau", "last value", "frozen at step")]
+    for column, component in enumerate(history["components"]):
+        values = [check["values"][column] for check in history["checks"]]
+        last = next((value for value in reversed(values) if value is not None), None)
+        event = frozen.get(component["name"])
+        last = event["value"] if event and event["value"] is not None else last
+        numbers = (_number(component["tau"]), _number(last), f"{event['step']:,}" if event else "-")
+        rows.append((component["tower"], str(component["layer"]), component["name"], *numbers))
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    """The cells side by side: words from the left, numbers from the right."""
+    padded = [f"{row[i]:<{width}}" if i in (0, 2) else f"{row[i]:>{width}}" for i, width in enumerate(widths)]
+    return "  ".join(padded).rstrip()
+
+
+def summary(history: dict[str, Any]) -> list[str]:
+    """What was measured, how long the run was, and how much of each tower froze."""
+    config, total = history["config"], history["total_steps"]
+    of = f" of {total:,}" if total else ""
+    ending = ", ended by GradES" if history["stopped_early"] else ""
+    lines = [
+        f"{config['metric']} ({config['tau_mode']}), checked every {config['compute_interval']} steps",
+        f"{history['last_step']:,}{of} steps, grace period {history['grace_steps']:,}{ending}",
+    ]
+    names = {event["name"] for event in lasting(history["events"])}
+    for tower in dict.fromkeys(component["tower"] for component in history["components"]):
+        members = [component["name"] for component in history["components"] if component["tower"] == tower]
+        count = sum(name in names for name in members)
+        lines.append(f"{tower}: {count} of {len(members)} frozen ({count / len(members):.0%})")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,424 @@
+"""What a freeze means: weights stand still, memory is freed, and what lies before runs without autograd."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from grades_examples import Loop, batch, make_model, make_optimizer, same_weights
+
+from grades import GradESConfig, GradESMonitor, find_components
+from grades.freezing import Freezer
+
+
+def freeze(
+    model: nn.Module, wanted: str, optimizer=None, prefix: bool = True, targets: tuple[str, ...] = ()
+) -> Freezer:
+    """Freeze the components whose name contains `wanted`."""
+    components = find_components(model, targets)
+    freezer = Freezer(model, components, optimizer, prefix)
+    freezer.freeze([component.name for component in components if wanted in component.name])
+    return freezer
+
+
+def trainable(model: nn.Module, inside: str = "") -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad and inside in name}
+
+
+def needs_gradient(model: nn.Module, run) -> dict[str, bool]:
+    """Whether the output of each module needs a gradient when run() runs the model."""
+    found: dict[str, bool] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: found.update({name: _first(output).requires_grad})
+        )
+        for name, module in model.named_modules()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _first(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple | dict) else output
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
+    return model(**batch(seed))[1]
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Of one step, by name."""
+    model.zero_grad(set_to_none=True)
+    loss_of(model).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+MATRICES = [f"attn.{m}_proj" for m in ("qkv", "out")] + ["mlp.fc1", "mlp.fc2"]
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def test_of_a_frozen_vision_tower_nothing_trains_and_no_activation_is_kept(model):
+    before = trainable(model)
+    freeze(model, "vision_encoder")
+    assert trainable(model) == {name for name in before if not name.startswith("vision_encoder")}
+    needs = needs_gradient(model, lambda: loss_of(model))
+    assert not any(needs[name] for name in needs if name.startswith("vision_encoder"))
+    assert needs["MP"]
+    assert needs["decoder.token_embedding"]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda shape: None):
+        features = model.vision_encoder(batch(0)["images"])
+    assert features.grad_fn is None
+    assert kept == []
+
+
+def test_of_a_frozen_first_block_the_activations_before_the_second_are_not_kept(model):
+    freeze(model, "vision_encoder.blocks.0.")
+    left = trainable(model, "vision_encoder")
+    assert left == {name for name in left if name.startswith(("vision_encoder.blocks.1.", "vision_encoder.layer_norm"))}
+    assert len(left) == 14  # all of block 1 and the last norm
+    needs = needs_gradient(model, lambda: loss_of(model))
+    assert not needs["vision_encoder.patch_embedding"]
+    assert not needs["vision_encoder.blocks.0"]
+    assert needs["vision_encoder.blocks.1.attn"]
+    assert needs["vision_encoder"]
+
+
+@pytest.mark.parametrize("wanted", ["vision_encoder.blocks.1.", "vision_encoder.blocks.0.mlp", "qkv_proj"])
+def test_a_matrix_that_trains_ends_the_prefix(model, wanted):
+    before = trainable(model)
+    freeze(model, wanted)
+    matrices = {f"{c.name}.{part}" for c in find_components(make_model()) for part in ("weight", "bias")}
+    assert before - trainable(model) == {name for name in before & matrices if wanted in name}
+
+
+def test_without_prefix_the_matrices_alone_freeze(model):
+    before = trainable(model)
+    freeze(model, "", prefix=False)
+    matrices = {f"{c.name}.{part}" for c in find_components(make_model()) for part in ("weight", "bias")}
+    assert trainable(model) == before - matrices
+    assert "decoder.norm.weight" in trainable(model)
+    assert needs_gradient(model, lambda: loss_of(model))["vision_encoder"]
+
+
+def test_the_blocks_of_both_towers_pass_one_after_the_other(model):
+    """Frozen in several decisions as in one."""
+    optimizer = make_optimizer(model)
+    freezer = Freezer(model, find_components(model), optimizer)
+    names = [component.name for component in find_components(model)]
+    for name in names:
+        freezer.freeze([name])
+    twin = make_model()
+    freeze(twin, "")
+    assert trainable(model) == trainable(twin)
+    assert "vision_encoder.layer_norm.weight" not in trainable(model)
+    assert trainable(model, "decoder.blocks") == {
+        f"decoder.blocks.{i}.{norm}.weight" for i in (0, 1) for norm in ("norm1", "norm2")
+    }  # the projector trains
+
+
+def test_the_language_prefix_waits_for_vision_tower_and_projector(model):
+    freeze(model, "decoder.blocks.0.")
+    assert "decoder.blocks.0.norm1.weight" in trainable(model)
+    model = make_model()
+    model.MP.requires_grad_(False)
+    freezer = freeze(model, "decoder.blocks.0.")
+    assert "decoder.blocks.0.norm1.weight" in trainable(model)
+    assert not freezer.cuts
+    freezer.freeze([component.name for component in find_components(model) if component.tower == "vision"])
+    assert trainable(model, "vision_encoder") == set()
+    assert trainable(model, "decoder.blocks.0") == set()
+
+
+@pytest.fixture
+def without_projector():
+    """Models of which the projector and the vision tower do not train."""
+
+    def make(**fields):
+        model = make_model(**fields)
+        model.vision_encoder.requires_grad_(False)
+        model.MP.requires_grad_(False)
+        return model
+
+    return make
+
+
+def test_a_tied_embedding_trains_on_as_the_head_alone(without_projector):
+    model = without_projector()
+    twin = copy.deepcopy(model)
+    freeze(model, "decoder.blocks.0.")
+    assert model.decoder.head.weight is model.decoder.token_embedding.weight
+    assert trainable(model, "decoder.blocks.0.") == set()
+    assert "decoder.token_embedding.weight" in trainable(model)
+    needs = needs_gradient(model, lambda: loss_of(model))
+    assert not needs["decoder.blocks.0"]
+    assert needs["decoder.blocks.1.attn"]
+    found, whole = gradients(model), gradients(twin)
+    untied = without_projector(lm_tie_weights=False)
+    untied.load_state_dict(twin.state_dict())
+    as_head = gradients(untied)["decoder.head.weight"]
+    assert torch.equal(found["decoder.token_embedding.weight"], as_head)
+    assert not torch.equal(found["decoder.token_embedding.weight"], whole["decoder.token_embedding.weight"])
+
+
+def test_an_untied_embedding_freezes_with_the_first_block(without_projector):
+    model = without_projector(lm_tie_weights=False)
+    freezer = freeze(model, "decoder.blocks.0.")
+    assert not freezer.cuts
+    left = trainable(model)
+    assert {name for name in left if "blocks.1" not in name} == {"decoder.norm.weight", "decoder.head.weight"}
+    assert set(gradients(model)) == left
+    assert not needs_gradient(model, lambda: loss_of(model))["decoder.blocks.0"]
+
+
+def test_matrices_that_are_not_watched_are_never_frozen_for_their_place(model, without_projector):
+    before = trainable(model)
+    freeze(model, "", targets=("fc1",))
+    fc1 = {f"vision_encoder.blocks.{i}.mlp.fc1.{part}" for i in (0, 1) for part in ("weight", "bias")}
+    assert trainable(model) == before - fc1
+    text = without_projector()
+    before = trainable(text)
+    freezer = freeze(text, "", targets=("q_proj",))
+    assert not freezer.cuts
+    assert before - trainable(text) == {f"decoder.blocks.{i}.attn.q_proj.weight" for i in (0, 1)}
+
+
+def test_a_matrix_behind_the_blocks_of_the_vision_tower_and_what_feeds_it_train_on(model):
+    model.vision_encoder.pool = nn.Linear(16, 16)
+    freeze(model, "vision_encoder")
+    names = ("layer_norm", "pool")
+    assert trainable(model, "vision_encoder") == {
+        f"vision_encoder.{n}.{part}" for n in names for part in ("weight", "bias")
+    }
+
+
+def test_a_projector_inside_the_vision_tower_is_not_part_of_it(model):
+    model.vision_encoder.merger = nn.Linear(16, 16)
+    freeze(model, "vision_encoder")
+    assert trainable(model, "vision_encoder") == {"vision_encoder.merger.weight", "vision_encoder.merger.bias"}
+    assert not needs_gradient(model, lambda: loss_of(model))["vision_encoder"]
+
+
+@pytest.mark.parametrize("wanted", ["vision_encoder", "vision_encoder.blocks.0.", "decoder.blocks.0.", ""])
+@pytest.mark.parametrize("projector", [True, False])
+def test_the_step_is_the_same_with_and_without_prefix(wanted, projector):
+    """The loss and every gradient of what trains on; that of a tied embedding whose lookup is cut off excepted."""
+    models = [make_model() for _ in range(2)]
+    for model, prefix in zip(models, (True, False), strict=True):
+        model.MP.requires_grad_(projector)
+        cut = freeze(model, wanted, prefix=prefix).cuts
+        assert bool(cut) == (prefix and not projector and wanted == "")
+    assert torch.equal(loss_of(models[0]), loss_of(models[1]))
+    with_prefix, without = map(gradients, models)
+    assert with_prefix.keys() <= without.keys()
+    for name, gradient in with_prefix.items():
+        if not (wanted == "" and not projector and name == "decoder.token_embedding.weight"):
+            assert torch.equal(gradient, without[name])
+
+
+def test_gradients_and_optimizer_state_are_freed_of_matrices_and_prefix(model):
+    optimizer = make_optimizer(model)
+    loss_of(model).backward()
+    optimizer.step()
+    frozen = [p for name, p in model.named_parameters() if name.startswith("vision_encoder")]
+    first = freeze(model, "vision_encoder", optimizer)  # the gradients are still there
+    assert first.freed_bytes == sum(3 * p.nbytes + 4 for p in frozen)  # with two moments and a step
+    assert all(p.grad is None and p not in optimizer.state for p in frozen)
+    assert all(p in optimizer.state for p in model.decoder.parameters())
+    before = [p.detach().clone() for p in frozen]
+    optimizer.zero_grad(set_to_none=True)
+    loss_of(model).backward()
+    optimizer.step()  # with weight decay
+    assert all(torch.equal(p, b) for p, b in zip(frozen, before, strict=True))
+    fresh = make_optimizer(make_model())
+    fresh.load_state_dict(optimizer.state_dict())  # the groups still fit
+    assert len(fresh.state) == len(optimizer.state) == len(list(model.parameters())) - len(frozen)
+
+
+def test_frozen_weights_never_move_again():
+    loop = Loop(make_model(), GradESConfig(vision_tau=0.5, language_tau=0.1, alpha=0.2), 30, accumulation=2)
+    at_freeze: dict[str, list[torch.Tensor]] = {}
+
+    def keep(step):
+        for name in loop.monitor.frozen:
+            parameters = loop.monitor.by_name[name].parameters
+            copies = at_freeze.setdefault(name, [p.detach().clone() for p in parameters])
+            assert all(torch.equal(p, c) for p, c in zip(parameters, copies, strict=True))
+            assert all(p.grad is None and not p.requires_grad and p not in loop.optimizer.state for p in parameters)
+
+    loop.on_step = keep
+    monitor = loop.run().monitor
+    assert 3 <= len(monitor.frozen) < 22
+    assert len(set(monitor.frozen.values())) > 1
+    assert monitor.freed_bytes > 0
+
+
+def test_momentum_does_not_move_a_frozen_weight(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    loop = Loop(model, GradESConfig(vision_tau=1e9, language_tau=1e-9, alpha=0), 5, optimizer).run(until=2)
+    assert loop.monitor.frozen_share("vision") == 1
+    kept = copy.deepcopy(list(model.vision_encoder.parameters()))
+    loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(model.vision_encoder.parameters(), kept, strict=True))
+
+
+def tiny_text_model(name: str, **settings) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_prefix_of_a_hugging_face_llama(tied):
+    model = tiny_text_model("Llama", intermediate_size=24, tie_word_embeddings=tied)
+    embedding = model.get_input_embeddings().weight
+    assert (embedding is model.lm_head.weight) is tied
+    optimizer = torch.optim.AdamW(model.parameters())
+    monitor = GradESMonitor(GradESConfig(), model, optimizer, 10, log=lambda line: None)
+    ids = torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def loss():
+        return model(input_ids=ids, labels=ids).loss
+
+    exact = loss()
+    monitor.freezer.freeze([name for name in monitor.by_name if ".layers.0." in name or ".layers.1." in name])
+    needs = needs_gradient(model, lambda: loss())
+    assert not any(needs[f"model.layers.{i}"] for i in (0, 1))
+    assert needs["model.layers.2"]
+    assert trainable(model, "layers.1") == set()
+    assert embedding.requires_grad is tied
+    assert torch.equal(loss(), exact)
+    loss().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
+    optimizer.step()
+    monitor.freezer.thaw(list(monitor.freezer.decided))
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+    assert needs_gradient(model, lambda: loss())["model.embed_tokens"]
+
+
+def test_a_last_norm_that_is_defined_before_the_blocks_is_not_before_them():
+    model = tiny_text_model("OPT", ffn_dim=24, word_embed_proj_dim=16, tie_word_embeddings=False)
+    freeze(model, ".layers.0.")
+    left = trainable(model)
+    assert {name for name in left if "layers" not in name} == {
+        "model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias", "lm_head.weight",
+    }  # fmt: skip
+    assert not any("layers.0." in name for name in left)
+
+
+def test_thawing_takes_the_prefix_back_to_what_is_still_frozen(model):
+    everything = trainable(model)
+    freezer = freeze(model, "vision_encoder")
+    freezer.thaw(["vision_encoder.blocks.1.mlp.fc1"])
+    assert trainable(model, "vision_encoder") == {
+        f"vision_encoder.{name}.{part}"
+        for name in ("blocks.1.ln1", "blocks.1.ln2", "blocks.1.mlp.fc1", "layer_norm") for part in ("weight", "bias")
+    }  # fmt: skip
+    assert not needs_gradient(model, lambda: loss_of(model))["vision_encoder.blocks.0"]
+    freezer.thaw(list(freezer.decided))
+    assert trainable(model) == everything
+
+
+def test_thawing_takes_the_cut_off_a_tied_embedding(without_projector):
+    model = without_projector()
+    whole = gradients(model)
+    freezer = freeze(model, "decoder.blocks.0.")
+    assert freezer.cuts
+    freezer.thaw(["decoder.blocks.0.attn.q_proj"])
+    assert not freezer.cuts
+    found = gradients(model)
+    assert torch.equal(found["decoder.token_embedding.weight"], whole["decoder.token_embedding.weight"])
+    freezer.freeze(["decoder.blocks.0.attn.q_proj"])
+    assert len(freezer.cuts) == 1
+
+
+UNFREEZING = {"metric": "gradient_norm", "vision_attention_tau": 1e9, "language_tau": 1e-9, "alpha": 0.2}
+
+
+def unfreezing_loop(probes: bool = True, factor: float = 3.0, mlp_tau: float = 50.0, steps: int = 20) -> Loop:
+    """The vision tower freezes at step 5; from step 9 on gradients are 1,000 times as large."""
+    config = GradESConfig(
+        **UNFREEZING, vision_mlp_tau=mlp_tau, unfreeze_factor=factor if probes else None, probe_interval=3
+    )
+    loop = Loop(make_model(), config, steps, accumulation=2)
+    loop.loss_scale = lambda step: 1000.0 if step >= 9 else 1.0
+    return loop
+
+
+def test_probes_change_nothing_where_nothing_wakes():
+    """No weight moves, frozen or not, and the clipping does not see the probe's gradients."""
+    probed, plain = unfreezing_loop(factor=1e9), unfreezing_loop(probes=False)
+    seen = []
+    probed.on_backward = lambda step: seen.append(
+        all(
+            weight.grad is not None for name in probed.monitor.frozen for weight in probed.monitor.by_name[name].weights
+        )
+    )
+    probed.run()
+    plain.run()
+    assert probed.monitor.frozen == plain.monitor.frozen
+    assert len(plain.monitor.frozen) == 8
+    assert [step for step, probe in enumerate(seen, start=1) if probe and step > 5] == [6, 9, 12, 15, 18]
+    assert probed.clip_norms == plain.clip_norms
+    assert same_weights(probed.model, plain.model)
+    assert trainable(probed.model) == trainable(plain.model)
+
+
+def test_a_run_does_not_end_in_a_probe():
+    config = GradESConfig(
+        metric="gradient_norm", vision_tau=1e9, language_tau=1e9, alpha=0.2, unfreeze_factor=2.0, probe_interval=6
+    )
+    loop = Loop(make_model(), config, 20).run()
+    assert loop.step == 5
+    assert not any(weight.requires_grad for component in loop.monitor.components for weight in component.weights)
+
+
+def test_a_component_whose_gradient_has_grown_trains_again():
+    loop = unfreezing_loop()
+    monitor, vision = loop.monitor, loop.model.vision_encoder
+    loop.run(until=7)
+    assert set(monitor.frozen.values()) == {5}
+    assert len(monitor.frozen) == 8
+    assert trainable(vision) == set()
+    kept = copy.deepcopy(vision)
+    loop.run(until=9)
+    assert same_weights(vision, kept)  # not in the step of the probe itself
+    woken = [event for event in monitor.events if event.get("unfrozen")]
+    assert [event["name"] for event in woken] == [
+        f"vision_encoder.blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)
+    ]
+    assert all(event["step"] == 9 and event["value"] > 3 * event["tau"] == 150 for event in woken)
+    assert sum("unfroze" in line for line in loop.lines) == 4
+    assert monitor.frozen_share("vision") == 0.5
+    # The prefix is gone: norms, embedding and the last norm train too; the attention's matrices do not.
+    assert trainable(vision) == {name for name, _ in vision.named_parameters() if "attn" not in name}
+    loop.run(until=10)
+    fc1 = vision.blocks[0].mlp.fc1.weight
+    assert not torch.equal(fc1, kept.blocks[0].mlp.fc1.weight)
+    assert torch.equal(vision.blocks[0].attn.qkv_proj.weight, kept.blocks[0].attn.qkv_proj.weight)
+    assert [loop.optimizer.state[p]["step"].item() for p in (fc1, vision.layer_norm.weight)] == [1, 1]
+    values = dict(zip(monitor.by_name, monitor.checks[-1]["values"], strict=True))
+    assert values["vision_encoder.blocks.0.mlp.fc1"] > 50  # measured again
+    assert values["vision_encoder.blocks.0.attn.qkv_proj"] is None
+
+
+def test_a_woken_component_may_freeze_again():
+    loop = unfreezing_loop()
+    loop.loss_scale = lambda step: 1000.0 if 9 <= step < 14 else 1.0
+    monitor = loop.run().monitor
+    fc1 = "vision_encoder.blocks.0.mlp.fc1"
+    story = [(event["step"], bool(event.get("unfrozen"))) for event in monitor.events if event["name"] == fc1]
+    assert story == [(5, False), (9, True), (14, False)]
+    assert monitor.frozen[fc1] == 14
+    assert trainable(loop.model.vision_encoder) == set()

@@ -1,0 +1,293 @@
+"""The metrics: what each measures, what a sample of it is worth, and what is held for it."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+from grades_examples import Loop, make_model, same_weights
+
+from grades import Component, GradESConfig, find_components, metrics
+from grades.config import METRICS
+from grades.metrics import Drift, Exact, Sampled, WeightChange
+
+
+class LoRALinear(nn.Module):
+    """A linear with an adapter, built as peft builds it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+@pytest.fixture
+def short_window(monkeypatch):
+    """Drift over few checks, so that short runs measure it."""
+    monkeypatch.setattr(Drift, "WINDOW", 4)
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    """Sample matrices of the tiny model, which else are so small that they are measured whole."""
+    monkeypatch.setattr(metrics, "MIN_SAMPLE_ELEMENTS", 64)
+
+
+class Recorder:
+    """Keeps a float64 copy of every component's weights and whole, unclipped gradients of each step."""
+
+    def __init__(self, loop: Loop):
+        self.components = loop.monitor.components
+        self.gradients = {}
+        self.weights = {0: self._copy(lambda weight: weight)}
+        loop.on_backward = lambda step: self.gradients.update({step: self._copy(lambda weight: weight.grad)})
+        loop.on_step = lambda step: self.weights.update({step: self._copy(lambda weight: weight)})
+
+    def _copy(self, get) -> dict[str, torch.Tensor]:
+        return {
+            c.name: torch.cat([get(weight).detach().double().flatten() for weight in c.weights])
+            for c in self.components
+        }
+
+    def value(self, metric: str, name: str, step: int, interval: int, window: int) -> float | None:
+        """What a metric is, by its definition; None at checks that are too early."""
+        if metric == "gradient_norm":
+            return self.gradients[step][name].abs().sum().item()
+        if metric == "gradient_change":
+            early = step == 1
+            return None if early else (self.gradients[step][name] - self.gradients[step - 1][name]).abs().sum().item()
+        checks = [step - i * interval for i in range(window + 1 if metric == "drift" else 2)]
+        if checks[-1] < interval:  # the first check is the first look at the weights
+            return None
+        ways = [
+            (self.weights[now][name] - self.weights[before][name]).abs().sum().item()
+            for now, before in itertools.pairwise(checks)
+        ]
+        if metric == "weight_change":
+            return ways[0]
+        net = (self.weights[step][name] - self.weights[checks[-1]][name]).abs().sum().item()
+        return window**0.5 * net / sum(ways)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_metric_is_what_its_definition_says(metric, interval, dtype, short_window):
+    """Over accumulated gradients before they are clipped; components of one weight and adapters of two."""
+    model = make_model()
+    for block in model.decoder.blocks:
+        block.attn.q_proj = LoRALinear(block.attn.q_proj)
+    steps = interval * (6 if metric == "drift" else 3)
+    config = GradESConfig(metric=metric, compute_interval=interval, alpha=0.9)
+    loop = Loop(model.to(dtype), config, steps, accumulation=2)
+    recorder = Recorder(loop)
+    monitor = loop.run().monitor
+    assert max(loop.clip_norms) > 0.5  # they were clipped
+    assert sum(len(component.weights) == 2 for component in monitor.components) == 2
+    assert [check["step"] for check in monitor.checks] == list(range(interval, steps + 1, interval))
+    for check in monitor.checks:
+        for component, value in zip(monitor.components, check["values"], strict=True):
+            expected = recorder.value(metric, component.name, check["step"], interval, window=4)
+            assert value == (expected if expected is None else pytest.approx(expected, rel=2e-5))
+    assert None not in monitor.checks[-1]["values"]
+
+
+def test_drift_tells_a_straight_way_from_a_random_walk_and_from_standing_about():
+    """1 is a random walk, at the full window and with the sample that it takes of a large matrix."""
+    parameters = {name: nn.Parameter(torch.zeros(300, 300)) for name in ("straight", "walk", "about")}
+    components = [Component(name, "language", "q", 0, (weight,), (weight,)) for name, weight in parameters.items()]
+    weights = {name: parameter.data for name, parameter in parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(300, 300, generator=generator)
+    metric = Drift()
+    for check in range(18):
+        values = metric.measure(components)
+        assert all((value is None) == (check < 16) for value in values.values())
+        weights["straight"] += direction
+        weights["walk"] += torch.randn(300, 300, generator=generator)
+        weights["about"].copy_(torch.randn(300, 300, generator=generator))
+    assert values["straight"] == pytest.approx(4.0, rel=1e-4)
+    assert values["walk"] == pytest.approx(1.0, rel=0.05)
+    assert values["about"] == pytest.approx(0.25, rel=0.05)
+    held = sum(sample.numel() for kept in metric.kept.values() for sample in kept)
+    assert held <= 1.01 * sum(weight.numel() for weight in weights.values())  # as much as one snapshot
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_more_than_one_chunk(dtype, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
+    generator = torch.Generator().manual_seed(0)
+    weight, before = (torch.randn(70, 130, generator=generator).to(dtype) for _ in range(2))
+    snapshot = before.clone()
+    expected = (weight.double() - before.double()).abs().sum().item()
+    assert Exact().change([weight], [snapshot]).tolist() == pytest.approx([expected], rel=1e-5)
+    assert torch.equal(snapshot, weight)
+    assert Exact().norm([weight.T]).tolist() == pytest.approx([weight.double().abs().sum().item()], rel=1e-5)
+
+
+STRUCTURES = {
+    "random": lambda x: x,
+    "columns": lambda x: x * torch.linspace(0, 3, x.shape[1]).exp(),
+    "rows": lambda x: x * torch.linspace(0, 3, x.shape[0]).exp()[:, None],
+    "few columns": lambda x: x * (0.1 + (torch.arange(x.shape[1]) < 16)),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("columns", [48, 64, 100, 1024])  # 64 and 1024 divide the stride, 48 the shortest stretches
+@pytest.mark.parametrize("n", [3, 64])
+def test_a_sample_is_unbiased_and_as_exact_as_its_size_allows(structure, columns, n):
+    """Its errors, in units of those of as many runs of 16 elements drawn at random, over matrices of many sizes."""
+    errors = []
+    for trial in range(32):
+        generator = torch.Generator().manual_seed(trial)
+        rows = -(-6000 // columns) + trial
+        x = STRUCTURES[structure](torch.randn(rows, columns, generator=generator))
+        runs = x.abs().flatten()[: x.numel() // 16 * 16].view(-1, 16).sum(dim=1)
+        drawn = max(256, -(-len(runs) // n))
+        expected = runs.std() / drawn**0.5 * len(runs)
+        errors.append((Sampled(n).norm([x])[0] - x.abs().sum()) / expected)
+    assert max(map(abs, errors)) < 4
+    assert abs(sum(errors)) / len(errors) ** 0.5 < 4
+
+
+def test_a_sample_of_all_elements_and_of_a_small_matrix_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, n in [(63, 65, 64), (3, 5, 64), (1, 1, 2), (64, 64, 64), (400, 48, 1)]:
+        x, before = torch.randn(2, rows, columns, generator=generator)
+        sampled, exact = Sampled(n), Exact()
+        assert sampled.norm([x]).tolist() == pytest.approx(exact.norm([x]).tolist(), rel=1e-5)
+        kept = sampled.copy([before])
+        assert sum(part.numel() for part in kept) == x.numel()
+        assert sampled.change([x], kept).tolist() == pytest.approx(exact.change([x], [before]).tolist(), rel=1e-5)
+
+
+def test_no_element_of_a_fully_sampled_matrix_is_taken_twice():
+    for total in range(1, 4096, 7):
+        assert torch.equal(Sampled(2)._choose(torch.empty(total, 1)), torch.arange(total).int())
+
+
+def test_an_empty_shard_of_a_sampled_matrix_has_the_sum_0():
+    """A rank's part of an adapter with fewer rows than there are ranks."""
+    shards, sampled = [torch.empty(0, 64), torch.ones(2, 64)], Sampled(16)
+    assert sampled.norm(shards).tolist() == [0, 128]
+    assert sampled.change([shard * 2 for shard in shards], sampled.copy(shards)).tolist() == [0, 128]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sampled_change_is_scaled_up_and_the_next_one_starts_from_it(dtype):
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sampled = Sampled(16)
+    kept = sampled.copy([x])
+    assert kept[0].numel() == 4096
+    assert sampled.change([x + 1], kept).tolist() == pytest.approx([60_000], rel=0.01)
+    assert sampled.change([x + 1], kept).tolist() == [0]
+
+
+def test_the_sample_of_a_matrix_is_the_same_in_every_process():
+    """Else a resumed run would compare other elements than it kept."""
+    x = torch.arange(70_000.0).view(700, 100)
+    torch.manual_seed(1)
+    first = Sampled(16).copy([x])[0]
+    torch.manual_seed(2)
+    assert torch.equal(Sampled(16).copy([x])[0], first)
+    assert first[0, 0].item() % 16 == 0
+    assert torch.equal(first - first[:, :1], torch.arange(16.0).expand_as(first))  # whole lines of the memory
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_sampled_metric_estimates_the_exact_one(metric, short_window, sampling):
+    """Over the whole model; each of its matrices is of 384 elements or more, of which a sixth is looked at."""
+    exact = Loop(make_model(), GradESConfig(metric=metric, alpha=0.9), 6).run().monitor
+    sampled = Loop(make_model(), GradESConfig(metric=metric, alpha=0.9, monitor_sample=6), 6).run().monitor
+    assert [None in check["values"] for check in sampled.checks] == [None in check["values"] for check in exact.checks]
+    values, estimates = (torch.tensor(monitor.checks[-1]["values"]) for monitor in (exact, sampled))
+    assert not torch.equal(values, estimates)
+    assert (estimates / values - 1).abs().mean() < 0.2
+    held = [sum(t.numel() for kept in monitor.metric.kept.values() for t in kept) for monitor in (exact, sampled)]
+    assert held[1] <= held[0] * (0.2 if metric != "drift" else 0.8)  # which looks at a quarter anyhow
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nothing_is_held_for_what_is_frozen(metric, short_window):
+    tau = 1e9
+    config = GradESConfig(metric=metric, vision_tau=tau, language_tau=1e-9, alpha=0.5, compute_interval=2)
+    monitor = Loop(make_model(), config, 12).run().monitor
+    assert monitor.frozen_share("vision") == 1
+    live = {component.name for component in monitor.components if component.tower == "language"}
+    assert set(monitor.metric.kept) <= live
+    assert set(monitor.state_dict()["metric"].get("lengths", {})) <= live
+    assert set(monitor.latest) == live
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nothing_is_held_or_measured_in_the_grace_period_without_monitor_grace(metric, short_window):
+    config = GradESConfig(metric=metric, alpha=0.5, monitor_grace=False)
+    loop = Loop(make_model(), config, 10)
+    held = {}
+    loop.on_step = lambda step: held.update({step: bool(loop.monitor.metric.kept)})
+    loop.run()
+    assert [check["step"] for check in loop.monitor.checks] == list(range(6, 11))
+    # The change of the gradient at step 6 is from step 5.
+    assert [step for step, holds in held.items() if holds] == {
+        "gradient_norm": [], "gradient_change": list(range(5, 11)),
+    }.get(metric, list(range(6, 11)))  # fmt: skip
+
+
+def test_gradients_are_held_between_the_step_before_a_check_and_the_check_alone():
+    loop = Loop(make_model(), GradESConfig(metric="gradient_change", compute_interval=4), 12)
+    held = []
+    loop.on_step = lambda step: held.append(len(loop.monitor.metric.kept))
+    loop.run()
+    assert held == [0, 0, 22, 0] * 3
+
+
+@pytest.mark.parametrize("sample", [1, 4])
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_host_synchronisation_a_check(metric, sample, monkeypatch, short_window, sampling):
+    loop = Loop(make_model(), GradESConfig(metric=metric, alpha=0.9, monitor_sample=sample), 8).run(until=6)
+    components, measured = loop.monitor.components, loop.monitor.metric
+    for component in components:
+        for weight in component.weights:
+            weight.grad = torch.ones_like(weight)
+            weight.data += 1
+    calls = []
+    for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__index__", "__bool__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, o=original, n=name: (calls.append(n), o(self, *a))[1])
+    measured.after_backward(components, check=True, check_is_next=True)
+    assert None not in measured.measure(components).values()
+    assert calls == ["tolist"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_run_that_freezes_nothing_is_bit_for_bit_the_run_without(metric, short_window):
+    plain = Loop(make_model(), None, 6, accumulation=2).run()
+    config = GradESConfig(metric=metric, vision_tau=1e-12, language_tau=1e-12, alpha=0)
+    watched = Loop(make_model(), config, 6, accumulation=2).run()
+    assert not watched.monitor.frozen
+    assert watched.clip_norms == plain.clip_norms
+    assert same_weights(plain.model, watched.model)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_weight_that_no_update_reached_was_not_measured(metric, short_window):
+    """Steps without an image leave the vision tower alone: that is not convergence."""
+    model = make_model()
+    plain_forward = model.forward
+    model.forward = lambda input_ids, images, targets: plain_forward(input_ids.clamp(max=29), targets=targets)
+    monitor = Loop(model, GradESConfig(metric=metric, vision_tau=1e9, language_tau=1e-9, alpha=0), 7).run().monitor
+    assert not monitor.frozen
+    values = dict(zip(monitor.by_name, monitor.checks[-1]["values"], strict=True))
+    assert all((values[name] is None) == name.startswith("vision") for name in values)
+
+
+def test_the_first_look_at_a_weight_gives_no_number():
+    components = find_components(make_model())
+    assert set(WeightChange().measure(components).values()) == {None}
+    assert set(Drift().measure(components).values()) == {None}

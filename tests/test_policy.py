@@ -1,0 +1,109 @@
+"""When something freezes, wakes or ends: numbers in, decisions out."""
+
+import math
+from collections import Counter
+
+import pytest
+
+from grades import policy
+from grades.policy import converged, count_below, enough_frozen, grace_steps, is_check, lasting, replay, round_number
+
+
+def test_the_grace_period_is_exactly_the_share_of_the_steps_rounded_up():
+    assert [grace_steps(0.28, 1500), grace_steps(0, 10), grace_steps(0.3, 7), grace_steps(0.3, 10)] == [420, 0, 3, 3]
+
+
+def test_checks_are_counted_from_step_1():
+    assert [step for step in range(1, 10) if is_check(step, 3)] == [3, 6, 9]
+    assert all(is_check(step, 1) for step in range(1, 5))
+
+
+def test_what_is_below_tau_counts_up_what_is_not_starts_again_and_what_was_not_measured_waits():
+    values = {"a": 0.1, "b": 1.0, "c": None, "d": math.nan, "e": 0.0}
+    streaks = count_below({"a": 1, "b": 5, "c": 2}, values, dict.fromkeys(values, 1.0))
+    assert streaks == {"a": 2, "b": 0, "c": 2, "d": 0, "e": 1}
+    assert converged(values, streaks, patience=1) == ["a", "e"]
+    assert converged(values, streaks, patience=2) == ["a"]
+
+
+def test_patience_is_a_number_of_checks_in_a_row():
+    streaks: dict[str, int] = {}
+    frozen_at = []
+    series = [0.5, 0.5, 2.0, 0.5, None, 0.5, None, 0.5, 0.5]
+    for check, value in enumerate(series):
+        streaks = count_below(streaks, {"a": value}, {"a": 1.0})
+        if converged({"a": value}, streaks, patience=3):
+            frozen_at.append(check)
+    assert frozen_at == [7, 8]  # 3, 5 and 7 are in a row, as nothing was measured between; at 6 nothing freezes
+
+
+def test_woken_are_those_well_above_their_own_tau():
+    assert policy.woken({"a": 2.1, "b": 2.0, "c": None, "d": 2.1}, {"a": 1, "b": 1, "c": 1, "d": 2}, factor=2) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "total", "ratio", "ends"),
+    [
+        (0, 4, 0.1, False),
+        (1, 4, 0.5, False),
+        (2, 4, 0.5, True),
+        (3, 4, 1.0, False),
+        (4, 4, 1, True),
+        (7, 10, 0.7, True),
+    ],
+)
+def test_the_run_ends_at_the_share_and_never_with_nothing_frozen(frozen, total, ratio, ends):
+    assert enough_frozen(frozen, total, ratio) is ends
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 8])
+@pytest.mark.parametrize("total", [1, 7, 22, 258])
+@pytest.mark.parametrize("at_once", [1, 5, 100])
+def test_never_more_rounds_than_asked_for_and_the_last_freezes_everything(rounds, total, at_once):
+    decided = number = done = applied = 0
+    while decided < total:
+        decided = min(total, decided + at_once)
+        if round_number(decided, total, rounds) > number:
+            done, number, applied = done + 1, round_number(decided, total, rounds), decided
+    assert 1 <= done <= rounds
+    assert applied == total
+
+
+EVENTS = [
+    {"name": "v3", "step": 5},
+    {"name": "l0", "step": 5},
+    {"name": "v1", "step": 8},
+    {"name": "l2", "step": 9},
+    {"name": "l3", "step": 9},
+]
+TOWERS = {f"{tower[0]}{i}": tower for tower in ("vision", "language") for i in range(12)}
+
+
+def test_replay_freezes_as_many_of_each_tower_at_the_same_steps():
+    plan = replay(EVENTS, TOWERS, seed=0)
+    counted = {step: Counter(TOWERS[name] for name in names) for step, names in plan.items()}
+    assert counted == {5: {"vision": 1, "language": 1}, 8: {"vision": 1}, 9: {"language": 2}}
+    drawn = [name for names in plan.values() for name in names]
+    assert len(set(drawn)) == 5
+
+
+def test_replay_draws_by_its_seed():
+    plans = [replay(EVENTS, TOWERS, seed) for seed in range(20)]
+    assert plans[3] == replay(EVENTS, dict(reversed(TOWERS.items())), 3)
+    first = Counter(plan[8][0] for plan in plans)
+    assert len(first) > 5  # at random
+    everything = replay([{"name": name, "step": 1} for name in TOWERS], TOWERS, 0)
+    assert set(everything[1]) == set(TOWERS)
+
+
+def test_what_was_let_train_again_counts_only_where_it_froze_again():
+    events = [
+        {"name": "v0", "step": 2},
+        {"name": "l0", "step": 3},
+        {"name": "v0", "step": 4, "unfrozen": True},
+        {"name": "l0", "step": 5, "unfrozen": True},
+        {"name": "v0", "step": 6},
+    ]
+    assert lasting(events) == [{"name": "v0", "step": 6}]
+    plan = replay(events, TOWERS, 0)
+    assert {step: len(names) for step, names in plan.items()} == {6: 1}
