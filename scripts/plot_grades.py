@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grades.plots import draw
+from grades.policy import lasting
 
 
 def tower_lines(history: dict) -> list[str]:
@@ -19,16 +20,20 @@ def tower_lines(history: dict) -> list[str]:
     lines = []
     for tower in ("vision", "language"):
         columns = {c["name"]: i for i, c in enumerate(history["components"]) if c["tower"] == tower}
-        events = [event for event in history["events"] if event["name"] in columns]
+        events = [event for event in lasting(history["events"]) if event["name"] in columns]
         line = f"{tower:<9}{len(events)} of {len(columns)} frozen"
+        shares = []
+        for event in events:
+            measured = [check["values"][columns[event["name"]]] for check in history["checks"]]
+            if event["value"] is not None:  # else drawn at random before anything was measured
+                peak = max(value for value in [event["value"], *measured] if value is not None)
+                shares.append(event["value"] / peak)
         if events:
-            shares = []
-            for event in events:
-                measured = (check["values"][columns[event["name"]]] for check in history["checks"])
-                shares.append(event["value"] / max(value for value in measured if value is not None))
             steps = [event["step"] for event in events]
-            line += f", steps {min(steps):,} to {max(steps):,}, at {min(shares):.0%} to {max(shares):.0%}"
-            line += f" (median {statistics.median(shares):.0%}) of each matrix's own peak {history['config']['metric']}"
+            line += f", steps {min(steps):,} to {max(steps):,}"
+        if shares:
+            line += f", at {min(shares):.0%} to {max(shares):.0%} (median {statistics.median(shares):.0%})"
+            line += f" of each matrix's own peak {history['config']['metric']}"
         lines.append(line)
     return lines
 

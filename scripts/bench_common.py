@@ -1,0 +1,200 @@
+"""What the benchmarks share: a recipe with random weights and rows, its step, clocks and tables."""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from grades import GradESConfig, GradESMonitor
+from grades.metrics import Drift
+from models.lora import inject_lora
+from models.vision_language_model import VisionLanguageModel
+from training import setup
+from training.arguments import Settings, parse_arguments
+from training.step import clip_gradients, forward_backward
+
+GIB = 2**30
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of random_batch; train.py's flags go to `parse`."""
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="and train.py's flags")
+    made.add_argument("--sequence_length", type=int, help="tokens a row (default: the images and 20 of text)")
+    made.add_argument("--images_per_row", type=int, default=1, help="images (or tiles) a row")
+    made.add_argument("--label_share", type=float, default=0.25, help="share of the tokens that carry a label")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """The script's own flags, and the recipe with train.py's."""
+    arguments, rest = made.parse_known_args(argv)
+    settings = parse_arguments(rest)
+    image_tokens = arguments.images_per_row * settings.vlm.mp_image_token_length
+    if arguments.sequence_length is not None and arguments.sequence_length <= image_tokens:
+        made.error(
+            f"--sequence_length {arguments.sequence_length}: must be more than the {image_tokens} image tokens of a row"
+        )
+    return arguments, settings
+
+
+class Bench:
+    """A recipe's model and optimizer on a device, and its step. Random weights and rows: nothing is downloaded."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: Settings):
+        self.settings, self.cfg = settings, settings.train
+        self.device = setup.pick_device() if arguments.device == "auto" else torch.device(arguments.device)
+        setup.prepare_backend(self.device)
+        setup.set_seed(self.cfg.seed)
+        with self.device:
+            self.model = VisionLanguageModel(settings.vlm)
+        if self.cfg.lora_rank:
+            inject_lora(self.model, self.cfg)
+            self.model.to(self.device)
+        self.optimizer = setup.make_optimizer(self.model, self.cfg)
+        self.autocast = setup.autocast(self.device, self.cfg.dtype)
+        if self.cfg.compile:
+            setup.compile_blocks(self.model)
+        batch = random_batch(arguments, settings, self.device)
+        self.micro_batches = [batch] * self.cfg.gradient_accumulation_steps
+
+    def backward(self) -> None:
+        forward_backward(self.model, self.micro_batches, self.device, self.autocast)
+
+    def update(self) -> None:
+        clip_gradients(self.model, self.cfg.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        self.backward()
+        self.update()
+
+    def flops(self) -> int:
+        """Of the matrix products of a step, which is made."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Of work, from an idle device to an idle device."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        work()
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+    def describe(self) -> list[str]:
+        """Where and what is measured."""
+        count, (rows, length) = len(self.micro_batches), self.micro_batches[0]["input_ids"].shape
+        images = len(self.micro_batches[0]["images"])
+        where = f"on {self.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        return [
+            f"{self.settings.recipe.stem} {where}",
+            f"parameters           {sum(p.numel() for p in self.model.parameters()):,}",
+            f"micro-batch          {rows} rows x {length} tokens, {images} images; {count} in a step",
+        ]
+
+
+def random_batch(arguments: argparse.Namespace, settings: Settings, device: torch.device) -> dict:
+    """Rows of random ids that begin with their images; the last positions carry the labels.
+
+    With turns_per_image so many rows share their images, as in training.
+    """
+    vlm, turns = settings.vlm, settings.train.turns_per_image or 1
+    image_tokens = arguments.images_per_row * vlm.mp_image_token_length
+    rows, length = settings.train.batch_size * turns, arguments.sequence_length or image_tokens + 20
+    ids = torch.randint(0, vlm.lm_base_vocab_size, (rows, length))
+    ids[:, :image_tokens] = vlm.image_token_id
+    targets = torch.full((rows, length), -100)
+    labels = max(1, round(arguments.label_share * length))
+    targets[:, -labels:] = torch.randint(0, vlm.lm_base_vocab_size, (rows, labels))
+    images = settings.train.batch_size * arguments.images_per_row
+    sources = torch.arange(images * vlm.mp_image_token_length).view(-1, 1, image_tokens).expand(-1, turns, -1)
+    batch = {
+        "input_ids": ids,
+        "targets": targets,
+        "images": torch.randn(images, 3, vlm.vit_img_size, vlm.vit_img_size),
+        "image_slots": (ids.flatten() == vlm.image_token_id).nonzero().squeeze(1),
+        "image_sources": sources.flatten(),
+        "label_positions": (targets.flatten() != -100).nonzero().squeeze(1),
+    }
+    return {name: value.to(device) for name, value in batch.items()} | {"num_labels": rows * labels}
+
+
+class Watcher(Protocol):
+    """What is called in a step as GradESMonitor is, and checks at even steps."""
+
+    def after_backward(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> object: ...
+
+
+def make_monitor(bench: Bench, metric: str, sample: int, compute_interval: int = 2) -> GradESMonitor:
+    """A monitor that measures and never freezes."""
+    config = GradESConfig(
+        metric=metric,
+        monitor_sample=sample,
+        compute_interval=compute_interval,
+        alpha=0.0,
+        freeze_vision=False,
+        freeze_language=False,
+        target_components=bench.settings.grades.target_components,
+    )
+    return GradESMonitor(config, bench.model, bench.optimizer, log=lambda line: None)
+
+
+def time_checks(bench: Bench, watchers: Mapping[str, Watcher], rounds: int) -> tuple[float, dict[str, float]]:
+    """Median seconds of a step, and of all that each watcher does in two steps, which is one check.
+
+    The watchers take turns, two real steps each: caches and gradients are what they are in training, and a machine
+    that slows down does so for all.
+    """
+    bench.step()
+    for watcher in watchers.values():  # until drift, the longest of memory, holds all that it ever will
+        for step in range(1, 2 * (Drift.WINDOW + 1) + 1):
+            watcher.after_backward(step)
+            watcher.after_step(step)
+    step_s: list[float] = []
+    check_s: dict[str, list[float]] = {name: [] for name in watchers}
+    for number in range(rounds):
+        for name, watcher in watchers.items():
+            spent = 0.0
+            for step in (2 * number + 1, 2 * number + 2):
+                backward_s = bench.seconds(bench.backward)
+                spent += bench.seconds(lambda: watcher.after_backward(step))  # noqa: B023 (called at once)
+                step_s.append(backward_s + bench.seconds(bench.update))
+                spent += bench.seconds(lambda: watcher.after_step(step))  # noqa: B023
+            check_s[name].append(spent)
+    return statistics.median(step_s), {name: statistics.median(found) for name, found in check_s.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of what the device held; but for CUDA of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, two spaces apart: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)

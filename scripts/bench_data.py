@@ -1,0 +1,141 @@
+"""Time the data of any recipe, without a model: batches/s, how full they are, and how long a step would wait for them.
+
+    python scripts/bench_data.py --packing --lm_max_length 512 --max_sample_length 512
+    python scripts/bench_data.py --config configs/nanovlm_450m.yaml --random_rows 400 --num_workers 8 --step_s 0.5 \\
+        --lm_tokenizer easy-vqa --lm_base_vocab_size 36
+
+Every flag of train.py works besides. With --random_rows nothing is read: photos of --image_size are made up, with
+questions of easy-VQA. A step is a sleep, as a GPU's would be for the CPU.
+"""
+
+import argparse
+import io
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.collators import TrainCollator
+from data.datasets import VQADataset
+from data.loader import train_batches
+from data.processors import ImageProcessor, get_tokenizer
+from data.sources import load_rows
+from training.arguments import Settings, parse_arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, epilog="and train.py's flags"
+    )
+    parser.add_argument("--random_rows", type=int, default=0, help="rows to make up; 0: the recipe's data set")
+    parser.add_argument("--image_size", type=int, nargs=2, default=(640, 480), help="width and height of their photos")
+    parser.add_argument("--micro_batches", type=int, default=32, help="timed without a pause")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are slept through")
+    parser.add_argument("--step_s", type=float, default=0.5, help="seconds of a step on its own")
+    arguments, rest = parser.parse_known_args(argv)
+    settings = parse_arguments(rest)
+    torch.set_num_threads(1)  # as in a worker
+    rows = random_rows(arguments) if arguments.random_rows else None
+    started = time.perf_counter()
+    batches = batches_of(settings, rows)
+    next(batches)
+    startup_s = time.perf_counter() - started
+    print("\n".join([describe(settings), f"first micro-batch    after {startup_s:.2f} s"]))
+    print("\n".join(time_throughput(batches, arguments.micro_batches)), flush=True)
+    accumulated = settings.train.gradient_accumulation_steps
+    print("\n".join(time_waits(batches, arguments.steps, arguments.step_s, accumulated)))
+
+
+def random_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Rows of one photo, up to four questions and answers of one to forty words; a few photos, used again."""
+    rng = random.Random(0)
+    photos = [jpeg(seed, tuple(arguments.image_size)) for seed in range(min(16, arguments.random_rows))]
+    words = ["the", "red", "circle", "is", "a", "blue", "shape", "in", "image"]
+    rows = []
+    for number in range(arguments.random_rows):
+        answers = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(rng.randint(1, 4))]
+        turns = [{"user": "what is in the image?", "assistant": answer, "source": None} for answer in answers]
+        rows.append({"images": [photos[number % len(photos)]], "texts": turns, "id": str(number)})
+    return rows
+
+
+def jpeg(seed: int, size: tuple[int, int]) -> bytes:
+    """Something with the file size of a photo."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def batches_of(settings: Settings, rows) -> Iterator[dict]:
+    vlm, cfg = settings.vlm, settings.train
+    if rows is None:
+        rows = load_rows(
+            cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
+            skip_bad_subsets=cfg.skip_bad_subsets,
+        )  # fmt: skip
+    tokenizer = get_tokenizer(vlm)
+    dataset = VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=True, cache=cfg.cache_rows)
+    return train_batches(dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg)
+
+
+def describe(settings: Settings) -> str:
+    cfg = settings.train
+    layout = f"packed to {settings.vlm.lm_max_length} tokens" if cfg.packing else "padded to the longest"
+    return (
+        f"{settings.recipe.stem}, {cfg.num_workers} workers: micro-batches of {cfg.batch_size} rows, {layout}; "
+        f"images up to {settings.vlm.max_img_size} pixels"
+    )
+
+
+def time_throughput(batches: Iterator[dict], count: int) -> list[str]:
+    """What comes in a second when nothing else is to be done."""
+    started = time.perf_counter()
+    seen = list(map(measures, itertools.islice(batches, count)))
+    seconds = time.perf_counter() - started
+    rows, samples, images, tokens, positions = map(sum, zip(*seen, strict=True))
+    return [
+        f"rows/s               {rows / seconds:,.1f}",
+        f"samples/s            {samples / seconds:,.1f}, {samples / rows:.2f} a row",
+        f"tiles/s              {images / seconds:,.1f}",
+        f"tokens/s             {tokens / seconds:,.0f}",
+        f"fill rate            {tokens / positions:.2%} of the positions are tokens",
+    ]
+
+
+def measures(batch: dict) -> tuple[int, int, int, int, int]:
+    """Rows, samples, tiles, tokens, positions."""
+    images = 0 if batch["images"] is None else len(batch["images"])
+    ids = batch["input_ids"]
+    return len(ids), len(batch["ids"]), images, batch["num_tokens"], ids.numel()
+
+
+def time_waits(batches: Iterator[dict], steps: int, step_s: float, accumulated: int) -> list[str]:
+    """How long steps of step_s wait for their micro-batches, which workers make meanwhile."""
+    waits = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        for _ in range(accumulated):
+            next(batches)
+        waits.append(time.perf_counter() - started)
+        time.sleep(step_s)
+    wait_s, share = statistics.mean(waits), sum(waits) / (sum(waits) + steps * step_s)
+    verdict = "not the bottleneck" if share < 0.05 else "THE BOTTLENECK: more workers, or a step that takes longer"
+    return [
+        f"wait a step          mean {wait_s * 1000:.1f} ms, longest {max(waits) * 1000:.1f} ms, with steps of "
+        f"{step_s:g} s of {accumulated} micro-batches",
+        f"data is              {verdict} ({share:.1%} of the time is waiting)",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What one check of GradES costs, by metric, exact and on samples; or, with --real_run, how far samples are off.
+
+    python scripts/bench_monitor.py --config configs/nanovlm_222m.yaml --batch_size 2 --sequence_length 128 \\
+        --gradient_accumulation_steps 1
+    python scripts/bench_monitor.py --config configs/nanovlm_222m.yaml --batch_size 2 --gradient_accumulation_steps 1 \\
+        --no_packing --turns_per_image 1 --num_workers 0 --real_run 200 --samples 17 64
+
+A check is all that the monitor does for it: for gradient_change the copy in the step before too. Held is what it keeps
+until the next one. Two plain ways to measure weight_change stand below. --real_run trains the recipe's shape on
+easy-VQA from random weights and compares each sampled value with the exact one of the same check. Nothing is
+downloaded. Every flag of train.py works besides; the interval is --compute_interval.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from data.pipeline import load_data
+from data.processors import EASY_VQA_VOCAB_SIZE
+from data.sources import load_rows
+from grades import GradESMonitor
+from grades.metrics import METRICS
+from scripts.bench_common import Bench, Watcher, make_monitor, parse, parser, table, time_checks
+from training import setup
+from training.arguments import Settings
+
+SAMPLED_METRICS = ("weight_change", "gradient_norm", "gradient_change")  # drift has no exact value to compare with
+Key = tuple[str, str]  # metric, how it is read
+
+
+class Reference:
+    """weight_change by plain means, with one float copy of every weight."""
+
+    def __init__(self, monitor: GradESMonitor):
+        self.weights = [weight.detach() for component in monitor.components for weight in component.weights]
+        self.kept = [weight.float().clone() for weight in self.weights]
+
+    def after_backward(self, step: int) -> None:
+        pass
+
+    def after_step(self, step: int) -> None:
+        if step % 2 == 0:
+            self.measure()
+
+
+class NaiveForeach(Reference):
+    def measure(self) -> list[float]:
+        sums = torch._foreach_norm(torch._foreach_sub(self.weights, self.kept), 1)
+        torch._foreach_copy_(self.kept, self.weights)
+        return torch.stack(sums).tolist()
+
+
+class OneSyncEach(Reference):
+    def measure(self) -> list[float]:
+        sums = []
+        for weight, kept in zip(self.weights, self.kept, strict=True):
+            sums.append(float((weight - kept).abs().sum()))
+            kept.copy_(weight)
+        return sums
+
+
+def reading(monitor: GradESMonitor) -> str:
+    n = getattr(monitor.metric.reader, "n", 1)
+    return "exact" if n == 1 else f"1 in {n}"
+
+
+def held_bytes(watcher: Watcher) -> int:
+    """Snapshots, and the places of samples."""
+    if isinstance(watcher, Reference):
+        return sum(kept.nbytes for kept in watcher.kept)
+    places = getattr(watcher.metric.reader, "chosen", {}).values()
+    return sum(t.nbytes for kept in (*watcher.metric.kept.values(), places) for t in kept)
+
+
+def costs(arguments: argparse.Namespace, settings: Settings) -> list[str]:
+    """The lines of the table of costs."""
+    bench = Bench(arguments, settings)
+    made = [make_monitor(bench, metric, sample) for metric in METRICS for sample in arguments.samples]
+    watchers: dict[Key, Watcher] = {(monitor.config.metric, reading(monitor)): monitor for monitor in made}
+    watchers["weight_change", "naive foreach"] = NaiveForeach(made[0])
+    watchers["weight_change", "one sync a component"] = OneSyncEach(made[0])
+    step_s, check_s = time_checks(bench, watchers, arguments.rounds)
+    bench.backward()
+    for watcher in watchers.values():  # an odd step: what the next one is compared with is held
+        watcher.after_backward(2 * arguments.rounds + 1)
+    interval = settings.grades.compute_interval
+    rows = []
+    for (metric, how), watcher in watchers.items():
+        seconds = check_s[metric, how]
+        shares = [f"{seconds / step_s:.2%}", f"{seconds / step_s / interval:.3%}"]
+        rows.append([metric, how, f"{1e3 * seconds:.2f}", *shares, f"{held_bytes(watcher) / 2**20:.2f}"])
+    header = ["metric", "read", "check (ms)", "of a step", f"at interval {interval}", "held (MiB)"]
+    components = (
+        f"components           {len(made[0].components)}, {sum(c.elements for c in made[0].components):,} weights"
+    )
+    return [*bench.describe(), components, f"step                 {step_s:.4f} s", "", table(header, rows)]
+
+
+def on_easy_vqa(settings: Settings, steps: int) -> Settings:
+    """The recipe on easy-VQA's rows and words for so many steps; the towers keep their shapes."""
+    words = {"lm_tokenizer": "easy-vqa", "lm_base_vocab_size": EASY_VQA_VOCAB_SIZE, "lm_vocab_size": None}
+    rows = {"train_dataset_path": "easy-vqa", "test_dataset_path": None, "val_size": 0, "max_training_steps": steps}
+    vlm, train = dataclasses.replace(settings.vlm, **words), dataclasses.replace(settings.train, **rows)
+    return dataclasses.replace(settings, vlm=vlm, train=train)
+
+
+def train_watched(bench: Bench, monitors: list[GradESMonitor]) -> None:
+    """The run of the bench's recipe, with its schedule; every monitor watches every step."""
+    data = load_data(load_rows("easy-vqa"), bench.settings.vlm, bench.cfg, None)
+    for step in range(1, bench.cfg.max_training_steps + 1):
+        bench.micro_batches = [next(data.train) for _ in bench.micro_batches]
+        setup.set_learning_rate(bench.optimizer, step, bench.cfg)
+        bench.backward()
+        for monitor in monitors:
+            monitor.after_backward(step)
+        bench.update()
+        for monitor in monitors:
+            monitor.after_step(step)
+
+
+def relative_errors(sampled: GradESMonitor, exact: GradESMonitor) -> np.ndarray:
+    """|sampled / exact - 1| of every component at every check that measured it."""
+    pairs = [
+        pair
+        for checks in zip(sampled.checks, exact.checks, strict=True)
+        for pair in zip(*(check["values"] for check in checks), strict=True)
+        if None not in pair
+    ]
+    ours, theirs = np.array(pairs).T
+    return np.abs(ours / theirs - 1)
+
+
+def sampling_errors(arguments: argparse.Namespace, settings: Settings) -> list[str]:
+    """The lines of the table of errors."""
+    bench = Bench(arguments, on_easy_vqa(settings, arguments.real_run))
+    interval, samples = settings.grades.compute_interval, [n for n in arguments.samples if n > 1]
+    exact = {metric: make_monitor(bench, metric, 1, interval) for metric in SAMPLED_METRICS}
+    sampled = [make_monitor(bench, metric, n, interval) for metric in SAMPLED_METRICS for n in samples]
+    train_watched(bench, [*exact.values(), *sampled])
+    rows = []
+    for monitor in sampled:
+        errors = relative_errors(monitor, exact[monitor.config.metric])
+        shares = [f"{share:.2%}" for share in (*np.percentile(errors, [50, 95]), errors.max())]
+        rows.append([monitor.config.metric, reading(monitor), f"{len(monitor.checks)}", f"{len(errors):,}", *shares])
+    header = ["metric", "read", "checks", "values", "median error", "p95", "largest"]
+    return [*bench.describe(), f"easy-VQA             {arguments.real_run} steps", "", table(header, rows)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__.splitlines()[0])
+    made.add_argument("--samples", type=int, nargs="+", default=[1, 64], help="the N of --monitor_sample; 1: exact")
+    made.add_argument("--rounds", type=int, default=5, help="checks that each median is of")
+    made.add_argument("--real_run", type=int, metavar="STEPS", help="train so long and compare samples with exact sums")
+    arguments, settings = parse(made, argv)
+    interval = settings.grades.compute_interval
+    if min(arguments.samples) < 1:
+        made.error(f"--samples {min(arguments.samples)}: must be >= 1")
+    if arguments.real_run is not None and arguments.real_run < 2 * interval:
+        made.error(f"--real_run {arguments.real_run}: must be at least two checks of --compute_interval {interval}")
+    if arguments.real_run is not None and max(arguments.samples) == 1:
+        made.error("--samples 1: must hold an N > 1 with --real_run")
+    print("\n".join(costs(arguments, settings) if arguments.real_run is None else sampling_errors(arguments, settings)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The benchmarks on a tiny model: every row is there, and what does not depend on time is right."""
+
+import re
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from grades_examples import Loop, make_model
+
+from grades import GradESConfig, find_components
+from scripts import bench_freeze, bench_monitor, bench_step, plot_grades
+from scripts.bench_common import Bench, parse, parser, table, time_checks
+
+TINY = {
+    "vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "vit_hidden_dim": 64, "vit_inter_dim": 128,
+    "vit_n_heads": 2, "vit_n_blocks": 2, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "lm_hidden_dim": 64,
+    "lm_inter_dim": 128, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 2, "batch_size": 2, "turns_per_image": 1,
+    "cache_rows": False, "dtype": "float32", "device": "cpu",
+}  # fmt: skip
+# Linears of a vision and of a language block: qkv, out, fc1, fc2; q, k, v, out, gate, up, down.
+WEIGHTS = 2 * 64 * (3 * 64 + 64 + 2 * 128) + 2 * 64 * (2 * 64 + 2 * 32 + 3 * 128)
+
+
+def flags(*more: str) -> list[str]:
+    return [*(f"--{name}={value}" for name, value in TINY.items()), *more]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the table that ends the text, header first."""
+    return [re.split(r"\s{2,}", line) for line in text.split("\n\n")[-1].strip().splitlines()]
+
+
+@pytest.fixture
+def bench():
+    return Bench(*parse(parser(""), flags()))
+
+
+def test_step(capsys):
+    bench_step.main(flags("--steps=2", "--warmup_steps=1", "--compute_interval=5"))
+    found = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:-1])
+    assert found["components"] == "22"
+    assert found["micro-batch"] == "2 rows x 24 tokens, 2 images; 1 in a step"
+    assert float(found["step"].removesuffix(" s")) > 0
+    assert float(found["tokens/s"].replace(",", "")) > 0
+
+
+def test_monitor_costs(capsys):
+    bench_monitor.main(flags("--samples", "1", "2", "64", "--rounds=1", "--compute_interval=10"))
+    header, *rows = rows_of(capsys.readouterr().out)
+    assert header == ["metric", "read", "check (ms)", "of a step", "at interval 10", "held (MiB)"]
+    watched = {(metric, read): cells for metric, read, *cells in rows}
+    three = {(metric, read) for metric in bench_monitor.SAMPLED_METRICS for read in ("exact", "1 in 2", "1 in 64")}
+    references = {("weight_change", "naive foreach"), ("weight_change", "one sync a component")}
+    assert set(watched) == three | references | {("drift", "1 in 16"), ("drift", "1 in 64")}
+    assert len(rows) == len(watched)
+    assert all(float(cells[0]) > 0 for cells in watched.values())
+    held = {key: float(cells[-1]) for key, cells in watched.items()}
+    snapshot = pytest.approx(4 * WEIGHTS / 2**20, abs=0.01)
+    assert held["weight_change", "exact"] == held["gradient_change", "exact"] == snapshot
+    assert held["weight_change", "naive foreach"] == held["weight_change", "one sync a component"] == snapshot
+    assert held["gradient_norm", "exact"] == 0
+    for metric in ("weight_change", "gradient_change"):
+        assert held[metric, "1 in 64"] < held[metric, "1 in 2"] < held[metric, "exact"]
+
+
+def test_a_check_is_timed_in_two_real_steps(bench):
+    calls = []
+
+    class Recorder:
+        def gradients(self):
+            return any(parameter.grad is not None for parameter in bench.model.parameters())
+
+        def after_backward(self, step):
+            calls.append(("after_backward", step, self.gradients()))
+
+        def after_step(self, step):
+            calls.append(("after_step", step, self.gradients()))
+
+    step_s, check_s = time_checks(bench, {"a": Recorder()}, rounds=2)
+    assert 0 < check_s["a"] < step_s
+    expected = [(name, step) for step in (1, 2, 3, 4) for name in ("after_backward", "after_step")]
+    assert calls[-8:] == [(name, step, name == "after_backward") for name, step in expected]
+
+
+def test_references_measure_weight_change(bench):
+    monitor = bench_monitor.make_monitor(bench, "weight_change", 1)
+    references = [bench_monitor.NaiveForeach(monitor), bench_monitor.OneSyncEach(monitor)]
+    monitor.metric.measure(monitor.components)
+    bench.step()
+    exact = list(monitor.metric.measure(monitor.components).values())
+    for reference in references:
+        assert reference.measure() == pytest.approx(exact, rel=1e-4)
+        assert reference.measure() == [0.0] * len(exact)
+
+
+def test_sampling_errors_of_a_real_run(capsys):
+    bench_monitor.main(flags("--real_run=4", "--compute_interval=2", "--samples", "2", "64"))
+    header, *rows = rows_of(capsys.readouterr().out)
+    assert header[:2] == ["metric", "read"]
+    assert [row[:2] for row in rows] == [
+        [metric, read] for metric in bench_monitor.SAMPLED_METRICS for read in ("1 in 2", "1 in 64")
+    ]
+    for metric, _, checks, values, median, p95, largest in rows:
+        assert checks == "2"
+        assert int(values) == (22 if metric == "weight_change" else 44)  # that has nothing to compare with at first
+        median, p95, largest = (float(share.removesuffix("%")) for share in (median, p95, largest))
+        assert 0 <= median <= p95 <= largest < 50
+        assert largest > 0
+
+
+def test_relative_errors_are_of_what_both_measured():
+    checks = [[None, 2.0], [3.0, 4.0]], [[None, 1.0], [None, 5.0]]
+    sampled, exact = (SimpleNamespace(checks=[{"values": values} for values in found]) for found in checks)
+    assert bench_monitor.relative_errors(sampled, exact).tolist() == pytest.approx([1.0, 0.2])
+
+
+def test_freeze(capsys, monkeypatch):
+    monkeypatch.setattr(bench_freeze, "peaks_gib", lambda arguments, settings: [1.0] * len(bench_freeze.STATES))
+    bench_freeze.main(flags("--rounds=2", "--steps=1"))
+    header, *rows = rows_of(capsys.readouterr().out)
+    assert [row[0] for row in rows] == [state.name for state in bench_freeze.STATES]
+    rows[0].insert(5, "")  # nothing is saved where nothing is frozen
+    assert all(len(row) == len(header) for row in rows)
+    columns = dict(zip(header[5:], list(zip(*rows, strict=True))[5:], strict=True))
+    flops = [float(row[4]) for row in rows]
+    assert flops[0] == 1.0
+    for numbers in (
+        flops,
+        [float(cell) for cell in columns["gradients + optimizer (MiB)"]],
+        [float(cell) for cell in columns["saved for backward (MiB)"]],
+    ):
+        assert all(after < before for before, after in pairwise(numbers)), numbers
+    assert all(float(row[1]) > 0 for row in rows)
+    assert all(cell.endswith("%") for cell in columns["time / FLOPs saved"][1:])
+
+
+def test_a_state_ends_with_nothing_frozen(bench):
+    components = find_components(bench.model)
+    trainable = sum(parameter.requires_grad for parameter in bench.model.parameters())
+    left = []
+    for state in bench_freeze.STATES:
+        with bench_freeze.frozen(bench, state):
+            bench.step()
+            left.append(sum(parameter.requires_grad for parameter in bench.model.parameters()))
+        assert sum(parameter.requires_grad for parameter in bench.model.parameters()) == trainable
+    assert left[0] == trainable
+    assert left[1] == trainable - sum(len(c.parameters) for c in components if c.tower == "language")
+    assert left[2] == trainable - sum(len(c.parameters) for c in components)
+    assert left[3] < left[2]
+    assert left[4] == 1
+
+
+def test_peaks_come_from_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(bench_freeze, "STATES", bench_freeze.STATES[-1:])
+    (peak,) = bench_freeze.peaks_gib(*parse(parser(""), flags()))
+    assert 0.05 < peak < 16
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "message"),
+    [
+        (bench_step, ["--sequence_length=4"], "--sequence_length 4: must be more than the 4 image tokens"),
+        (bench_monitor, ["--samples", "0"], "--samples 0: must be >= 1"),
+        (bench_monitor, ["--real_run=19"], "--real_run 19: must be at least two checks"),
+        (bench_monitor, ["--real_run=40", "--samples", "1"], "--samples 1: must hold an N > 1"),
+        (bench_freeze, ["--batch_sise=4"], "--batch_sise"),
+    ],
+)
+def test_impossible_flags_are_named(module, given, message, capsys):
+    with pytest.raises(SystemExit):
+        module.main(flags(*given))
+    assert message in capsys.readouterr().err
+
+
+def test_tables_are_aligned():
+    assert table(["name", "a"], [["x", "10.5"], ["longer", "1"]]).splitlines() == [
+        "name       a",
+        "x       10.5",
+        "longer     1",
+    ]
+
+
+def test_pictures_are_drawn_again(tmp_path, monkeypatch, capsys):
+    loop = Loop(make_model(), GradESConfig(alpha=0.25, vision_tau=1e9, language_tau=1e-9), total_steps=8)
+    loop.run(8)
+    loop.monitor.save_history(tmp_path / "grades_history.json")
+    monkeypatch.setattr(sys, "argv", ["plot_grades.py", str(tmp_path), "--output", str(tmp_path / "pictures")])
+    plot_grades.main()
+    out = capsys.readouterr().out
+    assert "vision   8 of 8 frozen, steps 3 to 3" in out
+    assert "language 0 of 14 frozen" in out
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"convergence.png", "freezing.png"}

@@ -1,0 +1,51 @@
+"""Early stopping on lists of losses."""
+
+import math
+
+import pytest
+
+from training.early_stopping import EarlyStopping, validation_interval
+
+
+def stops_at(losses, delta=0.1, patience=3) -> int | None:
+    """Index of the validation that stops, None without one."""
+    early = EarlyStopping(delta, patience)
+    return next((i for i, loss in enumerate(losses) if early.update(loss)), None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "index"),
+    [
+        ([1.0, 0.8, 0.6, 0.4, 0.2], None),
+        ([1.0, 1.0, 1.0, 1.0], 3),
+        ([1.0, 0.95, 0.92, 0.905], 3),  # never more than delta below the best
+        ([1.0, 0.95, 0.92, 0.89, 0.89, 0.88, 0.87], 6),  # the best counts, not the previous
+        ([1.0, 2.0, 2.0, 0.5, 2.0, 2.0], None),  # in a row
+        ([1.0, math.nan, math.nan, math.nan], 3),
+        ([None, None, None, None], None),
+        ([1.0, 2.0, None, 2.0, 2.0], 4),
+    ],
+)
+def test_it_stops_after_patience_bad_validations_in_a_row(losses, index):
+    assert stops_at(losses) == index
+
+
+def test_without_delta_any_fall_counts_and_a_tie_does_not():
+    assert stops_at([1.0, 0.999, 0.998, 0.997], delta=0, patience=1) is None
+    assert stops_at([1.0, 1.0], delta=0, patience=1) == 1
+
+
+def test_a_restored_one_stops_where_the_first_would_have():
+    losses = [1.0, 0.5, 0.6, 0.6, 0.6]
+    first = EarlyStopping(0.1, 3)
+    for loss in losses[:3]:
+        first.update(loss)
+    second = EarlyStopping(0.1, 3)
+    second.load_state_dict(first.state_dict())
+    assert [second.update(loss) for loss in losses[3:]] == [False, True]
+
+
+def test_the_interval_is_exact():
+    assert validation_interval(0.05, 1600) == 80
+    assert validation_interval(0.07, 100) == 7
+    assert validation_interval(0.05, 8) == 1

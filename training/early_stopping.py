@@ -1,0 +1,34 @@
+"""Classic early stopping, the baseline of the paper: end when the validation loss has stopped falling."""
+
+import math
+from decimal import Decimal
+
+
+def validation_interval(share: float, total_steps: int) -> int:
+    """Steps between two validations: ceil(share * total_steps), exact (0.07 * 100 is 7, though more in floats)."""
+    return math.ceil(Decimal(repr(share)) * total_steps)
+
+
+class EarlyStopping:
+    """Stops after `patience` validations in a row none of which was more than `delta` below the best loss so far."""
+
+    def __init__(self, delta: float, patience: int):
+        self.delta, self.patience = delta, patience
+        self.best: float | None = None
+        self.bad = 0  # validations since the best
+
+    def update(self, loss: float | None) -> bool:
+        """Take in a validation loss, None where it could not be measured; returns whether to stop."""
+        if loss is None:
+            return False
+        if self.best is None or loss < self.best - self.delta:
+            self.best, self.bad = loss, 0
+        else:  # a NaN too
+            self.bad += 1
+        return self.bad >= self.patience
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.bad = state["best"], state["bad"]
