@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data.datasets import DropCounter, Questions, Sample
+from data.datasets import Questions, Sample, count_drops
 from models.config import VLMConfig
 
 
@@ -28,9 +28,7 @@ class TrainCollator:
         num_labels, num_tokens: int, padding not counted; ids: the rows' names; dropped: {reason: count}.
         Where every row was dropped input_ids is None and only ids and dropped are there besides.
         """
-        dropped = DropCounter()
-        for sample in samples:
-            dropped.update(sample.dropped)
+        dropped = count_drops(samples)
         samples = [sample for sample in samples if sample.conversations]
         rest = {"ids": [sample.id for sample in samples], "dropped": dict(dropped)}
         if not samples:
@@ -40,6 +38,15 @@ class TrainCollator:
         filled = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
         input_ids = _fill(filled, [ids.numpy() for ids, _ in conversations], self.pad_id)
         targets = _fill(filled, [labels.numpy() for _, labels in conversations], -100)
+        return self._inputs(input_ids, targets, samples) | {"num_tokens": int(lengths.sum()), **rest}
+
+    def blank(self) -> dict:
+        """The inputs of a batch without a row: two positions of padding."""
+        shape = (1, 2)
+        return self._inputs(np.full(shape, self.pad_id), np.full(shape, -100), []) | {"num_tokens": 0}
+
+    def _inputs(self, input_ids: np.ndarray, targets: np.ndarray, samples: list[Sample]) -> dict:
+        """What follows from ids and targets, which hold the samples' conversations one after the other."""
         label_positions = np.flatnonzero(targets != -100)
         counts = [len(sample.conversations) for sample in samples]
         return {
@@ -48,8 +55,6 @@ class TrainCollator:
             **_image_inputs(input_ids, [sample.images for sample in samples], counts, self.vlm_cfg),
             "label_positions": torch.from_numpy(label_positions),
             "num_labels": len(label_positions),
-            "num_tokens": int(lengths.sum()),
-            **rest,
         }
 
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from data.processors import (
-    ImageDecodeError,
-    ImageProcessor,
-    decode_image,
-    encode_conversation,
-    encode_prompt,
-    image_string,
-)
+from data.processors import ImageDecodeError, ImageProcessor, encode_conversation, encode_prompt, image_string
 from data.sources import filter_turns
 from models.config import TrainConfig, VLMConfig
 
@@ -28,6 +21,7 @@ LOW_RATING = "rating"
 TOO_LONG = "too long"
 NO_LABEL = "no label"
 UNKNOWN_WORD = "word not in the vocabulary"
+BAD_SUBSET = "subset that cannot be loaded"
 TURN = "turn: "  # before the reason where a turn was dropped and its row kept
 
 
@@ -63,6 +57,18 @@ class DropCounter(Counter):
         return "dropped " + (" and ".join(filter(None, listed)) or "nothing")
 
 
+def count_drops(samples: list[Sample]) -> DropCounter:
+    """The drops of all the samples."""
+    dropped = DropCounter()
+    for sample in samples:
+        dropped.update(sample.dropped)
+    return dropped
+
+
+def nothing_usable(dropped: DropCounter) -> ValueError:
+    return ValueError(f"no row of a whole epoch of training data can be used: {dropped.summary()}")
+
+
 def _listed(counts: dict[str, int], unit: str) -> str:
     total = sum(counts.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
@@ -70,12 +76,17 @@ def _listed(counts: dict[str, int], unit: str) -> str:
 
 
 @dataclass
-class _Prepared:
-    """A row after all that is the same at every visit."""
+class Plan:
+    """What a row will give, known from its texts and the headers of its images: as Sample's, but not decoded yet."""
 
-    sample: Sample
-    grids: list[tuple[int, int]]  # rows and columns of each image's tiles
-    weights: list[float]  # of each conversation, for the draws of turns_per_image
+    conversations: list[tuple[torch.Tensor, torch.Tensor]]
+    id: str
+    dropped: dict[str, int]
+    images: list = field(default_factory=list)  # as the row has them
+    grids: list[tuple[int, int]] = field(default_factory=list)  # rows and columns of each image's tiles
+    weights: list[float] = field(default_factory=list)  # of each conversation, for the draws of turns_per_image
+    tiles: torch.Tensor | None = None  # the decoded images, where they are
+    mirrored: bool = False  # left to right
 
 
 class VQADataset:
@@ -102,7 +113,7 @@ class VQADataset:
         self.cfg = train_cfg
         self.train = train
         self.extra_tokens = re.compile("|".join(map(re.escape, vlm_cfg.vlm_extra_tokens.values())))
-        self.prepared: dict[int, _Prepared] | None = {} if cache else None
+        self.prepared: dict[int, Plan] | None = {} if cache else None
         self.asked: dict[int, Questions] = {}
         self.rarity = answer_rarity(rows) if train and train_cfg.balance_answers else None
         self.encoded: dict[tuple, tuple] = {}  # with cache: of texts, which a small data set repeats in many rows
@@ -111,30 +122,55 @@ class VQADataset:
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return self.decode(self.plan(key))
+
+    def plan(self, key: tuple[int, int]) -> Plan:
+        """dataset[key] up to where its images are decoded, which `decode` does: what a packer needs to know."""
         epoch, index = key
         if self.prepared is None:
-            return self._visit(self._prepare(self.rows[index]), f"{self.cfg.seed}/{epoch}/{index}")
-        if index not in self.prepared:
-            self.prepared[index] = self._prepare(self.rows[index])
-        return self._visit(self.prepared[index], f"{self.cfg.seed}/{epoch}/{index}")
+            prepared = self._prepare(self.rows[index])
+        else:
+            if index not in self.prepared:
+                self.prepared[index] = self._decoded(self._prepare(self.rows[index]))
+            prepared = self.prepared[index]
+        return self._visit(prepared, f"{self.cfg.seed}/{epoch}/{index}")
+
+    def plan_row(self, row: dict, key: str = "") -> Plan:
+        """The plan of a row that has no index; `key` seeds what is random in it."""
+        return self._visit(self._prepare(row), f"{self.cfg.seed}/{key}")
 
     def sample(self, row: dict, key: str = "") -> Sample:
         """The sample of a row that has no index; `key` seeds what is random in it."""
-        return self._visit(self._prepare(row), f"{self.cfg.seed}/{key}")
+        return self.decode(self.plan_row(row, key))
 
-    def _visit(self, prepared: _Prepared, key: str) -> Sample:
+    def decode(self, plan: Plan) -> Sample:
+        """The sample with its images; without conversations where one does not decode."""
+        plan = self._decoded(plan)
+        mirrored = plan.mirrored and plan.tiles is not None
+        images = self._mirror(plan.tiles, plan.grids) if mirrored else plan.tiles
+        return Sample(images, plan.conversations, plan.id, plan.dropped)
+
+    def _decoded(self, plan: Plan) -> Plan:
+        """The plan with its tiles in place of its images."""
+        if not plan.images:
+            return plan
+        try:
+            return replace(plan, images=[], tiles=self._tiles(plan.images))
+        except _RowDropped as reason:
+            return Plan([], plan.id, {str(reason): 1})
+
+    def _visit(self, plan: Plan, key: str) -> Plan:
         """What is drawn anew at each visit: turns and mirroring."""
-        sample, cfg = prepared.sample, self.cfg
-        if not self.train or not sample.conversations or not (cfg.turns_per_image or cfg.flip_images):
-            return sample
+        cfg = self.cfg
+        if not self.train or not plan.conversations or not (cfg.turns_per_image or cfg.flip_images):
+            return plan
         rng = random.Random(key)
-        images, conversations = sample.images, sample.conversations
+        conversations = plan.conversations
         if cfg.turns_per_image:
-            drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
+            drawn = draw_turns(plan.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
-        if cfg.flip_images and images is not None and rng.random() < 0.5:
-            images = self._mirror(images, prepared.grids)
-        return Sample(images, conversations, sample.id, sample.dropped)
+        mirrored = cfg.flip_images and bool(plan.grids) and rng.random() < 0.5
+        return replace(plan, conversations=conversations, mirrored=mirrored)
 
     def questions(self, index: int) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer."""
@@ -149,7 +185,8 @@ class VQADataset:
         """The questions of a row that has no index."""
         turns, dropped = self._usable_turns(row)
         try:
-            images, grids = self._images(row)
+            grids = self._grids(row)
+            images = self._tiles(row["images"])
         except _RowDropped as reason:
             return Questions(None, [], [], [], row["id"], {str(reason): 1})
         text = image_string(grids, self.vlm_cfg)
@@ -157,14 +194,15 @@ class VQADataset:
         answers, sources = [turn["assistant"] for turn in turns], [turn.get("source") for turn in turns]
         return Questions(images, prompts, answers, sources, row["id"], _drops(dropped, bool(turns)))
 
-    def _prepare(self, row: dict) -> _Prepared:
+    def _prepare(self, row: dict) -> Plan:
+        """All that is the same at every visit."""
         turns, dropped = self._usable_turns(row)
         try:
             if not turns:
                 raise _RowDropped(dropped.most_common(1)[0][0])
-            images, grids = self._images(row)
+            grids = self._grids(row)
         except _RowDropped as reason:
-            return _Prepared(Sample(None, [], row["id"], {str(reason): 1}), [], [])
+            return Plan([], row["id"], {str(reason): 1})
         conversations, kept_turns = [], []
         text = image_string(grids, self.vlm_cfg)
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
@@ -179,9 +217,10 @@ class VQADataset:
             else:
                 conversations.append((ids, labels))
                 kept_turns.append(group[0])
-        kept = bool(conversations)
-        sample = Sample(images if kept else None, conversations, row["id"], _drops(dropped, kept))
-        return _Prepared(sample, grids, turn_weights(kept_turns, self.cfg.source_weights, self.rarity))
+        if not conversations:
+            return Plan([], row["id"], _drops(dropped, kept=False))
+        weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
+        return Plan(conversations, row["id"], _drops(dropped, kept=True), row["images"], grids, weights)
 
     def _encoded(self, encode, *texts):
         """encode(tokenizer, *texts), remembered with `cache`."""
@@ -208,15 +247,24 @@ class VQADataset:
             dropped[NO_TEXT] += 1
         return turns, dropped
 
-    def _images(self, row: dict) -> tuple[torch.Tensor | None, list[tuple[int, int]]]:
+    def _grids(self, row: dict) -> list[tuple[int, int]]:
+        """The grids of a row's images, which are not decoded for it."""
         if len(row["images"]) > self.cfg.max_images_per_example:
             raise _RowDropped(TOO_MANY_IMAGES)
         try:
-            processed = [self.image_processor(decode_image(image)) for image in row["images"]]
+            return [self.image_processor.grid(image) for image in row["images"]]
         except ImageDecodeError:
             raise _RowDropped(NOT_DECODED) from None
-        grids = [grid for _, grid in processed]
-        return (torch.cat([tiles for tiles, _ in processed]) if processed else None), grids
+
+    def _tiles(self, images: list) -> torch.Tensor | None:
+        """All tiles of a row's images, None without any."""
+        try:
+            tiles = [self.image_processor(image)[0] for image in images]
+        except ImageDecodeError:
+            raise _RowDropped(NOT_DECODED) from None
+        if len(tiles) == 1:
+            return tiles[0]  # copying a large image takes a third of what decoding it takes
+        return torch.cat(tiles) if tiles else None
 
     def _mirror(self, images: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         mirror, count = self.image_processor.mirror, self.image_processor.count

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import random
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from data.collators import PromptCollator, TrainCollator
-from data.datasets import DropCounter, Questions, Sample, VQADataset
-from data.sources import RowStream
+from data.datasets import DropCounter, Questions, Sample, VQADataset, nothing_usable
+from data.packing import PackedCollator, packed_batches
+from data.sources import EpochIndices, RowStream
 from models.config import TrainConfig
-
-SHUFFLE_BUFFER_ROWS = 1000
 
 
 def _init_worker(_worker: int) -> None:
@@ -26,64 +23,85 @@ def _init_worker(_worker: int) -> None:
 
 
 def train_batches(
-    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, start_epoch: int = 0
+    dataset: VQADataset,
+    collator: TrainCollator,
+    train_cfg: TrainConfig,
+    start: int | dict = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[dict]:
     """Endless batches of batch_size rows; each epoch is a new seeded permutation.
 
     The rows that do not fill a batch at the end of an epoch are left out, but where a batch is larger than the data
     set it goes on into the next epoch. A batch is smaller by its dropped rows, and a batch of dropped rows is skipped,
-    its counts going into the next. A stream is shuffled within a buffer, and at most one worker reads it.
+    its counts going into the next. Of a stream each worker reads its own share, shuffled within a buffer.
+    start: go on after so many batches, skipped ones counted; each batch has this number as its `position`. A stream
+    is read again up to there, with as many workers. With packing: see packed_batches, which has positions of its own.
+    rank, world_size: the ranks' batches of one number are together the batch that a single process with world_size
+    times batch_size would take; of a stream each worker of each rank reads its own share. So that all ranks make as
+    many steps, a rank whose rows are all dropped gets a batch without rows.
     Raises ValueError if no row of an epoch can be used.
     """
-    streaming = isinstance(dataset.rows, RowStream)
-    workers = min(train_cfg.num_workers, 1) if streaming else train_cfg.num_workers
+    workers = train_cfg.num_workers
     options = {
         "collate_fn": collator,
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "prefetch_factor": 4 if workers else None,
         "worker_init_fn": _init_worker,
+        "generator": torch.Generator(),  # else a loader draws from the one that dropout draws from
     }
-    if streaming:
-        loader = DataLoader(_Stream(dataset, start_epoch), batch_size=train_cfg.batch_size, **options)
-        return _used(loader, None)
-    order = EpochOrder(len(dataset), train_cfg.batch_size, train_cfg.seed, start_epoch)
-    return _used(DataLoader(dataset, batch_sampler=order, **options), order.batches_per_epoch)
+    if train_cfg.packing:
+        packed = PackedCollator(collator.pad_id, collator.vlm_cfg)
+        return packed_batches(dataset, packed, start or None, options, rank, world_size)
+    blank = collator.blank() if world_size > 1 else None
+    if isinstance(dataset.rows, RowStream):
+        loader = DataLoader(_Stream(dataset, start, rank, world_size), batch_size=train_cfg.batch_size, **options)
+        return _used(loader, None, start, blank)
+    visits = EpochIndices(dataset.rows, train_cfg.mixture_weights, train_cfg.seed)
+    order = EpochOrder(len(dataset), train_cfg.batch_size * world_size, train_cfg.seed, start, visits)
+    part = slice(rank * train_cfg.batch_size, (rank + 1) * train_cfg.batch_size)
+    loader = DataLoader(dataset, batch_sampler=_PartOfEach(order, part), **options)
+    return _used(loader, order.batches_per_epoch, start, blank)
 
 
-def _used(loader: DataLoader, batches_per_epoch: int | None) -> Iterator[dict]:
-    """The batches that hold a row; each `dropped` includes those of the batches skipped before it."""
-    skipped, epoch, usable = DropCounter(), DropCounter(), False  # counts since the last batch, and of the epoch
-    for number, batch in enumerate(loader, start=1):
+def _used(loader: DataLoader, batches_per_epoch: int | None, start: int, blank: dict | None) -> Iterator[dict]:
+    """The batches that hold a row; each `dropped` includes those of the batches skipped before it.
+
+    blank: a batch without a row, which takes the place of skipped ones.
+    """
+    skipped, epoch = DropCounter(), DropCounter()  # counts since the last batch, and of the epoch
+    usable = bool(batches_per_epoch and start % batches_per_epoch)  # a run goes on after a batch that it has used
+    for number, batch in enumerate(loader, start=start + 1):
         skipped.update(batch["dropped"])
         epoch.update(batch["dropped"])
-        if batch["input_ids"] is not None:
-            yield batch | {"dropped": dict(skipped)}
-            skipped, usable = DropCounter(), True
+        holds_a_row = batch["input_ids"] is not None
+        if holds_a_row or blank is not None:
+            yield batch | (blank if not holds_a_row else {}) | {"dropped": dict(skipped), "position": number}
+            skipped, usable = DropCounter(), usable or holds_a_row
         if batches_per_epoch and number % batches_per_epoch == 0:
             if not usable:
-                raise _nothing_left(epoch)
+                raise nothing_usable(epoch)
             epoch, usable = DropCounter(), False
 
 
-def _nothing_left(dropped: DropCounter) -> ValueError:
-    return ValueError(f"no row of a whole epoch of training data can be used: {dropped.summary()}")
-
-
 class EpochOrder:
-    """Endless lists of batch_size keys (epoch, index) of a VQADataset."""
+    """Endless lists of batch_size keys (epoch, index) of a VQADataset, after the first `start` of them."""
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, start_epoch: int = 0):
-        if num_rows == 0:
-            raise ValueError("the training data has no rows")
-        self.num_rows, self.batch_size, self.seed, self.start_epoch = num_rows, batch_size, seed, start_epoch
+    def __init__(self, num_rows: int, batch_size: int, seed: int, start: int = 0, visits: EpochIndices | None = None):
+        """visits: the rows of each epoch; by default all num_rows."""
+        self.visits = visits or EpochIndices(range(num_rows), {}, seed)
+        num_rows = self.num_rows = len(self.visits)
+        self.batch_size = batch_size
         self.batches_per_epoch = max(num_rows // batch_size, 1)
+        epoch_keys = num_rows if num_rows < batch_size else self.batches_per_epoch * batch_size  # the rest is left out
+        self.start_epoch, self.start_key = divmod(start * batch_size, epoch_keys)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         keys: list[tuple[int, int]] = []
         for epoch in count(self.start_epoch):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
-            keys += [(epoch, index) for index in order.tolist()]
+            order = self.visits[epoch].tolist()
+            keys += [(epoch, index) for index in order[self.start_key if epoch == self.start_epoch else 0 :]]
             while len(keys) >= self.batch_size:
                 yield keys[: self.batch_size]
                 keys = keys[self.batch_size :]
@@ -91,37 +109,41 @@ class EpochOrder:
                 keys = []
 
 
-class _Stream(IterableDataset):
-    """Endless samples of a RowStream."""
+class _PartOfEach:
+    """The same part of each list of keys."""
 
-    def __init__(self, dataset: VQADataset, start_epoch: int):
-        self.dataset, self.start_epoch = dataset, start_epoch
+    def __init__(self, order: EpochOrder, part: slice):
+        self.order, self.part = order, part
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return (keys[self.part] for keys in self.order)
+
+
+class _Stream(IterableDataset):
+    """Endless samples of a RowStream, after those of the first `start` batches."""
+
+    def __init__(self, dataset: VQADataset, start: int, rank: int = 0, world_size: int = 1):
+        self.dataset, self.start, self.rank, self.world_size = dataset, start, rank, world_size
+        dataset.rows.prepare(dataset.cfg.mixture_weights)
 
     def __iter__(self) -> Iterator[Sample]:
-        for epoch in count(self.start_epoch):
+        worker, cfg = get_worker_info(), self.dataset.cfg
+        readers = worker.num_workers if worker else 1
+        reader = (self.start + (worker.id if worker else 0)) % readers  # batches come from the workers in turn
+        to_skip = cfg.batch_size * len(range(reader, self.start, readers))
+        share, shares = self.rank * readers + reader, self.world_size * readers
+        for epoch in count():
             dropped, usable = DropCounter(), False
-            for row in _shuffled(self.dataset.rows, f"{self.dataset.cfg.seed}/{epoch}"):
+            for row in self.dataset.rows.epoch(f"{cfg.seed}/{epoch}", cfg.mixture_weights, share, shares):
+                if to_skip:
+                    to_skip, usable = to_skip - 1, True
+                    continue
                 sample = self.dataset.sample(row, f"{epoch}/{row['id']}")
                 dropped.update(sample.dropped)
                 usable = usable or bool(sample.conversations)
                 yield sample
             if not usable:
-                raise _nothing_left(dropped)
-
-
-def _shuffled(rows: RowStream, seed: str) -> Iterator[dict]:
-    """The rows, each in place of a random one of a buffer."""
-    rng = random.Random(seed)
-    buffer: list[dict] = []
-    for row in rows:
-        if len(buffer) < SHUFFLE_BUFFER_ROWS:
-            buffer.append(row)
-            continue
-        place = rng.randrange(SHUFFLE_BUFFER_ROWS)
-        yield buffer[place]
-        buffer[place] = row
-    rng.shuffle(buffer)
-    yield from buffer
+                raise nothing_usable(dropped)
 
 
 def eval_batches(
@@ -171,9 +193,8 @@ def _in_order(dataset: VQADataset, workers: int, questions: bool) -> Iterator[Sa
         return (rows[index] for index in range(len(rows)))
     # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
     torch.multiprocessing.set_sharing_strategy("file_system")
-    return iter(
-        DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_init_worker)
-    )
+    options = {"worker_init_fn": _init_worker, "generator": torch.Generator()}  # see train_batches
+    return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **options))
 
 
 def _as_it_is(row):

@@ -5,16 +5,18 @@ Shapes: S vit_img_size, H and W the size of the resized image (multiples of S), 
 
 from __future__ import annotations
 
+import contextlib
 import io
 from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data.sources import require_hub
 from models.config import VLMConfig
+from models.gguf import GGUFFile, gguf_path
 
 END_OF_TURN = "<|im_end|>"
 EASY_VQA_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)
@@ -26,6 +28,27 @@ EASY_VQA_WORDS = (
 )
 # fmt: on
 EASY_VQA_VOCAB_SIZE = 1 + len(EASY_VQA_SPECIAL_TOKENS) + len(EASY_VQA_WORDS)
+GGUF_CONTROL_TOKEN = 3  # among tokenizer.ggml.token_type
+
+# How an image is turned upright, by the value of its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTED_BY = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # in an image's info
+SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # width becomes height
+# What is decoded is at most so large; 4 bytes a pixel. PIL's own limit is lower and knows nothing of draft mode.
+MAX_DECODED_PIXELS = 20_000 * 20_000
+Image.MAX_IMAGE_PIXELS = None
+# Larger images are not converted to RGB as a whole, but in strips of so many pixels that are reduced at once.
+STRIP_PIXELS = 2**24
+# An image may be reduced to so many times the size that is wanted: once it is resized, no one sees a difference.
+REDUCING_GAP = 2
 
 
 class ImageDecodeError(ValueError):
@@ -44,6 +67,8 @@ def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     elif cfg.lm_tokenizer == "easy-vqa":
         tokenizer = _easy_vqa_tokenizer()
+    elif path := gguf_path(cfg.lm_tokenizer, "lm_tokenizer"):
+        tokenizer = _gguf_tokenizer(path)
     else:
         tokenizer = _pretrained_tokenizer(cfg.lm_tokenizer)
     _add_extra_tokens(tokenizer, cfg)
@@ -68,6 +93,30 @@ def _pretrained_tokenizer(name: str):
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"--lm_tokenizer {name}: {error}") from error
+
+
+def _gguf_tokenizer(path: Path):
+    """SmolLM's tokenizer from a GGUF file: byte-level BPE as GPT-2's, every digit a token of its own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    found = {k.removeprefix("tokenizer.ggml."): value for k, value in GGUFFile(path).metadata.items()}
+    kind = found.get("pre")
+    if kind != "smollm":
+        raise ValueError(
+            f"--lm_tokenizer {path}: tokenizer.ggml.pre {kind!r}, must be 'smollm'; --lm_tokenizer also takes a local "
+            "folder or a hub id"
+        )
+    merges = [tuple(merge.split(" ")) for merge in found["merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(found["tokens"])}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    typed = zip(found["tokens"], found["token_type"], strict=True)
+    control = [token for token, token_type in typed if token_type == GGUF_CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def _add_extra_tokens(tokenizer, cfg: VLMConfig) -> None:
@@ -157,20 +206,77 @@ def _render(tokenizer, messages: list[dict], add_generation_prompt: bool = False
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def decode_image(source) -> Image.Image:
-    """The PIL image of a path, of bytes, of {"bytes", "path"} or of a PIL image, turned as its EXIF data says.
+def image_size(source) -> tuple[int, int]:
+    """(width, height) of the upright image, from its header alone. Raises ImageDecodeError."""
+    with _decoding():
+        image = _open(source)
+        return image.size[::-1] if _turn(image) in SIDEWAYS else image.size
 
-    Raises ImageDecodeError.
+
+def decode_image(source, wanted: tuple[int, int] | None = None) -> Image.Image:
+    """The upright PIL image of a path, of bytes, of {"bytes", "path"} or of a PIL image.
+
+    wanted: the (width, height) that the image will be resized to. It then need not come in full size: never smaller
+    than wanted, as 8-bit RGB where it was reduced. Raises ImageDecodeError, also for more than MAX_DECODED_PIXELS.
     """
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
+    with _decoding():
+        image = _open(source)
+        turn = _turn(image)
+        if wanted is not None:
+            wide, high = wanted[::-1] if turn in SIDEWAYS else wanted
+            enough = REDUCING_GAP * wide, REDUCING_GAP * high
+            if image is not source:  # which stays as it is
+                image.draft(None, enough)  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
+        width, height = image.size
+        if width * height > MAX_DECODED_PIXELS:
+            raise ImageDecodeError(f"{width} x {height} pixels are more than {MAX_DECODED_PIXELS:,}")
+        image.load()
+        if wanted is not None and width * height > STRIP_PIXELS:
+            image = _reduced(image, (max(1, width // enough[0]), max(1, height // enough[1])))
+        if turn is not None:
+            image = image.transpose(turn)
+            for name in ORIENTED_BY:
+                image.info.pop(name, None)  # it is upright now
+        return image
+
+
+@contextlib.contextmanager
+def _decoding():
     try:
-        image = source
-        if not isinstance(source, Image.Image):
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        return ImageOps.exif_transpose(image)
+        yield
+    except ImageDecodeError:
+        raise
     except Exception as error:  # decoders raise nearly anything at damaged files
         raise ImageDecodeError(f"{error}") from error
+
+
+def _open(source) -> Image.Image:
+    """With its header read and its pixels not."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the image upright. Of a PNG only an orientation that stands before the pixels is known."""
+    if image.format == "PNG" and image.info.keys().isdisjoint(ORIENTED_BY):
+        return None  # getexif would decode the image to look behind it
+    return TURNS.get(image.getexif().get(0x0112))
+
+
+def _reduced(image: Image.Image, factors: tuple[int, int]) -> Image.Image:
+    """8-bit RGB of 1/factors of the size, each pixel the mean of those it stands for."""
+    if image.mode in ("I", "F"):  # their range is that of the whole image
+        return to_rgb(image.reduce(factors))
+    across, down = factors
+    reduced = Image.new("RGB", (-(-image.width // across), -(-image.height // down)))
+    rows = max(1, STRIP_PIXELS // (image.width * down))  # of the reduced image, in a strip
+    for row in range(0, reduced.height, rows):
+        strip = image.crop((0, row * down, image.width, min((row + rows) * down, image.height)))
+        reduced.paste(to_rgb(strip).reduce(factors), (0, row))
+    return reduced
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -203,21 +309,29 @@ class ImageProcessor:
         self.side = cfg.vit_img_size
         self.with_global = "global_image_token" in cfg.vlm_extra_tokens
 
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(float32 [n, 3, S, S], normalised, and the grid (rows, columns) of tiles).
+    def __call__(self, source) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(float32 [n, 3, S, S], normalised, and the grid (rows, columns) of tiles) of what decode_image takes.
 
         A 1x1 grid is the image alone; a larger one is, where the config has a global_image_token, the whole image
-        made S x S, and then the tiles row by row.
+        made S x S, and then the tiles row by row. Raises ImageDecodeError.
         """
-        resized = _resize(to_rgb(image), self.target_size(*image.size))
-        grid = (resized.height // self.side, resized.width // self.side)
-        pixels = self._normalise(resized)
-        if grid == (1, 1):
-            return pixels[None], grid
-        tiles = pixels.view(3, grid[0], self.side, grid[1], self.side).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        if self.with_global:
-            tiles = torch.cat([self._normalise(_resize(resized, (self.side, self.side)))[None], tiles])
-        return tiles.contiguous(), grid
+        target = self.target_size(*image_size(source))
+        resized = _resize(to_rgb(decode_image(source, target)), target)
+        side = self.side
+        rows, cols = resized.height // side, resized.width // side
+        corners = [(col * side, row * side) for row in range(rows) for col in range(cols)]
+        seen = [resized.crop((left, top, left + side, top + side)) for left, top in corners]
+        if (rows, cols) != (1, 1) and self.with_global:
+            seen.insert(0, _resize(resized, (side, side)))
+        tiles = np.empty((len(seen), 3, side, side), dtype=np.float32)
+        for tile, image in zip(tiles, seen, strict=True):
+            self._normalise(image, tile)
+        return torch.from_numpy(tiles), (rows, cols)
+
+    def grid(self, source) -> tuple[int, int]:
+        """The grid (rows, columns) of tiles, from the image's header alone. Raises ImageDecodeError."""
+        width, height = self.target_size(*image_size(source))
+        return height // self.side, width // self.side
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in multiples of S: the longer side at most max_img_size, the shorter in proportion, up."""
@@ -240,11 +354,13 @@ class ImageProcessor:
         # NumPy: on a busy CPU torch's threads take a hundred times as long for so small a copy.
         return torch.from_numpy(tiles.numpy()[..., ::-1][[*range(first), *order.flatten()]])
 
-    def _normalise(self, image: Image.Image) -> torch.Tensor:
-        """[3, H, W]"""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-        scale = 1.0 / (255.0 * self.cfg.image_std)
-        return pixels.mul_(scale).sub_(self.cfg.image_mean / self.cfg.image_std)
+    def _normalise(self, image: Image.Image, tile: np.ndarray) -> None:
+        """Write the S x S image into the tile, float32 [3, S, S]."""
+        scale = np.float32(1.0 / (255.0 * self.cfg.image_std))
+        shift = np.float32(self.cfg.image_mean / self.cfg.image_std)
+        for channel, band in zip(tile, image.split(), strict=True):  # one after the other: they fit the cache
+            np.multiply(np.asarray(band), scale, out=channel, dtype=np.float32)
+            channel -= shift
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

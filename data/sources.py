@@ -9,18 +9,27 @@ and, from FineVision, `<kind>_ratings`: one int or None for each of the texts.
 
 from __future__ import annotations
 
+import multiprocessing
+import random
 import re
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
+
+import numpy as np
 
 from models.config import TrainConfig
 
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
 FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+READ_ROWS = 16  # rows of a stream that are read at once
+SHUFFLE_BUFFER_ROWS = 1000
+OPEN_SHARDS = 4  # shards of a stream that a reader draws its rows from at a time
 SPLIT_WORDS = {"train": "train", "test": "test", "val": "validation", "validation": "validation", "dev": "validation"}
 
 
@@ -30,12 +39,14 @@ def load_rows(
     split: str = "train",
     streaming: bool = False,
     flag: str = "train_dataset_path",
+    skip_bad_subsets: bool = False,
 ):
     """The rows of a data set: a sequence (len, getitem), or a RowStream for hub data with streaming.
 
     path: "easy-vqa"; a .parquet, .jsonl or .json file, or a folder of them; a folder of `datasets.save_to_disk`; else a
-    hub id. names: configurations of a hub data set or subfolders of a folder; ("all",) is all of them, one after the
-    other. A local data set that names no splits has one, which any `split` returns.
+    hub id. names: its subsets, which are the configurations of a hub data set or the subfolders of a folder; ("all",)
+    is all of them, one after the other. A local data set that names no splits has one, which any `split` returns.
+    skip_bad_subsets: leave out subsets that cannot be loaded, and say so; their names are in the rows' `bad_subsets`.
     Raises FileNotFoundError, ValueError or ConnectionError that names `flag` and says what there is.
     """
     if path == "easy-vqa":
@@ -44,11 +55,13 @@ def load_rows(
         return easy_vqa_rows(split, flag)
     local = Path(path).expanduser()
     if local.exists():
-        return TableRows(_local_parts(local, names, split, flag))
+        parts, bad = _load_subsets(_local_subsets(local, names, split, flag), path, flag, skip_bad_subsets)
+        return TableRows(parts, bad)
     if path.count("/") > 1 or path[:1] in "/.~" or local.suffix in FILE_TYPES:  # no hub id looks like this
         raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
-    parts = _hub_parts(path, names, split, streaming, flag)
-    return RowStream(parts) if streaming else TableRows(parts)
+    subsets = _hub_subsets(path, names, split, streaming, flag)
+    parts, bad = _load_subsets(subsets, path, flag, skip_bad_subsets)
+    return RowStream(parts, bad) if streaming else TableRows(parts, bad)
 
 
 def split_rows(rows, val_size: int, seed: int):
@@ -57,9 +70,7 @@ def split_rows(rows, val_size: int, seed: int):
         return rows.skip(val_size), rows.take(val_size)
     if val_size >= len(rows):
         raise ValueError(f"--val_size {val_size}: must be less than the {len(rows)} rows of the data set")
-    import numpy as np
-
-    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    order = np.random.default_rng(seed).permutation(len(rows))
     return RowSubset(rows, order[val_size:]), RowSubset(rows, order[:val_size])
 
 
@@ -77,14 +88,71 @@ def filter_turns(row: dict, train_config: TrainConfig) -> dict:
 class RowSubset:
     """The rows at the given indices."""
 
-    def __init__(self, rows, indices: Sequence[int]):
+    def __init__(self, rows, indices: np.ndarray):
         self.rows, self.indices = rows, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        return self.rows[self.indices[index]]
+        return self.rows[int(self.indices[index])]
+
+    def by_subset(self) -> dict[str, np.ndarray]:
+        """The indices of the rows of each subset."""
+        mine = np.full(len(self.rows), -1)
+        mine[self.indices] = np.arange(len(self.indices))
+        found = {name: mine[indices] for name, indices in _by_subset(self.rows).items()}
+        found = {name: indices[indices >= 0] for name, indices in found.items()}
+        return {name: indices for name, indices in found.items() if len(indices)}
+
+
+def _by_subset(rows) -> dict[str, np.ndarray]:
+    return rows.by_subset() if hasattr(rows, "by_subset") else {"": np.arange(len(rows))}
+
+
+class EpochIndices:
+    """epoch -> the indices of its rows, int64 [visits], in a seeded order.
+
+    Each row once; with weights so many times as the weight of its subset says, 1 where it is not named: of a subset
+    with weight 0.5 every epoch takes the half that the one before has left.
+    """
+
+    def __init__(self, rows, weights: dict[str, float], seed: int):
+        """rows: with len. Raises ValueError for a weight whose subset there is not, and without rows."""
+        if len(rows) == 0:
+            raise ValueError("the training data has no rows")
+        self.seed = seed
+        self.length = len(rows)
+        self.groups: list[tuple[np.ndarray, int]] = []  # indices of a subset, and how many of them an epoch has
+        if weights:
+            subsets = _by_subset(rows)
+            check_mixture(weights, subsets)
+            for name, indices in subsets.items():
+                self.groups.append((indices, max(1, round(weights.get(name, 1.0) * len(indices)))))
+            self.length = sum(count for _, count in self.groups)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, epoch: int) -> np.ndarray:
+        if not self.groups:
+            return np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        drawn = []
+        for number, (indices, count) in enumerate(self.groups):
+            size, start, stop = len(indices), epoch * count, (epoch + 1) * count
+            rounds = range(start // size, -(-stop // size))
+            orders = [np.random.default_rng((self.seed, number, r)).permutation(indices) for r in rounds]
+            drawn.append(np.concatenate(orders)[start - rounds[0] * size :][:count])
+        return np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(drawn))
+
+
+def check_mixture(weights: dict[str, float], subsets) -> None:
+    """Raise ValueError for a weight whose subset there is not."""
+    if missing := sorted(set(weights) - set(subsets)):
+        there = ", ".join(filter(None, subsets)) or "no subsets"
+        raise ValueError(
+            f"--mixture_weights {', '.join(missing)}: no such subset in the training rows; there are {there}"
+        )
 
 
 def easy_vqa_rows(split: str, flag: str = "train_dataset_path") -> list[dict]:
@@ -121,15 +189,17 @@ class _Part:
 
     name: str
     table: object
+    subset: str = ""
     folder: Path | None = None  # relative image paths start here
 
-    def row(self, arrow_table, number: int) -> dict:
+    def row(self, arrow_table, number: int, shard: int | None = None) -> dict:
+        """The row of a table that holds it alone; `number` and `shard` say where it stands."""
         record = arrow_table.to_pylist()[0]
         images = record["images"] if "images" in record else [record["image"]]
         row = {
             "images": [self._locate(image) for image in images or []],
             "texts": [self._turn(turn, record.get("source")) for turn in record["texts"] or []],
-            "id": f"{self.name}#{number}",
+            "id": f"{self.name}#{number}" if shard is None else f"{self.name}[{shard}]#{number}",
         }
         return row | {f"{kind}_ratings": record[f"{kind}_ratings"] for kind in RATINGS if f"{kind}_ratings" in record}
 
@@ -147,6 +217,7 @@ class _Part:
         return spoken | {"source": turn.get("source") or row_source}
 
     def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise ValueError if the columns are not those of a row."""
         if "texts" not in columns or not {"image", "images"} & set(columns):
             raise ValueError(
                 f"{self.name}: has the columns {', '.join(columns)}; it needs images (or image) and texts, a list of "
@@ -157,10 +228,8 @@ class _Part:
 class TableRows:
     """Rows of tables on disk, one table after the other."""
 
-    def __init__(self, parts: list[_Part]):
-        for part in parts:
-            part.check_columns(part.table.column_names)
-        self.parts = parts
+    def __init__(self, parts: list[_Part], bad_subsets: Sequence[str] = ()):
+        self.parts, self.bad_subsets = parts, bad_subsets
         self.ends = list(accumulate(len(part.table) for part in parts))
 
     def __len__(self) -> int:
@@ -174,55 +243,204 @@ class TableRows:
         part = self.parts[which]
         return part.row(part.table[number : number + 1], number)
 
+    def by_subset(self) -> dict[str, np.ndarray]:
+        """The indices of the rows of each subset."""
+        found: dict[str, list[np.ndarray]] = {}
+        for part, end in zip(self.parts, self.ends, strict=True):
+            found.setdefault(part.subset, []).append(np.arange(end - len(part.table), end))
+        return {name: np.concatenate(indices) for name, indices in found.items()}
+
+
+@dataclass
+class _Shard:
+    """One file of a stream's table, which is read from its beginning."""
+
+    part: _Part
+    number: int
+    skip: int = 0  # rows at its beginning that are left out
+    keep: float = 1.0  # share of its rows, drawn at random
+
+    def records(self) -> Iterator[tuple[int, object]]:
+        """(number in the shard, arrow table of one row) for each row; `row` converts it."""
+        start = 0
+        # Not by iterating over the table: in a worker process it would deal its shards out a second time.
+        for records in self.part.table.shard(self.part.table.num_shards, self.number).iter(READ_ROWS):
+            if start == 0:
+                self.part.check_columns(records.column_names)
+            yield from ((start + i, records.slice(i, 1)) for i in range(max(0, self.skip - start), len(records)))
+            start += len(records)
+
+    def row(self, number: int, record) -> dict:
+        return self.part.row(record, number, None if self.part.table.num_shards == 1 else self.number)
+
 
 class RowStream:
     """Rows that are read one after the other, from `start` up to but without `stop`."""
 
-    def __init__(self, parts: list[_Part], start: int = 0, stop: int | None = None):
-        self.parts, self.start, self.stop = parts, start, stop
+    def __init__(self, parts: list[_Part], bad_subsets: Sequence[str] = (), start: int = 0, stop: int | None = None):
+        self.parts, self.bad_subsets, self.start, self.stop = parts, bad_subsets, start, stop
 
     def __iter__(self) -> Iterator[dict]:
-        for part, arrow_table, number in islice(self._tables(), self.start, self.stop):
-            yield part.row(arrow_table, number)
+        """The rows in their order."""
+        records = ((shard, *record) for shard in self._all_shards() for record in shard.records())
+        return (shard.row(*record) for shard, *record in islice(records, self.start, self.stop))
 
-    def _tables(self) -> Iterator[tuple]:
-        """(part, one row as an arrow table, its number): what is skipped is not converted."""
-        for part in self.parts:
-            for number, arrow_table in enumerate(part.table):
-                if number == 0:
-                    part.check_columns(arrow_table.column_names)
-                yield part, arrow_table, number
+    def prepare(self, weights: dict[str, float]) -> None:
+        """Check and count here what the readers of `epoch` would each find out for themselves."""
+        check_mixture(weights, [part.subset for part in self.parts])
+        _ = self.shards
+
+    def _all_shards(self) -> list[_Shard]:
+        return [_Shard(part, number) for part in self.parts for number in range(part.table.num_shards)]
+
+    @cached_property
+    def shards(self) -> list[_Shard]:
+        """The shards without the rows before `start`, which are counted for it."""
+        to_skip, found = self.start, []
+        for shard in self._all_shards():
+            passed = sum(1 for _ in islice(shard.records(), to_skip + 1)) if to_skip else 1
+            if passed > to_skip:  # it has rows after those
+                found.append(_Shard(shard.part, shard.number, skip=to_skip))
+            to_skip -= min(to_skip, passed)
+        return found
+
+    def epoch(self, key: str, weights: dict[str, float], share: int = 0, shares: int = 1) -> Iterator[dict]:
+        """The rows of an epoch in an order drawn by `key`: a few shards at a time, shuffled within a buffer.
+
+        Of `shares` readers each gets other rows, all of them together each row once; with weights so many times as the
+        weight of its subset says, what is left of a whole number being a share of its rows drawn anew every epoch.
+        """
+        assert self.stop is None, "a part of a stream can be read in its order alone"
+        if multiprocessing.parent_process() is not None:
+            import fsspec.asyn
+
+            fsspec.asyn.reset_lock()  # a forked process has the lock of its parent, but not the thread that holds it
+        rng = random.Random(key)
+        return _shuffled(self._drawn(key, weights, share, shares, rng), rng)
+
+    def _drawn(self, key, weights: dict[str, float], share: int, shares: int, rng: random.Random) -> Iterator[dict]:
+        waiting = self._visits(weights)
+        rng.shuffle(waiting)
+        by_row = len(waiting) < shares  # too few to give each reader shards of its own
+        waiting = waiting if by_row else waiting[share::shares]
+        open_shards: list = []
+        while waiting or open_shards:
+            while waiting and len(open_shards) < OPEN_SHARDS:
+                shard = waiting.pop()
+                open_shards.append((shard, shard.records()))
+            place = rng.randrange(len(open_shards))
+            shard, records = open_shards[place]
+            number, record = next(records, (None, None))
+            if record is None:
+                del open_shards[place]
+            elif (not by_row or number % shares == share) and _is_kept(shard, number, key):
+                yield shard.row(number, record)
+
+    def _visits(self, weights: dict[str, float]) -> list[_Shard]:
+        """The shards as often as the weights say."""
+        visits = []
+        for shard in self.shards:
+            weight = weights.get(shard.part.subset, 1.0)
+            visits += [shard] * int(weight)
+            if weight % 1:
+                visits.append(_Shard(shard.part, shard.number, shard.skip, keep=weight % 1))
+        return visits
 
     def take(self, count: int) -> RowStream:
         """The first `count` rows."""
         stop = self.start + count
-        return RowStream(self.parts, self.start, stop if self.stop is None else min(stop, self.stop))
+        stop = stop if self.stop is None else min(stop, self.stop)
+        return RowStream(self.parts, self.bad_subsets, self.start, stop)
 
     def skip(self, count: int) -> RowStream:
         """All but the first `count` rows."""
-        return RowStream(self.parts, self.start + count, self.stop)
+        return RowStream(self.parts, self.bad_subsets, self.start + count, self.stop)
 
 
-def _local_parts(path: Path, names: Sequence[str], split: str, flag: str) -> list[_Part]:
-    if tuple(names) == ("all",):
-        folders = [path]
-    else:
-        folders = [path / name for name in names]
-        for folder in folders:
-            if not folder.is_dir():
-                there = sorted(child.name for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+def _shuffled(rows: Iterator[dict], rng: random.Random) -> Iterator[dict]:
+    """The rows, each in place of a random one of a buffer."""
+    buffer: list[dict] = []
+    for row in rows:
+        if len(buffer) < SHUFFLE_BUFFER_ROWS:
+            buffer.append(row)
+            continue
+        place = rng.randrange(SHUFFLE_BUFFER_ROWS)
+        yield buffer[place]
+        buffer[place] = row
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _is_kept(shard: _Shard, number: int, key: str) -> bool:
+    return shard.keep == 1.0 or random.Random(f"{key}/{shard.part.name}/{shard.number}/{number}").random() < shard.keep
+
+
+# The subsets of a data set that are still to be loaded: name -> what loads its parts.
+Subsets = dict[str, Callable[[], list[_Part]]]
+
+
+def _load_subsets(subsets: Subsets, path: str, flag: str, skip_bad: bool) -> tuple[list[_Part], list[str]]:
+    """(parts of all subsets, names of those that were skipped). Raises ValueError where one cannot be loaded."""
+    parts, bad = [], []
+    for name, load in subsets.items():
+        try:
+            parts += load()
+        except (ValueError, FileNotFoundError) as error:
+            if not skip_bad:
+                raise
+            bad.append(name)
+            print(f"SKIPPED subset {name or path}: {error}", file=sys.stderr)
+    if bad:
+        print(f"SKIPPED {len(bad)} of {len(subsets)} subsets of --{flag} {path}: {', '.join(bad)}", file=sys.stderr)
+    if not parts:
+        raise ValueError(f"--{flag} {path}: none of its {len(subsets)} subsets can be loaded")
+    return parts, bad
+
+
+def _local_subsets(path: Path, names: Sequence[str], split: str, flag: str) -> Subsets:
+    """The named subfolders; for ("all",) the data files that lie in a folder by its subfolders."""
+    folders = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    if tuple(names) != ("all",):
+        for name in names:
+            if path / name not in folders:
+                there = "".join(f", {folder.name}" for folder in folders)
                 raise ValueError(
-                    f"--train_dataset_name {folder.name}: --{flag} {path} has no such subfolder; "
-                    f"there are all{''.join(f', {name}' for name in there)}"
+                    f"--train_dataset_name {name}: --{flag} {path} has no such subfolder; there are all{there}"
                 )
-    return [part for folder in folders for part in _folder_parts(folder, split, flag)]
+        return {name: lambda name=name: _folder_parts(path / name, name, split, flag) for name in names}
+    if path.is_file():
+        return {"": lambda: [_file_part(path, "", path.parent, flag)]}
+    if _is_saved(path):
+        return {"": lambda: _folder_parts(path, "", split, flag)}
+    if saved := [folder for folder in folders if _is_saved(folder)]:
+        return {one.name: lambda one=one: _folder_parts(one, one.name, split, flag) for one in saved}
+    files: dict[str, list[Path]] = {}
+    for file in _files_of_split(path, split, flag):
+        below = file.relative_to(path).parts
+        files.setdefault(below[0] if len(below) > 1 else "", []).append(file)
+    return {
+        name: lambda name=name, found=found: [_file_part(file, name, path.parent, flag) for file in found]
+        for name, found in files.items()
+    }
 
 
-def _folder_parts(path: Path, split: str, flag: str) -> list[_Part]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [_Part(path.name, _saved_table(path, split, flag).with_format("arrow"), path)]
-    files = [path] if path.is_file() else _files_of_split(path, split, flag)
-    return [_Part(str(file.relative_to(path.parent)), _read_file(file, flag), file.parent) for file in files]
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+
+
+def _folder_parts(folder: Path, subset: str, split: str, flag: str) -> list[_Part]:
+    if _is_saved(folder):
+        part = _Part(folder.name, _saved_table(folder, split, flag).with_format("arrow"), subset, folder)
+        part.check_columns(part.table.column_names)
+        return [part]
+    return [_file_part(file, subset, folder.parent, flag) for file in _files_of_split(folder, split, flag)]
+
+
+def _file_part(file: Path, subset: str, root: Path, flag: str) -> _Part:
+    part = _Part(str(file.relative_to(root)), _read_file(file, flag), subset, file.parent)
+    part.check_columns(part.table.column_names)
+    return part
 
 
 def _saved_table(path: Path, split: str, flag: str):
@@ -265,24 +483,38 @@ def _read_file(file: Path, flag: str):
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(FILE_TYPES[file.suffix], data_files=[str(file)], split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"--{flag} {file}: cannot be read: {error.__cause__ or error}") from error
     return table.with_format("arrow")
 
 
-def _hub_parts(path: str, names: Sequence[str], split: str, streaming: bool, flag: str) -> list[_Part]:
+def _hub_subsets(path: str, names: Sequence[str], split: str, streaming: bool, flag: str) -> Subsets:
     require_hub(f"--{flag} {path}", "a local folder or easy-vqa")
     import datasets
 
+    errors = (OSError, ValueError, datasets.exceptions.DatasetsError)
+
+    def load(name: str) -> list[_Part]:
+        try:
+            table = datasets.load_dataset(path, name, split=split, streaming=streaming).with_format("arrow")
+            part = _Part(f"{path}/{name}", table, name)
+            # Some streams do not know their columns before they are read.
+            part.check_columns(table.column_names or next(table.iter(READ_ROWS)).column_names)
+        except errors as error:
+            raise ValueError(f"--{flag} {path}, subset {name}: {error}") from error
+        return [part]
+
     try:
-        configs = datasets.get_dataset_config_names(path)
-        chosen = configs if tuple(names) == ("all",) else list(names)
-        if missing := sorted(set(chosen) - set(configs)):
-            raise ValueError(f"no configuration {', '.join(missing)}; there are all, {', '.join(configs)}")
-        tables = [datasets.load_dataset(path, name, split=split, streaming=streaming) for name in chosen]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        there = datasets.get_dataset_config_names(path)
+    except errors as error:
         raise ValueError(f"--{flag} {path}: {error}") from error
-    return [_Part(f"{path}/{name}", table.with_format("arrow")) for name, table in zip(chosen, tables, strict=True)]
+    chosen = there if tuple(names) == ("all",) else list(names)
+    if missing := sorted(set(chosen) - set(there)):
+        raise ValueError(
+            f"--train_dataset_name {', '.join(missing)}: --{flag} {path} has no such configuration; there are all, "
+            f"{', '.join(there)}"
+        )
+    return {name: lambda name=name: load(name) for name in chosen}
 
 
 def require_hub(what: str, instead: str, timeout_s: float = 5.0) -> None:

@@ -3,11 +3,21 @@
 Shapes: B rows, H query heads, G key/value heads (G divides H), T queries, S keys, D head size.
 """
 
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
+if TYPE_CHECKING:  # takes seconds to import
+    from torch.nn.attention.flex_attention import BlockMask
+
 # Longest sequence that takes the path of plain products: its scores take T * S memory, SDPA's kernels do not.
 MAX_PLAIN_LENGTH = 512
+# FlexAttention skips whole blocks of so many queries and keys where a document ends.
+FLEX_BLOCK = 128
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -17,9 +27,21 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | BlockMask | None,
+    causal: bool,
+    dropout: float,
 ) -> torch.Tensor:
-    """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]. mask: bool, broadcasts to [B, 1, T, S], True is seen."""
+    """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D].
+
+    mask: bool, broadcasts to [B, 1, T, S], True is seen; or what document_block_mask has made.
+    """
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        # Uncompiled it would hold the scores of all pairs of positions; in a compiled block it is compiled with it.
+        within_documents = attend_flex if torch.compiler.is_compiling() else compiled_attend_flex()
+        return within_documents(q, k, v, mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and dropout == 0 and k.shape[2] <= MAX_PLAIN_LENGTH:
         return plain_attention(q, k, v, mask, causal)
     gqa = q.shape[1] != k.shape[1]
@@ -43,3 +65,31 @@ def plain_attention(
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     weights = scores.softmax(dim=-1).view(B, G, H // G * T, S)
     return (weights @ v).view(B, H, T, D)
+
+
+def takes_flex_attention(device: torch.device, length: int, head_dim: int, dropout: float) -> bool:
+    """Whether FlexAttention can attend within documents: its training kernels are CUDA's and have no dropout."""
+    in_blocks = length % FLEX_BLOCK == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return device.type == "cuda" and in_blocks and dropout == 0
+
+
+def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
+    """FlexAttention's mask of int document_ids [B, T]: causal within equal ids. Made once a forward, for all blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def is_seen(row, _head, query, key):
+        return (key <= query) & (document_ids[row, query] == document_ids[row, key])
+
+    B, T = document_ids.shape
+    return create_block_mask(is_seen, B, None, T, T, device=document_ids.device, BLOCK_SIZE=FLEX_BLOCK)
+
+
+def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def compiled_attend_flex():
+    return torch.compile(attend_flex)

@@ -1,9 +1,10 @@
-"""Pretrained weights into our tensor names, from a local folder or the hub; and checkpoints to the hub.
+"""Pretrained weights into our tensor names, from a local folder or file or the hub; and checkpoints to the hub.
 
-A folder holds config.json and model.safetensors, or shards with model.safetensors.index.json, as the hub does. Nothing
-here touches the network for a local folder.
+A folder holds config.json and model.safetensors, or shards with model.safetensors.index.json, as the hub does; a
+language backbone may be a GGUF file too. Nothing here touches the network for what is local.
 """
 
+import contextlib
 import json
 import tempfile
 import warnings
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from models.config import VLMConfig
+from models.config import SCRATCH, VLMConfig
+from models.gguf import GGUFFile, gguf_path
 from models.language_model import LanguageModel
 from models.vision_transformer import ViT
 
@@ -47,26 +49,43 @@ class BackboneUnavailable(OSError):
     """A pretrained model that is neither a local folder nor to be had from the hub."""
 
 
-def configure_from_backbones(cfg: VLMConfig) -> None:
-    """Take the towers' sizes over from the config.json of cfg.vit_model_type and cfg.lm_model_type.
+def configure_from_backbones(cfg: VLMConfig, local_only: bool = False) -> None:
+    """Take the towers' sizes over from cfg.vit_model_type and cfg.lm_model_type, but where that is `scratch`.
 
     Sets vit_* and lm_* fields only: the projector's and the image's sizes stay, and may no longer fit (cfg.problems()).
+    local_only: a tower whose backbone is not on this machine keeps the sizes that cfg has.
     ValueError for an architecture that our towers are not; BackboneUnavailable without folder and hub.
     """
-    vision = _vision_fields(_backbone_folder(cfg.vit_model_type, "vit_model_type", CONFIG_FILES), cfg.vit_model_type)
-    language = _language_fields(_backbone_folder(cfg.lm_model_type, "lm_model_type", CONFIG_FILES), cfg)
-    for field, value in (vision | language).items():
+
+    def wanted(name: str) -> bool:
+        return name != SCRATCH and not (local_only and _is_remote(name))
+
+    fields: dict = {}
+    if wanted(cfg.vit_model_type):
+        folder = _backbone_folder(cfg.vit_model_type, "vit_model_type", CONFIG_FILES)
+        fields |= _vision_fields(folder, cfg.vit_model_type)
+    if wanted(cfg.lm_model_type):
+        fields |= _language_fields(_language_source(cfg.lm_model_type, CONFIG_FILES), cfg)
+    for field, value in fields.items():
         setattr(cfg, field, value)
     cfg.lm_vocab_size = cfg.lm_base_vocab_size + cfg.extra_token_amount
+
+
+def _is_remote(name: str) -> bool:
+    """Whether a backbone's name means a hub id: it is neither a folder nor a GGUF file."""
+    return not Path(name).is_dir() and not name.endswith(".gguf")
 
 
 @torch.no_grad()
 def load_vision_backbone(vit: ViT) -> ViT:
     """Fill vit with the SigLIP or SigLIP2 weights of its cfg.vit_model_type, a vision tower alone or the full model.
 
-    The pooling head and the text tower are ignored. ValueError where cfg or a tensor does not fit the checkpoint.
+    The pooling head and the text tower are ignored. With `scratch` vit stays as it is. ValueError where cfg or a
+    tensor does not fit the checkpoint.
     """
     name = vit.cfg.vit_model_type
+    if name == SCRATCH:
+        return vit
     folder = _backbone_folder(name, "vit_model_type", WEIGHT_FILES)
     _require_same_fields(vit.cfg, _vision_fields(folder, name), f"--vit_model_type {name}")
     stored = _stored_tensors(folder)
@@ -83,12 +102,14 @@ def load_vision_backbone(vit: ViT) -> ViT:
 def load_language_backbone(lm: LanguageModel) -> LanguageModel:
     """Fill lm with the SmolLM2 (Llama) weights of its cfg.lm_model_type; the extra tokens start at the mean token.
 
-    ValueError where cfg or a tensor does not fit the checkpoint.
+    With `scratch` lm stays as it is. ValueError where cfg or a tensor does not fit the checkpoint.
     """
     cfg, name = lm.cfg, lm.cfg.lm_model_type
-    folder = _backbone_folder(name, "lm_model_type", WEIGHT_FILES)
-    _require_same_fields(cfg, _language_fields(folder, cfg), f"--lm_model_type {name}")
-    stored = {key.removeprefix("model."): tensor for key, tensor in _stored_tensors(folder).items()}
+    if name == SCRATCH:
+        return lm
+    source = _language_source(name, WEIGHT_FILES)
+    _require_same_fields(cfg, _language_fields(source, cfg), f"--lm_model_type {name}")
+    stored = {key.removeprefix("model."): tensor for key, tensor in _stored_tensors(source).items()}
     stored = {key: tensor for key, tensor in stored.items() if not key.endswith("rotary_emb.inv_freq")}
     destinations = _language_destinations(lm)
     if cfg.lm_tie_weights:
@@ -178,6 +199,11 @@ def _backbone_folder(name: str, flag: str, patterns: list[str], revision: str | 
         ) from reason
 
 
+def _language_source(name: str, patterns: list[str]) -> Path:
+    """The GGUF file or the folder of a language backbone."""
+    return gguf_path(name, "lm_model_type") or _backbone_folder(name, "lm_model_type", patterns)
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"
@@ -205,15 +231,15 @@ def _vision_fields(folder: Path, name: str) -> dict:
     }
 
 
-def _language_fields(folder: Path, cfg: VLMConfig) -> dict:
-    """The lm_* fields of a Llama config.json, which leaves out what equals the class's defaults.
+def _language_fields(source: Path, cfg: VLMConfig) -> dict:
+    """The lm_* fields of a GGUF file or of a Llama config.json, which leaves out what equals the class's defaults.
 
     An untied checkpoint unties the head; a tied one leaves lm_tie_weights to cfg.
     """
     from transformers import LlamaConfig
 
     label = f"--lm_model_type {cfg.lm_model_type}"
-    stored = json.loads((folder / "config.json").read_text())
+    stored = GGUFFile(source).config if source.is_file() else json.loads((source / "config.json").read_text())
     _require_family(stored, ("llama",), label)
     config = LlamaConfig.from_dict(stored)  # moves the rope_theta of old files into rope_parameters
     rope = config.rope_parameters
@@ -263,7 +289,7 @@ def _require_same_fields(cfg: VLMConfig, fields: dict, label: str) -> None:
 
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors or GGUF file."""
 
     file: Path
     name: str
@@ -271,9 +297,11 @@ class Stored(NamedTuple):
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of the folder by name; reads headers only."""
+    """All tensors of the folder, or of a GGUF file, by name; reads headers only."""
     from safetensors import SafetensorError, safe_open
 
+    if folder.is_file():
+        return {name: Stored(folder, name, info.shape) for name, info in GGUFFile(folder).tensors.items()}
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -307,7 +335,8 @@ def _copy(label: str, stored: dict[str, Stored], destinations: dict[str, torch.T
     if problems:
         raise ValueError(f"{label}: {len(problems)} tensors do not fit\n  " + "\n  ".join(problems))
     for file in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(file, framework="pt") as tensors:
+        is_gguf = file.suffix == ".gguf"
+        with contextlib.nullcontext(GGUFFile(file)) if is_gguf else safe_open(file, framework="pt") as tensors:
             for key, tensor in stored.items():
                 if tensor.file == file:
                     destinations[key].copy_(tensors.get_tensor(tensor.name))

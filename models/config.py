@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grades.config import GradESConfig, doc
 
+SCRATCH = "scratch"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -36,7 +37,10 @@ class VLMConfig:
     vit_n_blocks: int = doc("blocks of the vision tower", 12)
     vit_ln_eps: float = doc("epsilon of its LayerNorms", 1e-6)
     vit_cls_flag: bool = doc("prepend a CLS token and return it alone", False)
-    vit_model_type: str = doc("pretrained vision backbone: hub id or local folder", "google/siglip2-base-patch16-512")
+    vit_model_type: str = doc(
+        "pretrained vision backbone: hub id, local folder, or scratch for random weights",
+        "google/siglip2-base-patch16-512",
+    )
 
     lm_hidden_dim: int = doc("width of the language model", 960)
     lm_inter_dim: int = doc("width of its MLP", 2560)
@@ -55,10 +59,12 @@ class VLMConfig:
     lm_use_tokens: bool = doc("the language model alone takes token ids and returns logits, not embeddings", False)
     lm_tie_weights: bool = doc("the head is the token embedding", True)
     lm_model_type: str = doc(
-        "pretrained language backbone: hub id or local folder", "HuggingFaceTB/SmolLM2-360M-Instruct"
+        "pretrained language backbone: hub id, local folder, FILE.gguf, package:NAME/FILE.gguf for a file inside an "
+        "installed package, or scratch for random weights",
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
     )
-    lm_tokenizer: str = doc(
-        "tokenizer: hub id, local folder, or easy-vqa for the embedded one", "HuggingFaceTB/SmolLM2-360M-Instruct"
+    lm_tokenizer: str | None = doc(
+        "tokenizer: what lm_model_type takes, or easy-vqa for the embedded one; by default that of lm_model_type", None
     )
     lm_chat_template: str = doc("Jinja chat template", CHATML)
     lm_eos_token_id: int | None = doc("generation stops at this token; by default the tokenizer's <|im_end|>", None)
@@ -77,6 +83,7 @@ class VLMConfig:
     hf_repo_name: str = doc("repository name for push_to_hub", "nanoVLM")
 
     def __post_init__(self):
+        self.lm_tokenizer = self.lm_tokenizer or self.lm_model_type
         if self.lm_vocab_size is None:
             self.lm_vocab_size = self.lm_base_vocab_size + self.extra_token_amount
 
@@ -173,6 +180,7 @@ class VLMConfig:
                 "vlm_extra_tokens",
                 f"one with r1c1..r{tiles}c{tiles}, a token for each tile of max_img_size / vit_img_size",
             ),
+            (self.lm_tokenizer != SCRATCH, "lm_tokenizer", "given where --lm_model_type is scratch"),
             (len(extra) == self.extra_token_amount, "extra_token_amount", f"{len(extra)}, as many as vlm_extra_tokens"),
             (
                 self.lm_vocab_size == vocabulary,
@@ -209,6 +217,16 @@ class TrainConfig:
         False,
     )
     flip_images: bool = doc("mirror half of the training images left to right", False)
+    mixture_weights: dict[str, float] = doc(
+        "how often the rows of a subset come in an epoch, as JSON; 1 for the subsets not named", {}
+    )
+    skip_bad_subsets: bool = doc("leave out subsets that cannot be loaded, and say so; off: they are an error", False)
+    packing: bool = doc(
+        "fill rows of lm_max_length tokens with several samples, none of which sees another; batch_size counts such "
+        "rows",
+        False,
+    )
+    max_images_per_knapsack: int = doc("packing: images in one row; a sample with more has a row of its own", 18)
     max_images_per_example: int = doc("rows with more images are dropped", 4)
     max_sample_length: int = doc("samples with more tokens are dropped", 4096)
     relevance_min_rating: int = doc("FineVision: drop turns rated lower", 1)
@@ -221,6 +239,17 @@ class TrainConfig:
     lr_mp: float = doc("peak learning rate of the modality projector", 0.00512)
     lr_vision_backbone: float = doc("peak learning rate of the vision tower; 0 freezes it", 5e-5)
     lr_language_backbone: float = doc("peak learning rate of the language model; 0 freezes it", 5e-5)
+    lora_rank: int = doc(
+        "rank of LoRA adapters, which then train in place of the towers' weights (the projector trains in full, all "
+        "else is frozen; checkpoints hold the merged weights); 0: full fine-tuning",
+        0,
+    )
+    lora_alpha: float = doc("LoRA: an adapter's output is scaled by lora_alpha / lora_rank", 16.0)
+    lora_dropout: float = doc("LoRA: dropout of what goes into an adapter", 0.0)
+    lora_targets: list[str] = doc(
+        "LoRA: adapt the matrices whose name contains one of these; empty: every projection matrix of both towers", []
+    )
+    lora_vision: bool = doc("LoRA: adapt the vision tower too; off: it trains in full (as one from scratch must)", True)
     batch_size: int = doc("rows (images, with turns_per_image) in a micro-batch", 2)
     gradient_accumulation_steps: int = doc("micro-batches in an optimizer step", 8)
     max_grad_norm: float = doc("clip the gradient to this L2 norm; 0: no clipping", 1.0)
@@ -232,13 +261,39 @@ class TrainConfig:
     adam_beta2: float = doc("AdamW: decay of the second moment", 0.999)
     dtype: str = doc("autocast: auto (bfloat16 where the device has it), bfloat16 or float32", "auto")
     compile: bool = doc("torch.compile every block", False)
+    activation_checkpointing: bool = doc(
+        "keep only what goes into each block for the backward pass and compute the block again there: less memory, "
+        "about a third more work",
+        False,
+    )
+    parallel: str = doc(
+        "with several processes (torchrun): ddp, each holds all weights; fsdp, weights, gradients and optimizer state "
+        "are divided among them",
+        "ddp",
+    )
     seed: int = doc("seed of weights, order of the data and dropout", 0)
 
-    eval_interval: int = doc("optimizer steps between two evaluations (and checkpoints)", 500)
+    eval_interval: int = doc("optimizer steps between two evaluations, each of which ends with a checkpoint", 500)
     eval_batch_size: int = doc("conversations in an evaluation batch", 64)
     max_new_tokens: int = doc("longest generated answer in evaluation, in tokens", 16)
     log_interval: int = doc("optimizer steps between two lines of metrics.jsonl", 10)
+    early_stopping: bool = doc("stop when the validation loss has stopped falling: the baseline to GradES", False)
+    es_interval: float = doc("early stopping: share of the run between two validation losses, in (0, 1)", 0.05)
+    es_delta: float = doc("early stopping: the loss must fall by more than this below the best, in nats", 0.0005)
+    es_patience: int = doc("early stopping: stop after so many validations in a row without such a fall", 3)
 
+    dry_run: bool = doc(
+        "print what the run will take (parameters, tokens, FLOPs, memory) and end; nothing is downloaded or written",
+        False,
+    )
+    checkpoint_interval: int = doc("optimizer steps between two more checkpoints; 0: none but those of evaluations", 0)
+    keep_checkpoints: int = doc("keep so many of the latest checkpoints, and the best besides", 2)
+    resume: str | None = doc(
+        "continue a run where it ended: auto (the run of --run_name, from its newest whole checkpoint; from the start "
+        "where there is none yet), a run folder, or a checkpoint; with another --run_name as a new run from there",
+        None,
+    )
+    resume_override: bool = doc("resume although settings differ from the run's; each is named", False)
     run_name: str | None = doc("folder of the run; by default made from the config and the time", None)
     output_dir: str = doc("where run folders go", "grades_output")
     log_wandb: bool = doc("log to Weights & Biases; offline where there is no account", False)
@@ -252,6 +307,7 @@ class TrainConfig:
             (self.lr_mp >= 0, "lr_mp", ">= 0"),
             (self.lr_vision_backbone >= 0, "lr_vision_backbone", ">= 0"),
             (self.lr_language_backbone >= 0, "lr_language_backbone", ">= 0"),
+            *self._lora_checks(),
             (self.max_grad_norm >= 0, "max_grad_norm", ">= 0"),
             (0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)"),
             (0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "in [0, 1]"),
@@ -259,7 +315,12 @@ class TrainConfig:
             (0 <= self.adam_beta1 < 1, "adam_beta1", "in [0, 1)"),
             (0 <= self.adam_beta2 < 1, "adam_beta2", "in [0, 1)"),
             (self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32"),
+            (self.parallel in ("ddp", "fsdp"), "parallel", "ddp or fsdp"),
             (self.val_size >= 0, "val_size", ">= 0"),
+            (self.val_size != 0 or not self.early_stopping, "val_size", "> 0 with early_stopping"),
+            (0 < self.es_interval < 1, "es_interval", "in (0, 1)"),
+            (self.es_delta >= 0, "es_delta", ">= 0"),
+            (self.es_patience >= 1, "es_patience", ">= 1"),
             (self.num_workers >= 0, "num_workers", ">= 0"),
             (self.turns_per_image is None or self.turns_per_image >= 1, "turns_per_image", ">= 1"),
             (
@@ -273,7 +334,10 @@ class TrainConfig:
                 "off without turns_per_image",
             ),
             (all(weight > 0 for weight in self.source_weights.values()), "source_weights", "> 0 each"),
+            (all(weight > 0 for weight in self.mixture_weights.values()), "mixture_weights", "> 0 each"),
             (self.max_images_per_example >= 0, "max_images_per_example", ">= 0"),
+            (self.checkpoint_interval >= 0, "checkpoint_interval", ">= 0"),
+            (self.resume != "auto" or self.run_name is not None, "resume", "given with --run_name"),
             (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
             (
                 max(self.lr_mp, self.lr_vision_backbone, self.lr_language_backbone) > 0,
@@ -283,9 +347,22 @@ class TrainConfig:
         ]
         positive = (
             "batch_size gradient_accumulation_steps max_training_steps eval_interval eval_batch_size max_new_tokens "
-            "log_interval max_sample_length"
+            "log_interval max_sample_length max_images_per_knapsack keep_checkpoints"
         )
         return _not_positive(self, positive) + _failed(self, checks)
+
+    def _lora_checks(self) -> list[tuple[bool, str, str]]:
+        full = self.lora_rank == 0
+        adapted = self.lr_language_backbone > 0 or (self.lora_vision and self.lr_vision_backbone > 0)
+        return [
+            (self.lora_rank >= 0, "lora_rank", ">= 0"),
+            (full or adapted, "lora_rank", "0 where no tower is adapted (learning rates of 0, lora_vision off)"),
+            (self.lora_alpha > 0, "lora_alpha", "> 0"),
+            (0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)"),
+            (not full or self.lora_dropout == 0, "lora_dropout", "0 without lora_rank"),
+            (not full or not self.lora_targets, "lora_targets", "empty without lora_rank"),
+            (not full or self.lora_vision, "lora_vision", "on without lora_rank"),
+        ]
 
 
 def _not_positive(config, names: str) -> list[str]:
@@ -303,6 +380,11 @@ def validate(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> None:
         found.append("--vit_cls_flag True: must be False; the projector takes the patches, not one CLS token")
     if vlm.lm_use_tokens:
         found.append("--lm_use_tokens True: must be False; the language model takes embeddings here")
+    if train.packing and vlm.lm_max_length > vlm.lm_max_position_embeddings:
+        found.append(
+            f"--packing True: must be off where lm_max_length {vlm.lm_max_length} is more than "
+            f"lm_max_position_embeddings {vlm.lm_max_position_embeddings}: the row would scale its samples' positions"
+        )
     if train.max_sample_length > vlm.lm_max_length:
         found.append(
             f"--max_sample_length {train.max_sample_length}: must be at most lm_max_length {vlm.lm_max_length}"

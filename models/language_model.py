@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.attention import attention, compute_dtype
+from models.attention import attention, compute_dtype, document_block_mask, takes_flex_attention
 from models.config import VLMConfig
 
 
@@ -106,7 +106,9 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        causal = mask is None and T > 1  # a single new position may see all that came before
+        causal = mask is None
+        if T == 1:  # a single new position may see all that came before; `and T > 1` would break torch.compile's graph
+            causal = False
         y = attention(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         y = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -182,7 +184,7 @@ class LanguageModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=x.device)[None]
         cos, sin = self.rotary_embd(position_ids, start + T)
-        mask = attention_mask_4d(attention_mask, document_ids, T)
+        mask = self._mask(attention_mask, document_ids, T)
         if mask is None and T > 1 and start > 0:
             raise ValueError("several new positions after cached ones need an attention_mask")
         for index, block in enumerate(self.blocks):
@@ -191,6 +193,14 @@ class LanguageModel(nn.Module):
             cache.length += T
         x = self.norm(x)
         return self.head(x) if self.cfg.lm_use_tokens else x
+
+    def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int):
+        """Which positions each of the last `length` may see, in the form that attention is fastest with here."""
+        if attention_mask is None and document_ids is not None:
+            head_dim, dropout = self.blocks[0].attn.head_dim, self.cfg.lm_dropout if self.training else 0.0
+            if takes_flex_attention(document_ids.device, length, head_dim, dropout):
+                return document_block_mask(document_ids)
+        return attention_mask_4d(attention_mask, document_ids, length)
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "LanguageModel":

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from models.attention import compute_dtype
 from models.config import VLMConfig
 from models.language_model import KVCache, LanguageModel
+from models.lora import is_adapted, merged_state
 from models.modality_projector import ModalityProjector
 from models.vision_transformer import ViT
 
@@ -141,13 +142,22 @@ class VisionLanguageModel(nn.Module):
         return load_vlm_weights(cls(VLMConfig.load(folder)), folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (the tied head once) into the folder, made if need be."""
+        """Write config.json and model.safetensors (the tied head once) into the folder, made if need be.
+
+        LoRA adapters are merged into what is written, under the plain model's names, and stay apart in this model.
+        """
         from safetensors.torch import save_model
+
+        plain = self
+        if is_adapted(self):
+            with torch.device("meta"):
+                plain = VisionLanguageModel(self.cfg)
+            plain.load_state_dict(merged_state(self), assign=True)
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n")
-        save_model(self, str(folder / "model.safetensors"))
+        save_model(plain, str(folder / "model.safetensors"))
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> None:
         """Upload weights, config and a model card to the hub repository (default cfg.hf_repo_name), made if need be."""

@@ -116,7 +116,8 @@ def test_every_epoch_is_a_new_permutation_without_the_last_incomplete_batch():
     assert [key[1] for key in batches[0]] != [key[1] for key in batches[3]]
     assert list(islice(EpochOrder(10, 3, seed=0), 6)) == batches
     assert list(islice(EpochOrder(10, 3, seed=1), 6)) != batches
-    assert list(islice(EpochOrder(10, 3, seed=0, start_epoch=1), 3)) == batches[3:]
+    for start in range(5):
+        assert list(islice(EpochOrder(10, 3, seed=0, start=start), 6 - start)) == batches[start:]
 
 
 def test_a_batch_larger_than_the_data_goes_on_into_the_next_epoch():
@@ -177,13 +178,45 @@ def stream(count: int, junk: bool = False) -> RowStream:
     return RowStream([_Part("stream", table.with_format("arrow"))])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_is_shuffled_and_endless(workers):
-    config = tiny_train(batch_size=4, num_workers=workers)
+STREAM_OF_10 = [f"stream[{shard}]#{i}" for shard in (0, 1) for i in range(5)]
+
+
+def test_stream_is_shuffled_and_endless():
+    config = tiny_train(batch_size=4)
     batches = train_batches(dataset(stream(10), SMALL, config), train_collator(), config)
     names = [name for batch in islice(batches, 5) for name in batch["ids"]]
-    assert sorted(names[:10]) == sorted(names[10:]) == [f"stream#{i}" for i in range(10)]
+    assert sorted(names[:10]) == sorted(names[10:]) == STREAM_OF_10
     assert names[:10] != names[10:]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_share_a_stream(workers):
+    """By its two shards, or row by row where workers are more; each goes through its share in every epoch."""
+    config = tiny_train(batch_size=1, num_workers=workers)
+    batches = train_batches(dataset(stream(10), SMALL, config), train_collator(), config)
+    names = [name for batch in islice(batches, 10 * workers) for name in batch["ids"]]
+    readers = [names[reader::workers] for reader in range(workers)]
+    shares = [sorted(set(seen)) for seen in readers]
+    assert sorted(name for share in shares for name in share) == STREAM_OF_10
+    for seen, share in zip(readers, shares, strict=True):
+        assert sorted(seen[: len(share)]) == sorted(seen[len(share) : 2 * len(share)]) == share
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_after_any_of_them(workers):
+    """Of more rows than a batch holds and of fewer, and of a stream; batches of dropped rows count as well."""
+
+    def first(rows, size: int, count: int, start: int = 0) -> list[dict]:
+        config = tiny_train(batch_size=size, num_workers=workers, turns_per_image=1)
+        return list(islice(train_batches(dataset(rows, SMALL, config), train_collator(), config, start), count))
+
+    bad = [row([b"junk"], name="bad")] * 4
+    for rows, size in (([*some_rows(7), *bad], 2), ([*some_rows(3), *bad[:1]], 5), (stream(9), 4)):
+        whole = first(rows, size, 9)
+        for batch, number in ((whole[0], 1), (whole[3], 4), (whole[5], 6)):
+            rest = first(rows, size, 9 - number, batch["position"])
+            assert all(same(one, other) for one, other in zip(rest, whole[number:], strict=True))
+    assert first([*some_rows(2), *bad], 1, 3)[-1]["position"] > 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -232,8 +265,8 @@ def test_streams_can_be_evaluated():
     config = tiny_train()
     data = dataset(stream(6).take(5), SMALL, config, train=False)
     assert [name for batch in eval_batches(data, train_collator(), config) for name in batch["ids"]] == [
-        f"stream#{i}" for i in range(5)
-    ]
+        "stream[0]#0", "stream[0]#1", "stream[0]#2", "stream[1]#0", "stream[1]#1"
+    ]  # fmt: skip
     assert sum(len(answers) for _, answers, _, _ in prompt_batches(data, PromptCollator(PAD, SMALL), config)) == 5
 
 

@@ -1,0 +1,69 @@
+"""All the data of a run: rows to batches, for training, validation and test."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.collators import TrainCollator
+from data.datasets import BAD_SUBSET, DropCounter, VQADataset
+from data.loader import train_batches
+from data.processors import ImageProcessor, get_tokenizer
+from data.sources import load_rows, split_rows
+from models.config import TrainConfig, VLMConfig
+
+
+@dataclass
+class Data:
+    """Batches for training, and what the evaluations go through."""
+
+    tokenizer: object
+    train_rows: object
+    val_rows: object
+    test_rows: object | None
+    train: Iterator[dict]
+    val_dataset: VQADataset
+    test_dataset: VQADataset | None
+    dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))  # by split
+
+
+def load_data(
+    rows, vlm: VLMConfig, cfg: TrainConfig, checkpoint: Path | None, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Data:
+    """rows: of the training data set, loaded. checkpoint: a folder whose tokenizer goes before vlm.lm_tokenizer.
+    start: training goes on after so many batches; rank, world_size: whose batches they are (see train_batches).
+
+    Raises ValueError or OSError where data or tokenizer cannot be used, before any training.
+    """
+    tokenizer = get_tokenizer(vlm, checkpoint)
+    train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
+    test_rows = None
+    if test_path := cfg.test_dataset_path or ("easy-vqa" if cfg.train_dataset_path == "easy-vqa" else None):
+        test_rows = load_rows(test_path, split="test", flag="test_dataset_path")
+
+    def dataset(rows, train: bool) -> VQADataset:
+        return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
+
+    batches = train_batches(
+        dataset(train_rows, train=True), TrainCollator(tokenizer.pad_token_id, vlm), cfg, start, rank, world_size
+    )
+    dropped = defaultdict(DropCounter)
+    bad_subsets = getattr(rows, "bad_subsets", ())
+    if bad_subsets and rank == 0:
+        dropped["train"][BAD_SUBSET] = len(bad_subsets)
+    first: list[dict] = []
+    while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later
+        first.append(next(batches))
+    return Data(
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        test_rows=test_rows,
+        train=itertools.chain(first, batches),
+        val_dataset=dataset(val_rows, train=False),
+        test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
+        dropped=dropped,
+    )

@@ -1,0 +1,323 @@
+"""Packed rows: what is in them, that their samples do not see each other, and that none is lost on the way."""
+
+import random
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from data_examples import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
+from test_data_loader import some_rows, stream
+
+import models.language_model
+from data.collators import TrainCollator
+from data.loader import train_batches
+from data.packing import PADDING, PackedCollator, pack
+from data.sources import load_rows
+from models.attention import attend_flex, document_block_mask, takes_flex_attention
+from models.config import TrainConfig, VLMConfig, validate
+from models.language_model import LanguageModel
+from models.vision_language_model import VisionLanguageModel
+from training.step import model_inputs
+
+PAD = 1
+CPU = torch.device("cpu")
+
+
+def small(length: int = 128, **changes) -> VLMConfig:
+    """A model of a few thousand weights with rows of `length` tokens."""
+    sizes = {
+        "resize_to_max_side_len": False, "lm_max_length": length,
+        "vit_hidden_dim": 8, "vit_inter_dim": 8, "vit_n_heads": 1, "vit_n_blocks": 1,
+        "lm_hidden_dim": 32, "lm_inter_dim": 16, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 2,
+    }  # fmt: skip
+    return tiny_vlm(**sizes | changes)
+
+
+def packing(length: int = 128, **changes) -> TrainConfig:
+    return tiny_train(packing=True, max_sample_length=length, **{"batch_size": 2} | changes)
+
+
+def batches(rows, vlm: VLMConfig, cfg: TrainConfig, start=0):
+    return train_batches(dataset(rows, vlm, cfg), TrainCollator(PAD, vlm), cfg, start)
+
+
+# Knapsacks
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_hold_every_sample_once_and_keep_to_the_limits(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 100) for _ in range(200)]
+    images = [rng.choice([0, 1, 1, 2, 5]) for _ in range(200)]
+    rows = pack(lengths, images, 100, max_images=4)
+    assert sorted(i for one in rows for i in one) == list(range(200))
+    for one in rows:
+        assert sum(lengths[i] for i in one) <= 100
+        assert len(one) == 1 or sum(images[i] for i in one) <= 4
+
+
+def test_a_limit_on_images_is_all_that_keeps_samples_apart():
+    assert len(pack([10] * 6, [1] * 6, 60, max_images=6)) == 1
+    assert len(pack([10] * 6, [1] * 6, 60, max_images=2)) == 3
+    assert len(pack([10] * 6, [0] * 6, 60, max_images=1)) == 1
+
+
+def fill_rate(rows, length: int, count: int) -> float:
+    """Of the first `count` packed rows."""
+    vlm = small(length, vlm_extra_tokens={"image_token": "<|image|>"}, max_img_size=16)
+    found = list(islice(batches(rows, vlm, packing(length, batch_size=1)), count))
+    return sum(batch["num_tokens"] for batch in found) / sum(batch["input_ids"].numel() for batch in found)
+
+
+def test_rows_of_easy_vqa_are_nearly_full():
+    assert fill_rate(load_rows("easy-vqa")[:400], 1024, 50) > 0.97
+
+
+def test_rows_of_mixed_lengths_are_nearly_full():
+    rng = np.random.default_rng(0)
+    words = np.clip(rng.lognormal(4.0, 0.8, 1200).astype(int), 1, 900)
+    assert fill_rate([row([], [turn("is " + "the " * n)], str(i)) for i, n in enumerate(words)], 1024, 80) > 0.97
+
+
+# Batches
+
+
+def test_a_packed_batch_against_brute_force():
+    vlm, cfg = small(256), packing(turns_per_image=2)
+    data = dataset([*some_rows(5), row([b"junk"])], vlm, cfg)
+    samples = [data[0, i] for i in range(6)]
+    rows = [samples[:3], samples[3:]]
+    batch = PackedCollator(PAD, vlm)(rows)
+    slots, sources, images = [], [], 0
+    for number, one in enumerate(rows):
+        ids, labels, positions, documents = [], [], [], []
+        for sample in one:
+            for document_ids, document_labels in sample.conversations:
+                ids += document_ids.tolist()
+                labels += document_labels.tolist()
+                positions += range(len(document_ids))
+                documents += [1 + max(documents, default=-1)] * len(document_ids)
+                mine = 0 if sample.images is None else len(sample.images) * 4
+                sources += range(images * 4, images * 4 + mine)
+            images += 0 if sample.images is None else len(sample.images)
+        padding = 256 - len(ids)
+        assert batch["input_ids"][number].tolist() == ids + [PAD] * padding
+        assert batch["targets"][number].tolist() == labels + [-100] * padding
+        assert batch["position_ids"][number].tolist() == positions + [0] * padding
+        assert batch["document_ids"][number].tolist() == documents + [PADDING] * padding
+        slots += [number * 256 + i for i, token in enumerate(ids) if token == vlm.image_token_id]
+    assert batch["image_slots"].tolist() == slots
+    assert batch["image_sources"].tolist() == sources
+    assert torch.equal(batch["images"], torch.cat([s.images for s in samples if s.images is not None]))
+    assert batch["label_positions"].tolist() == (batch["targets"].flatten() != -100).nonzero().flatten().tolist()
+    assert batch["num_labels"] == len(batch["label_positions"])
+    assert batch["num_tokens"] == (batch["document_ids"] != PADDING).sum()
+    assert batch["ids"] == [f"row{i}" for i in range(5)]
+    assert batch["dropped"] == {"image does not decode": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_row_comes_once_in_an_epoch_whoever_reads(workers):
+    rows = some_rows(40)
+    cfg = packing(num_workers=workers)
+    names = [batch["ids"] for batch in islice(batches(rows, small(), cfg), 60)]
+    readers = max(1, workers)
+    seen = [[name for batch in names[reader::readers] for name in batch] for reader in range(readers)]
+    size = 40 // readers
+    epochs = [[name for one in seen for name in one[i : i + size]] for i in (0, size, 2 * size)]
+    assert all(sorted(epoch) == sorted(one["id"] for one in rows) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("kind", ["table", "stream"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_batches_follow_from_the_seed_and_go_on_after_any_of_them(kind, workers):
+    def first(count: int, start=0, seed: int = 0) -> list[dict]:
+        rows = [*some_rows(30), row([b"junk"], name="bad")] if kind == "table" else stream(30)
+        cfg = packing(num_workers=workers, turns_per_image=2, flip_images=True, seed=seed)
+        return list(islice(batches(rows, small(), cfg, start), count))
+
+    def same(one: dict, other: dict) -> bool:
+        pairs = [(one[name], other[name]) for name in one]
+        return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
+
+    whole = first(12)
+    assert all(same(one, other) for one, other in zip(first(12), whole, strict=True))
+    assert not all(same(one, other) for one, other in zip(first(12, seed=1), whole, strict=True))
+    for number in (1, 4, 9):
+        rest = first(12 - number, whole[number - 1]["position"])
+        assert all(same(one, other) for one, other in zip(rest, whole[number:], strict=True))
+
+
+def test_other_workers_cannot_go_on():
+    position = next(batches(some_rows(9), small(), packing()))["position"]
+    with pytest.raises(ValueError, match="--num_workers 2: must be 1"):
+        next(batches(some_rows(9), small(), packing(num_workers=2), position))
+
+
+def test_what_cannot_be_used_is_counted_once_a_visit():
+    late = row([encoded(picture(64, 64))[:200]], name="decodes only in part")
+    rows = [*some_rows(12), row([b"junk"]), row(texts=[]), late]
+    dropped = Counter()
+    for batch in islice(batches(rows, small(), packing(batch_size=1)), 200):
+        dropped.update(batch["dropped"])
+        [(epochs, _, _)] = batch["position"]["places"]
+        if epochs == 8:
+            break
+    assert {reason: round(count / epochs) for reason, count in dropped.items()} == {
+        "image does not decode": 2,
+        "no text": 1,
+    }
+    with pytest.raises(ValueError, match=r"dropped 4 rows \(4 image does not decode\)"):
+        next(batches([late] * 4, small(), packing()))
+
+
+def test_a_sample_longer_than_a_row_is_divided_between_its_conversations():
+    texts = [turn("is " + "the " * 8 + "shape red?", source=str(i)) for i in range(8)]
+    batch = next(batches([row(texts=texts)], small(64), packing(64, turns_per_image=8, batch_size=4)))
+    assert (batch["document_ids"].amax(1) + 1).tolist() == [2, 2, 2, 2]
+    assert len(batch["images"]) == 4  # each row has the image that its conversations share
+
+
+# What the model makes of them
+
+
+def documents(seed: int, vlm: VLMConfig) -> list[list[dict]]:
+    """Two packed rows of samples with and without images."""
+    data = dataset(some_rows(8), vlm, packing(), train=False)
+    samples = [data[0, i] for i in range(8)]
+    random.Random(seed).shuffle(samples)
+    return [samples[:4], samples[4:]]
+
+
+def logits_of(model: VisionLanguageModel, batch: dict) -> torch.Tensor:
+    inputs = {
+        name: value for name, value in model_inputs(batch, CPU).items() if name not in ("targets", "label_positions")
+    }
+    return model(**inputs)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changing_a_sample_leaves_its_row_mates_as_they_are(dtype):
+    torch.manual_seed(0)
+    vlm = small(256)
+    model = VisionLanguageModel(vlm).eval()
+    batch = PackedCollator(PAD, vlm)(documents(0, vlm))
+    assert batch["document_ids"].max() == 3
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
+        before = logits_of(model, batch)
+        for document in range(4):
+            changed = dict(batch, input_ids=batch["input_ids"].clone(), images=batch["images"].clone())
+            inside = batch["document_ids"] == document
+            words = inside & (batch["input_ids"] != vlm.image_token_id)
+            changed["input_ids"][words] = (batch["input_ids"][words] + 7) % vlm.image_token_id
+            slots = inside.flatten()[batch["image_slots"]].view(-1, vlm.mp_image_token_length)[:, 0]
+            changed["images"][slots] += 1.0
+            after = logits_of(model, changed)
+            assert torch.equal(before[~inside], after[~inside])
+            assert not torch.isclose(before[inside], after[inside]).all(-1).any()
+
+
+def test_the_packed_loss_and_its_gradient_are_those_of_padded_rows():
+    torch.manual_seed(0)
+    vlm = small(256)
+    model = VisionLanguageModel(vlm)
+    rows = documents(1, vlm)
+    found = []
+    for batch in (PackedCollator(PAD, vlm)(rows), TrainCollator(PAD, vlm)([sample for one in rows for sample in one])):
+        model.zero_grad()
+        loss = model(**model_inputs(batch, CPU)) / batch["num_labels"]
+        loss.backward()
+        found.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
+    (packed, packed_gradients), (padded, padded_gradients) = found
+    torch.testing.assert_close(packed, padded)
+    torch.testing.assert_close(packed_gradients, padded_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_without_images_go_through_collator_and_model():
+    vlm = small()
+    model = VisionLanguageModel(vlm)
+    text_only = [row([], [turn("is the shape red?")], str(i)) for i in range(6)]
+    batch = next(batches(text_only, vlm, packing()))
+    assert batch["images"] is None
+    model(**model_inputs(batch, CPU)).backward()
+    assert model.decoder.norm.weight.grad is not None
+    late = next(batches([*text_only, row(name="late")], vlm, packing(batch_size=1, seed=3)))
+    assert len(late["images"]) == 1
+    assert torch.isfinite(model(**model_inputs(late, CPU)))
+
+
+# FlexAttention, which CUDA takes
+
+
+def random_documents(rows: int, length: int) -> torch.Tensor:
+    starts = (torch.rand(rows, length) < 0.04).int()
+    return starts.cumsum(1).masked_fill(torch.arange(length) > length - 30, PADDING)
+
+
+def test_block_masks_attend_as_the_plain_mask_does(monkeypatch):
+    torch.manual_seed(0)
+    model = LanguageModel(small(256)).eval()
+    x, ids = torch.randn(2, 256, 32), random_documents(2, 256)
+    made = []
+
+    def counted(document_ids):
+        made.append(document_block_mask(document_ids))
+        return made[-1]
+
+    with torch.no_grad():
+        plain = model(x, document_ids=ids)
+        monkeypatch.setattr(models.language_model, "takes_flex_attention", lambda *_: True)
+        monkeypatch.setattr(models.language_model, "document_block_mask", counted)
+        monkeypatch.setattr(models.attention, "compiled_attend_flex", lambda: attend_flex)
+        torch.testing.assert_close(model(x, document_ids=ids), plain)
+    assert len(made) == 1
+
+
+def test_flex_attention_is_for_cuda_and_for_shapes_that_it_knows():
+    assert not takes_flex_attention(CPU, 256, 64, 0.0)
+    cuda = torch.device("cuda")
+    assert takes_flex_attention(cuda, 1024, 64, 0.0)
+    assert not any(takes_flex_attention(cuda, *other) for other in ((1000, 64, 0.0), (1024, 48, 0.0), (1024, 64, 0.1)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_trains_as_the_plain_mask_does(dtype, compiled, monkeypatch):
+    torch.manual_seed(0)
+    model = LanguageModel(small(256)).cuda()
+    x, ids = torch.randn(2, 256, 32).cuda(), random_documents(2, 256).cuda()
+    found = []
+    for flex in (False, True):
+        monkeypatch.setattr(models.language_model, "takes_flex_attention", lambda *_, flex=flex: flex)
+        if flex and compiled:
+            for block in model.blocks:
+                block.compile()
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = model(x, document_ids=ids)
+        hidden[ids != PADDING].square().mean().backward()
+        found.append((hidden[ids != PADDING].float(), [parameter.grad for parameter in model.blocks.parameters()]))
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(*found, **tolerance)
+
+
+# Flags
+
+
+def test_impossible_settings_name_their_flags():
+    vlm = small(256, lm_max_position_embeddings=128)
+    with pytest.raises(ValueError, match="--packing True: must be off where lm_max_length 256 is more than"):
+        validate(vlm, packing(), _Fine())
+    with pytest.raises(ValueError, match="--max_images_per_knapsack 0: must be > 0"):
+        validate(small(), packing(max_images_per_knapsack=0), _Fine())
+
+
+class _Fine:
+    """A GradESConfig without problems."""
+
+    def problems(self) -> list[str]:
+        return []
