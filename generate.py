@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--generations", type=int, default=1, help="answers to sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lm_tokenizer", help="hub id or local folder, for a checkpoint that brings no tokenizer")
+    parser.add_argument("--lm_tokenizer", help="as train.py takes it, for a checkpoint that brings no tokenizer")
     arguments = parser.parse_args()
     for image in arguments.image:
         if not image.is_file():

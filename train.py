@@ -17,46 +17,32 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import shutil
+import multiprocessing
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 
-from data.collators import PromptCollator, TrainCollator
-from data.datasets import DropCounter, VQADataset
-from data.loader import eval_batches, prompt_batches, train_batches
-from data.processors import ImageProcessor, get_tokenizer
-from data.sources import load_rows, split_rows
-from eval.evaluation import exact_match, mean_loss
+from data.pipeline import Data, load_data
+from data.sources import load_rows
+from eval.evaluation import Evaluator
 from eval.scoring import question_only
 from grades import GradESMonitor
 from models.config import VLMConfig
+from models.lora import inject_lora, load_lora_state_dict, lora_state_dict
 from models.vision_language_model import VisionLanguageModel
-from training import setup
-from training.checkpoint import find_checkpoint, save_checkpoint, write_json, write_text
-from training.logging import RunLog, WandbTracker, new_run_folder
-from training.report import draw_pictures, summary_lines
+from training import resume, setup
+from training.checkpoint import find_checkpoint, write_json, write_text
+from training.early_stopping import EarlyStopping, validation_interval
+from training.flops import FlopCounter
+from training.logging import NoLog, RunLog, WandbTracker
+from training.parallel import Parallel
+from training.progress import NonFiniteLossError, add_up_ranks, log_progress, read_losses, remember
+from training.report import announce, describe, draw_pictures, make_summary, summary_lines
 from training.step import clip_gradients, forward_backward
-
-
-@dataclass
-class Data:
-    """Batches for training, and what the evaluations go through."""
-
-    tokenizer: object
-    train_rows: object
-    val_rows: object
-    test_rows: object | None
-    train: Iterator[dict]
-    val_dataset: VQADataset
-    test_dataset: VQADataset | None
-    dropped: dict[str, DropCounter] = field(default_factory=dict)  # by split
 
 
 @dataclass
@@ -64,40 +50,64 @@ class Run:
     """Everything that the loop works with."""
 
     settings: Settings
+    parallel: Parallel
+    start: resume.Start
     folder: Path
     device: torch.device
     autocast: contextlib.AbstractContextManager
     data: Data
+    evaluator: Evaluator
     model: VisionLanguageModel
     optimizer: torch.optim.Optimizer
     monitor: GradESMonitor | None
     log: RunLog
     stop: setup.StopSignal
+    flops: FlopCounter
+    early_stopping: EarlyStopping | None
+    workers: list = field(default_factory=multiprocessing.active_children)
     step: int = 0
+    position: int | dict = 0  # in the training data: see train_batches
+    stop_reason: str | None = None
     best_val_loss: float = math.inf
+    best_step: int | None = None
+    resumed_at: list[int] = field(default_factory=list)  # steps
     val: dict = field(default_factory=dict)  # the latest validation
+    evaluation_due: bool = False  # of the step that was done last
+    before_evaluation: dict | None = None  # its state then, while one is under way
+    saved_step: int = -1
+    unsaved: str | None = None  # why the latest checkpoint could not be written
+    started: float = PROCESS_STARTED  # earlier, where other processes had a part in the run
+    startup_time_s: float = 0.0
+    train_time_s: float = 0.0  # in the loop, without evaluation and saving
     eval_time_s: float = 0.0
-    # Steps since the last report. Losses stay on the device until then: reading one would wait for it.
-    unread: list[tuple[int, torch.Tensor, list[str]]] = field(default_factory=list)
+    test_time_s: float = 0.0  # of eval_time_s, after the loop
+    save_time_s: float = 0.0
+    # Steps since the last report. Losses stay on the device as long as can be: reading one would wait for it.
+    unread: list[tuple[int, torch.Tensor, list[str], int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # those that were read before
+    grad_norm: torch.Tensor | None = None  # of the latest step
     unread_tokens: int = 0
     unread_since: float = 0.0
     total_tokens: int = 0
 
 
-class NonFiniteLossError(Exception):
-    """The loss is NaN or infinite."""
-
-
 def main(settings: Settings) -> int:
     """One run from settings to summary; returns the exit code."""
-    announce(settings)
-    folder = None
+    start = None
     try:
-        folder = new_run_folder(settings.train.output_dir, settings.train.run_name, settings.recipe.stem)
-        run = prepare(settings, folder)
+        parallel = Parallel.start(settings.train)
+        if parallel.is_main:
+            announce(settings)
+        if settings.train.dry_run:
+            return dry_run(settings) if parallel.is_main else 0
+        start = resume.join_run(settings, parallel)
+        if start.is_finished:
+            print(f"{start.folder} has finished: see its summary.json")
+            return 0
+        run = prepare(settings, start, parallel)
     except (ValueError, OSError, KeyboardInterrupt) as error:  # what a user can cause: a path, a flag, an absent hub
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if start is not None:
+            start.give_up()
         interrupted = isinstance(error, KeyboardInterrupt)
         print("train.py:", "interrupted before the first step" if interrupted else f"error: {error}", file=sys.stderr)
         return 130 if interrupted else 2
@@ -108,264 +118,271 @@ def main(settings: Settings) -> int:
             run.log.say(f"stopped: {error}")
             stop_reason = "non_finite_loss"
         except Exception as error:
-            run.log.say(f"{type(error).__name__} after step {run.step:,}; saving what there is to checkpoints/crash")
-            save(run, "crash")
+            run.log.close_bar()
+            run.log.say(f"{type(error).__name__} after step {run.step:,}")
+            if parallel.is_alone:  # else the others are somewhere in the middle of a step
+                run.log.say("saving what there is to checkpoints/crash")
+                save(run, "crash")
+            if any(worker.exitcode for worker in run.workers):
+                return fail(f"a process of --num_workers has died, as when memory runs out ({type(error).__name__})")
             raise
-        report(run, stop_reason)
+        try:
+            report(run, stop_reason)
+        except OSError as error:
+            return fail(f"the report could not be written: {error}")
+    parallel.close()
+    if run.unsaved:
+        return fail(f"the end of the run is not saved: {run.unsaved}")
     return {"interrupted": 128 + run.stop.signal, "non_finite_loss": 1}.get(stop_reason, 0)
 
 
-def prepare(settings: Settings, folder: Path) -> Run:
+def fail(reason: str) -> int:
+    print(f"train.py: error: {reason}", file=sys.stderr)
+    return 1
+
+
+def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
     """Everything before the first step. Raises ValueError or OSError with one clear sentence."""
-    cfg = settings.train
+    cfg, folder, state = settings.train, start.folder, start.state
     device = setup.pick_device()
     setup.prepare_backend(device)
     setup.set_seed(cfg.seed)
-    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset)
-    model, checkpoint = build_model(settings)
-    data = load_data(settings, rows, checkpoint)
+    rows = load_rows(
+        cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
+        skip_bad_subsets=cfg.skip_bad_subsets,
+    )  # fmt: skip
+    model, checkpoint = build_model(settings, start.checkpoint)
+    if cfg.lora_rank:
+        inject_lora(model, cfg)
+        if state:
+            load_lora_state_dict(model, state["lora"])
+    given_tokenizer = "lm_tokenizer" in settings.given
+    data = load_data(
+        rows, settings.vlm, cfg, None if given_tokenizer else checkpoint, state.get("position", 0),
+        parallel.rank, parallel.world_size,
+    )  # fmt: skip
     model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
-    model.to(device)
+    if cfg.activation_checkpointing:
+        setup.checkpoint_blocks(model)
+    autocast = setup.autocast(device, cfg.dtype)
+    parallel.shard(model.to(device), bfloat16=isinstance(autocast, torch.autocast))
     optimizer = setup.make_optimizer(model, cfg)
-    write_text(folder / "config.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
-    log = RunLog(folder, cfg.max_training_steps)
+    if state:
+        resume.load_optimizer(optimizer, state["optimizer"], parallel)
+    log = NoLog()
+    if parallel.is_main:
+        start.cut_off()
+        write_text(folder / "config.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
+        log = RunLog(folder, cfg.max_training_steps)
+    for note in start.notes:
+        log.say(note)
     monitor = None
     if cfg.enable_grades:
-        monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say)
-    if cfg.log_wandb:
-        log.tracker = WandbTracker(cfg, settings.as_dict(), folder, log.say)
+        monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say, parallel.on_round)
+    if cfg.log_wandb and parallel.is_main:
+        log.tracker = WandbTracker(
+            cfg, settings.as_dict(), folder, log.say, None if start.is_new else state.get("wandb_id")
+        )
+    stop = setup.StopSignal(log.say, parallel)
+    evaluator = Evaluator(model, data, cfg, device, autocast, stop.until)
+    early_stopping = EarlyStopping(cfg.es_delta, cfg.es_patience) if cfg.early_stopping else None
+    run = Run(
+        settings, parallel, start, folder, device, autocast, data, evaluator, model, optimizer, monitor, log, stop,
+        FlopCounter(model), early_stopping,
+    )  # fmt: skip
+    if not parallel.is_main:
+        setup.set_seed(cfg.seed + parallel.rank)  # dropout of its own
+    if state:
+        resume.restore(run)
     if cfg.compile:
         setup.compile_blocks(model)
-    autocast, stop = setup.autocast(device, cfg.dtype), setup.StopSignal(log.say)
-    run = Run(settings, folder, device, autocast, data, model, optimizer, monitor, log, stop)
     describe(run)
     return run
 
 
-def announce(settings: Settings) -> None:
-    """The first line: what runs, and what the real thing would be."""
-    data = settings.train.train_dataset_path
-    if settings.recipe.name == "quickstart.yaml":
-        print(
-            f"Recipe configs/quickstart.yaml (the default): a small model from scratch, data {data}. The real thing: "
-            "python train.py --config configs/table10_nanovlm.yaml --enable_grades"
-        )
-    else:
-        print(f"Recipe {settings.recipe}, data {data}")
-    ignored = sorted(settings.given & {field.name for field in dataclasses.fields(settings.grades)})
-    if ignored and not settings.train.enable_grades:
-        print(f"Without --enable_grades these flags do nothing: {', '.join(f'--{name}' for name in ignored)}")
-
-
-def build_model(settings: Settings) -> tuple[VisionLanguageModel, Path | None]:
+def build_model(settings: Settings, resumed: Path | None) -> tuple[VisionLanguageModel, Path | None]:
     """The model, from a checkpoint, from the pretrained backbones or from random weights; and the checkpoint."""
-    from models.backbones import checkpoint_folder, configure_from_backbones, load_vlm_weights
+    from models.backbones import load_vlm_weights
 
-    if settings.train.resume_from_vlm_checkpoint:
-        checkpoint = checkpoint_folder(find_checkpoint(settings.vlm.vlm_checkpoint_path))
-        settings.take_over(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+    checkpoint = resumed or take_over_sizes(settings)
+    if resumed is not None:
+        settings.take_over(VLMConfig.load(resumed), f"--resume {resumed}")
+    if checkpoint is not None:
         return load_vlm_weights(VisionLanguageModel(settings.vlm), checkpoint), checkpoint
-    if settings.vlm.vlm_load_backbone_weights:
-        vlm = dataclasses.replace(settings.vlm)
-        configure_from_backbones(vlm)
-        settings.take_over(vlm, "the pretrained backbones")
     return VisionLanguageModel(settings.vlm, load_backbone=settings.vlm.vlm_load_backbone_weights), None
 
 
-def load_data(settings: Settings, rows, checkpoint: Path | None) -> Data:
-    cfg, vlm = settings.train, settings.vlm
-    tokenizer = get_tokenizer(vlm, None if "lm_tokenizer" in settings.given else checkpoint)
-    train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
-    test_rows = None
-    if test_path := cfg.test_dataset_path or ("easy-vqa" if cfg.train_dataset_path == "easy-vqa" else None):
-        test_rows = load_rows(test_path, split="test", flag="test_dataset_path")
+def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None:
+    """Let the checkpoint or the backbones say the model's sizes; returns the checkpoint.
 
-    def dataset(rows, train: bool) -> VQADataset:
-        return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
+    local_only: the hub is not asked; what is not on this machine leaves the sizes as the settings have them.
+    """
+    from models.backbones import checkpoint_folder, configure_from_backbones
 
-    batches = train_batches(dataset(train_rows, train=True), TrainCollator(tokenizer.pad_token_id, vlm), cfg)
-    first = next(batches)  # data of which nothing can be used is an error now, not later
-    return Data(
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        val_rows=val_rows,
-        test_rows=test_rows,
-        train=itertools.chain([first], batches),
-        val_dataset=dataset(val_rows, train=False),
-        test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
-    )
+    if settings.train.resume_from_vlm_checkpoint:
+        found = find_checkpoint(settings.vlm.vlm_checkpoint_path)
+        if local_only and not Path(found).is_dir():
+            return None
+        checkpoint = checkpoint_folder(found)
+        settings.take_over(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+        return checkpoint
+    if settings.vlm.vlm_load_backbone_weights:
+        vlm = dataclasses.replace(settings.vlm)
+        configure_from_backbones(vlm, local_only)
+        settings.take_over(vlm, "the pretrained backbones")
+    return None
 
 
-def describe(run: Run) -> None:
-    parameters = sum(p.numel() for p in run.model.parameters())
-    run.log.say(f"{parameters:,} parameters on {run.device.type}; run folder {run.folder}")
-    data = {"training": run.data.train_rows, "validation": run.data.val_rows, "test": run.data.test_rows}
-    counts = (f"{len(rows):,} {name}" for name, rows in data.items() if hasattr(rows, "__len__"))
-    run.log.say("rows: " + (", ".join(counts) or "a stream"))
-    if run.monitor is not None:
-        towers = [component.tower for component in run.monitor.components]
-        run.log.say(
-            f"GradES watches {towers.count('vision')} vision and {towers.count('language')} language matrices every "
-            f"{run.monitor.config.compute_interval} steps; nothing freezes before step {run.monitor.grace_steps + 1}"
-        )
+def dry_run(settings: Settings) -> int:
+    """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
+    from training.plan import make_plan, plan_lines
+
+    take_over_sizes(settings, local_only=True)
+    with torch.device("meta"):
+        model = VisionLanguageModel(settings.vlm)
+        if settings.train.lora_rank:
+            inject_lora(model, settings.train)
+    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device()))))
+    return 0
 
 
 def train(run: Run) -> str:
-    """The loop. Returns why it ended: "max_training_steps", "frozen" or "interrupted"."""
-    cfg = run.settings.train
-    run.log.start_bar()
-    run.unread_since = time.perf_counter()
-    while run.step < cfg.max_training_steps:
-        micro_batches = [next(run.data.train) for _ in range(cfg.gradient_accumulation_steps)]
-        setup.set_learning_rate(run.optimizer, run.step + 1, cfg)
-
-        loss = forward_backward(run.model, micro_batches, run.device, run.autocast)
-        grad_norm = clip_gradients(run.model, cfg.max_grad_norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        enough_frozen = run.monitor is not None and run.monitor.after_step(run.step)
-
-        remember(run, loss, micro_batches)
-        evaluating = run.step % cfg.eval_interval == 0 or run.step == cfg.max_training_steps or enough_frozen
-        if run.step % cfg.log_interval == 0 or evaluating or run.stop.requested:
-            log_progress(run, grad_norm)
-        if evaluating:
-            validate_and_save(run)
-        if enough_frozen or run.stop.requested:
-            break
+    """The loop. Returns why it ended: "max_training_steps", "frozen", "early_stopping" or "interrupted"."""
+    run.log.start_bar(run.step)
+    now = time.perf_counter()
+    run.startup_time_s += now - PROCESS_STARTED
+    run.unread_since += now
+    while run.stop_reason is None and not run.stop.requested:
+        if not run.evaluation_due:
+            take_step(run)
+        finish_step(run)
     run.log.close_bar()
     if run.stop.requested:
-        save(run, "last")
+        if run.saved_step != run.step:
+            save(run)
         return "interrupted"
-    return "frozen" if enough_frozen else "max_training_steps"
+    return run.stop_reason
 
 
-def remember(run: Run, loss: torch.Tensor, micro_batches: list[dict]) -> None:
-    """Keep what the next report needs."""
-    run.unread.append((run.step, loss, [row for batch in micro_batches for row in batch["ids"]]))
-    tokens = sum(batch["num_tokens"] for batch in micro_batches)
-    run.unread_tokens += tokens
-    run.total_tokens += tokens
-    for batch in micro_batches:
-        run.data.dropped.setdefault("train", DropCounter()).update(batch["dropped"])
+def take_step(run: Run) -> None:
+    """One optimizer step, and its line in the log where one is due."""
+    cfg = run.settings.train
+    micro_batches = [next(run.data.train) for _ in range(cfg.gradient_accumulation_steps)]
+    setup.set_learning_rate(run.optimizer, run.step + 1, cfg)
 
-
-def log_progress(run: Run, grad_norm: torch.Tensor | None) -> None:
-    """Read the losses since the last report, the only wait for the device; show and record the progress.
-
-    Raises NonFiniteLossError that names the step, its rows and the last good checkpoint.
-    """
-    losses = torch.stack([loss for _, loss, _ in run.unread]).tolist()
-    norm = None if grad_norm is None else float(grad_norm)
-    for (step, _, rows), loss in zip(run.unread, losses, strict=True):
-        # A finite loss whose gradient is not has spoilt the weights too; before the last step the next loss tells.
-        if not math.isfinite(loss) or (step == run.step and norm is not None and not math.isfinite(norm)):
-            good = run.folder / "checkpoints" / "last"
-            saved = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been saved yet"
-            what = f"loss {loss} at step {step} (gradient norm {norm if step == run.step else 'not read'})"
-            raise NonFiniteLossError(f"{what}; {saved}; rows of the batch: {', '.join(rows)}")
-    now = time.perf_counter()
-    loss = sum(losses) / len(losses)
-    tokens_per_s = run.unread_tokens / (now - run.unread_since)
-    lr = max(group["lr"] for group in run.optimizer.param_groups)
-    values = {
-        "train/loss": loss,
-        "train/lr": lr,
-        "train/tokens_per_s": tokens_per_s,
-        "train/grad_norm": norm,
-    }
-    postfix = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok/s": f"{tokens_per_s:,.0f}"}
+    loss = forward_backward(run.model, micro_batches, run.device, run.autocast, run.parallel)
+    run.flops.add(micro_batches)
     if run.monitor is not None:
-        values |= run.monitor.scalars()
-        postfix["frozen"] = f"{run.monitor.frozen_share():.0%}"
-    run.log.record(run.step, values)
-    run.log.show(run.step, **postfix)
-    run.unread, run.unread_tokens, run.unread_since = [], 0, now
+        run.monitor.after_backward(run.step + 1)
+    run.grad_norm = clip_gradients(run.model, cfg.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    if run.monitor is not None:
+        run.monitor.after_step(run.step)
+    remember(run, loss, micro_batches)
 
 
-def validate_and_save(run: Run) -> None:
-    """Validation loss and exact match; then the last and, where it is the best so far, the best checkpoint."""
-    started = time.perf_counter()
-    run.data.dropped["val"] = DropCounter()
-    val = {"val/loss": validation_loss(run), **ask(run, run.data.val_dataset, "val")}
-    seconds = time.perf_counter() - started
-    run.eval_time_s += seconds
-    if not run.stop.requested:  # else it was cut short
-        run.val = val
-        run.log.record(run.step, val | {"val/time_s": seconds})
-        run.log.say(f"step {run.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
-    save(run, "last")
-    if run.val.get("val/loss") is not None and run.val["val/loss"] < run.best_val_loss:
-        run.best_val_loss = run.val["val/loss"]
-        save(run, "best")
-    run.unread_since += time.perf_counter() - started  # does not count into tokens/s
+def finish_step(run: Run) -> None:
+    """What is due after a step: log, evaluation, checkpoint; and whether it was the last one.
+
+    An evaluation that a signal cuts short has not been: the run that goes on makes it anew.
+    """
+    cfg = run.settings.train
+    run.stop.agree()
+    enough_frozen = run.parallel.any(run.monitor is not None and run.monitor.enough_frozen())
+    loss_interval = validation_interval(cfg.es_interval, cfg.max_training_steps)
+    loss_due = run.early_stopping is not None and run.step % loss_interval == 0
+    evaluating = run.step % cfg.eval_interval == 0 or run.step == cfg.max_training_steps or enough_frozen
+    stops_early = False
+    if not run.evaluation_due and (run.step % cfg.log_interval == 0 or evaluating or loss_due):
+        log_progress(run)
+    if loss_due or evaluating:
+        run.evaluation_due = True
+        run.before_evaluation = resume.progress(run)
+        val_loss = validation_loss(run) if loss_due else None
+        stops_early = loss_due and run.early_stopping.update(val_loss)
+        if evaluating or stops_early:
+            validate(run, val_loss)
+        if run.stop.requested:
+            return
+    run.before_evaluation, run.evaluation_due = None, False
+    if run.step >= cfg.max_training_steps:
+        run.stop_reason = "max_training_steps"
+    run.stop_reason = "frozen" if enough_frozen else "early_stopping" if stops_early else run.stop_reason
+    if evaluating or stops_early or (cfg.checkpoint_interval and run.step % cfg.checkpoint_interval == 0):
+        save(run)
 
 
 def validation_loss(run: Run) -> float | None:
-    """Mean loss over the label tokens of the validation rows."""
-    collator = TrainCollator(run.data.tokenizer.pad_token_id, run.model.cfg)
-    batches = eval_batches(run.data.val_dataset, collator, run.settings.train, run.data.dropped["val"])
-    return mean_loss(run.model, run.stop.until(batches), run.device, run.autocast)
+    """The loss alone, for early stopping."""
+    started = time.perf_counter()
+    loss = run.parallel.evaluate(run.evaluator.loss)
+    run.stop.agree()
+    seconds = time.perf_counter() - started
+    run.eval_time_s += seconds
+    run.unread_since += seconds  # does not count into tokens/s
+    if not run.stop.requested:  # else it was cut short
+        run.log.record(run.step, {"val/loss": loss, "val/time_s": seconds})
+    return loss
 
 
-def ask(run: Run, dataset: VQADataset, name: str) -> dict[str, float | None]:
-    """Exact match of the greedy answers to the dataset's questions, over all and by source."""
-    cfg, tokenizer = run.settings.train, run.data.tokenizer
-    collator = PromptCollator(tokenizer.pad_token_id, run.model.cfg)
-    counter = run.data.dropped.setdefault("test", DropCounter()) if name == "test" else None  # val: by its loss
-    batches = prompt_batches(dataset, collator, cfg, counter)
-    scores = exact_match(run.model, tokenizer, run.stop.until(batches), cfg.max_new_tokens, run.device, run.autocast)
-    return {f"{name}/exact_match" + ("" if key == "all" else f"/{key}"): value for key, value in scores.items()}
+def validate(run: Run, loss: float | None = None) -> None:
+    """Validation loss, as given where this step has measured it, and exact match; and whether they are the best."""
+    started = time.perf_counter()
+    val = run.parallel.evaluate(lambda: run.evaluator.validate(loss))
+    run.stop.agree()
+    seconds = time.perf_counter() - started
+    run.eval_time_s += seconds
+    run.unread_since += seconds  # does not count into tokens/s
+    if run.stop.requested:  # it was cut short
+        return
+    run.val = val
+    run.log.record(run.step, val | {"val/time_s": seconds})
+    run.log.say(f"step {run.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
+    if val["val/loss"] is not None and val["val/loss"] < run.best_val_loss:
+        run.best_val_loss, run.best_step = val["val/loss"], run.step
 
 
-def save(run: Run, name: str) -> Path:
-    """Write the checkpoint `name`; returns its folder."""
-    state = {
-        "step": run.step,
-        "optimizer": run.optimizer.state_dict(),
+def save(run: Run, name: str | None = None) -> None:
+    """Write the checkpoint of this step, or `name`. Raises NonFiniteLossError where it would not be good."""
+    started = time.perf_counter()
+    read_losses(run)
+    model = run.parallel.whole_model(run.model)
+    state = (run.before_evaluation or resume.progress(run)) | {
+        "optimizer": run.parallel.whole_optimizer_state(run.optimizer),
+        "lora": lora_state_dict(model),
         "grades": run.monitor.state_dict() if run.monitor is not None else None,
-        "best_val_loss": run.best_val_loss,
     }
-    folder = run.folder / "checkpoints" / name
-    save_checkpoint(folder, run.model, run.data.tokenizer, state)
-    return folder
+    resume.keep(run, model, state, name)
+    run.saved_step = run.step
+    seconds = time.perf_counter() - started
+    run.save_time_s += seconds
+    run.unread_since += seconds  # does not count into tokens/s
 
 
 def report(run: Run, stop_reason: str) -> None:
     """Test accuracy, pictures and summary.json."""
+    loop_s = time.perf_counter() - run.started - run.startup_time_s
+    run.train_time_s = loop_s - run.eval_time_s - run.save_time_s
     test: dict[str, float | None] = {}
     baseline = None
-    if run.data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen"):
+    if run.data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen", "early_stopping"):
         run.log.say("Answering the test questions ...")
         started = time.perf_counter()
-        test = ask(run, run.data.test_dataset, "test")
+        test = run.parallel.evaluate(lambda: run.evaluator.ask(run.data.test_dataset, "test"))
+        run.stop.agree()
         if run.settings.train.train_dataset_path == "easy-vqa":  # goes through all rows, which are few
             baseline = question_only(run.data.train_rows, run.data.test_rows)
-        run.eval_time_s += time.perf_counter() - started
+        run.test_time_s = time.perf_counter() - started
+        run.eval_time_s += run.test_time_s
         if run.stop.requested:  # cut short
             test = {}
+    add_up_ranks(run)
+    if not run.parallel.is_main:
+        return
     pictures = draw_pictures(run.monitor, run.folder) if run.monitor is not None else []
-    summary = {
-        "total_time_s": time.perf_counter() - PROCESS_STARTED,
-        "eval_time_s": run.eval_time_s,
-        "steps": run.step,
-        "stop_reason": stop_reason,
-        "train_tokens": run.total_tokens,
-        "val_loss": run.val.get("val/loss"),
-        "val_exact_match": run.val.get("val/exact_match"),
-        "test_exact_match": test.get("test/exact_match"),
-        "test_exact_match_by_source": {
-            name.split("/")[-1]: value for name, value in test.items() if name.count("/") == 2
-        },
-        "question_only_exact_match": baseline,
-        "frozen_share": run.monitor.frozen_share() if run.monitor else None,
-        "frozen_share_vision": run.monitor.frozen_share("vision") if run.monitor else None,
-        "frozen_share_language": run.monitor.frozen_share("language") if run.monitor else None,
-        "freed_bytes": run.monitor.freed_bytes if run.monitor else None,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "dropped": {split: dict(counter) for split, counter in run.data.dropped.items() if counter},
-    }
+    summary = make_summary(run, stop_reason, test, baseline, time.perf_counter() - run.started)
     write_json(run.folder / "summary.json", summary)
     for line in summary_lines(summary, run.folder, pictures):
         run.log.say(line)

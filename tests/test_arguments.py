@@ -77,6 +77,14 @@ def test_every_impossible_value_is_named_at_once(capsys):
     assert "--alpha 1.0: must be in [0, 1)" in "\n".join(errors)
 
 
+def test_impossible_early_stopping_is_refused(capsys):
+    words = "--early_stopping --val_size 0 --es_interval 1 --es_delta -0.1 --es_patience 0"
+    errors = "\n".join(errors_of(capsys, *words.split()))
+    for flag in ("val_size 0: must be > 0 with early_stopping", "es_interval 1.0", "es_delta -0.1", "es_patience 0"):
+        assert f"--{flag}" in errors
+    assert parse_arguments(["--val_size", "0"]).train.val_size == 0
+
+
 def test_unknown_flags_and_keys_are_refused_with_a_suggestion(capsys, tmp_path):
     assert "did you mean --vision_tau?" in errors_of(capsys, "--vision_tua", "1")[0]
     recipe = tmp_path / "mine.yaml"

@@ -12,7 +12,7 @@ ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "s
 MAY_IMPORT = {
     "grades": {"grades"},
     "models": {"models", "grades.config"},
-    "data": {"data", "models.config"},
+    "data": {"data", "models.config", "models.gguf"},
     "training": {"training", "models.config", "grades"},
     "eval": {"eval", "models", "data"},
 }
@@ -52,7 +52,9 @@ def test_grades_needs_torch_alone():
     for path in (ROOT / "grades").rglob("*.py"):
         tree = ast.parse(path.read_text())
         top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-        assert {name.split(".")[0] for name in imported(top)} <= GRADES_AT_IMPORT, path
+        # Loaded by those who ask for it; transformers' callbacks have to be of its classes.
+        allowed = GRADES_AT_IMPORT | {"transformers"} if path.name == "callback.py" else GRADES_AT_IMPORT
+        assert {name.split(".")[0] for name in imported(top)} <= allowed, path
 
 
 def test_the_configuration_loads_without_torch():
@@ -62,7 +64,7 @@ def test_the_configuration_loads_without_torch():
 
 def test_code_keeps_to_its_sizes():
     assert len((ROOT / "train.py").read_text().splitlines()) < 400
-    for room in (*MAY_IMPORT, "scripts"):
+    for room in (*MAY_IMPORT, "scripts", "examples"):
         for path in [*(ROOT / room).rglob("*.py"), ROOT / "train.py", ROOT / "generate.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.FunctionDef):

@@ -1,6 +1,5 @@
 """The training loop from the command line to the summary, on a model of a few thousand weights."""
 
-import copy
 import json
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import train
 from data.processors import ImageProcessor, encode_prompt, get_tokenizer, image_string
 from models.vision_language_model import VisionLanguageModel
 from training.arguments import parse_arguments
-from training.checkpoint import find_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError, damage, find_checkpoint, save_checkpoint, step_folder
 from training.setup import lr_factor, make_optimizer
 from training.step import forward_backward
 
@@ -117,6 +116,38 @@ def test_the_run_ends_when_all_is_frozen(start):
     assert summary["test_exact_match"] is not None
 
 
+def test_early_stopping_ends_a_run_that_no_longer_improves(start):
+    code, folder, summary = start(early_stopping=True, es_interval=0.25, es_delta=1e9, es_patience=2, eval_interval=8)
+    assert (code, summary["stop_reason"], summary["steps"], summary["stop_step"]) == (0, "early_stopping", 6, 6)
+    assert summary["test_exact_match"] is not None
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], "val/exact_match" in line) for line in lines if "val/loss" in line]
+    assert losses == [(2, False), (4, False), (6, False), (6, True)]  # the exact match only at the end
+    assert lines[-1]["val/loss"] == summary["val_loss"] == lines[-2]["val/loss"]
+    state = torch.load(folder / "checkpoints" / "last" / "training_state.pt", weights_only=True)
+    assert state["early_stopping"] == {"best": pytest.approx(lines[1]["val/loss"]), "bad": 2}
+
+
+def test_early_stopping_that_never_stops_changes_nothing(start):
+    _, plain, _ = start("plain")
+    _, watched, summary = start("watched", early_stopping=True, es_delta=0, es_patience=100)
+    assert (summary["stop_reason"], summary["stop_step"]) == ("max_training_steps", None)
+    ours, theirs = weights(watched), weights(plain)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_summary_says_where_time_and_flops_went(start):
+    _, _, summary = start(enable_grades=True, vision_tau=1e9, language_tau=1e-9, alpha=0.5, compute_interval=4)
+    parts = [summary[f"{part}_time_s"] for part in ("startup", "train", "eval", "save")]
+    assert min(parts) > 0
+    assert sum(parts) < summary["total_time_s"]
+    assert 0 < summary["test_time_s"] < summary["eval_time_s"]
+    unfrozen = summary["train_flops_unfrozen_per_step"] * summary["steps"]
+    assert 0.5 * unfrozen < summary["train_flops"] <= unfrozen
+    _, _, plain = start("plain")
+    assert plain["train_flops"] == plain["train_flops_unfrozen_per_step"] * 8 == unfrozen
+
+
 def test_a_learning_rate_of_zero_freezes_its_tower(start):
     _, folder, _ = start(lr_vision_backbone=0, max_training_steps=2, eval_interval=1)
     before = VisionLanguageModel.from_pretrained(folder / "checkpoints" / "last").vision_encoder.state_dict()
@@ -161,13 +192,9 @@ def test_a_crash_loses_nothing_that_was_trained(start, monkeypatch, tmp_path):
     state = torch.load(folder / "checkpoints" / "crash" / "training_state.pt", weights_only=True)
     assert state["step"] == 2
     monkeypatch.setattr(train, "forward_backward", real)
-    monkeypatch.setattr(
-        train, "save_checkpoint", lambda folder, model, *rest: kept.append(copy.deepcopy(model.state_dict()))
-    )
-    kept: list[dict] = []
-    start("whole", eval_interval=2)
-    crashed = weights(folder, "crash")
-    assert all(torch.equal(crashed[name], value) for name, value in kept[0].items())  # as after two steps
+    _, whole, _ = start("whole", checkpoint_interval=2, keep_checkpoints=9)
+    crashed, expected = weights(folder, "crash"), weights(whole, "step_00000002")
+    assert all(torch.equal(crashed[name], value) for name, value in expected.items())
     assert find_checkpoint(folder) == folder / "checkpoints" / "crash"
 
 
@@ -321,15 +348,17 @@ class Saved:
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
-    place = tmp_path / "checkpoints" / "last"
+    place = step_folder(tmp_path, 3)
     save_checkpoint(place, Saved("first"), Saved("first"))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         save_checkpoint(place, Saved("second", fails=True), Saved("second"))
     assert (place / "model.safetensors").read_text() == "first"
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
     save_checkpoint(place, Saved("third"), Saved("third"), {"step": 3})
     assert (place / "model.safetensors").read_text() == "third"
-    assert sorted(path.name for path in place.parent.iterdir() if path.name.endswith(".old")) == []
-    place.rename(place.with_name("last.old"))  # killed between the two renames
-    assert find_checkpoint(tmp_path) == place.with_name("last.old")
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    assert damage(place) is None
+    place.rename(place.with_name(place.name + ".old"))  # killed between the two renames
+    assert find_checkpoint(tmp_path) == place.with_name(place.name + ".old")
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         find_checkpoint(tmp_path / "checkpoints")

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from grades.config import GradESConfig
+from grades.config import AUTO, GradESConfig
 from models.config import TrainConfig, VLMConfig, validate
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -57,7 +57,7 @@ class Settings:
             name: value
             for config in (self.vlm, self.train, self.grades)
             for name, value in dataclasses.asdict(config).items()
-            if value is not None
+            if value is not None and name not in ("resume", "resume_override")
         }
 
 
@@ -85,10 +85,16 @@ class Parser(HfArgumentParser):
         for action in self._actions:
             if action.type in (dict[str, str], dict[str, float]):
                 action.type = json_mapping
+            if action.dest in ("vision_tau", "language_tau"):
+                action.type = number_or_auto
 
     def error(self, message: str):
         """End with the message alone: a usage text of a hundred flags would hide it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number_or_auto(text: str) -> float | str:
+    return text if text == AUTO else float(text)
 
 
 def json_mapping(text: str) -> dict:

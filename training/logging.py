@@ -1,5 +1,6 @@
 """What a run says and writes: console, log.txt, metrics.jsonl, progress bar, wandb."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -35,6 +36,8 @@ def new_run_folder(output_dir: str, run_name: str | None, recipe: str) -> Path:
 class Tracker(Protocol):
     """Where numbers and pictures go besides the run folder."""
 
+    id: str | None  # under which a resumed run goes on
+
     def log(self, values: dict[str, Any], step: int) -> None: ...
 
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None: ...
@@ -42,6 +45,8 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Tracks nothing."""
+
+    id = None
 
     def log(self, values: dict[str, Any], step: int) -> None:
         pass
@@ -53,8 +58,18 @@ class NoTracker:
 class WandbTracker:
     """Weights & Biases; records offline where it cannot upload, and never asks."""
 
-    def __init__(self, cfg: TrainConfig, settings: dict[str, Any], folder: Path, say: Callable[[str], None]):
-        """say: takes a line for the console. Raises ValueError where the package wandb is not installed."""
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        settings: dict[str, Any],
+        folder: Path,
+        say: Callable[[str], None],
+        run_id: str | None = None,
+    ):
+        """say: takes a line for the console. run_id: of the run to go on with.
+
+        Raises ValueError where the package wandb is not installed.
+        """
         try:
             import wandb
         except ImportError:
@@ -71,12 +86,15 @@ class WandbTracker:
             "dir": str(folder),
             "config": settings,
         }
+        if run_id is not None:
+            options |= {"id": run_id, "resume": "allow"}
         quiet = wandb.Settings(silent=True, init_timeout=20, console="off")
         try:
             self.run = wandb.init(mode="offline" if offline else None, settings=quiet, **options)
         except wandb.Error as error:
             say(f"wandb: {error}; recording offline instead")
             self.run = wandb.init(mode="offline", settings=quiet, **options)
+        self.id = self.run.id
         self.offline = self.run.offline
         if self.offline:
             say(f"wandb records offline; upload later with: wandb sync {Path(self.run.dir).parent}")
@@ -112,24 +130,41 @@ class RunLog:
         self.metrics = (folder / "metrics.jsonl").open("a")
         self.total_steps = total_steps
         self.bar: tqdm | None = None
+        self.disk_is_full = False
 
-    def start_bar(self) -> None:
+    def start_bar(self, step: int = 0) -> None:
         # In a file every update is a line of its own: then one in ten seconds is enough.
         mininterval = 0.5 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=mininterval)
+        self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=mininterval)
 
     def say(self, line: str) -> None:
         """A line to the console, above the progress bar, and to log.txt."""
         tqdm.write(line)
-        self.text.write(line + "\n")
-        self.text.flush()
+        self._write(self.text, line)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl and a point in the tracker. A value that is None or not finite becomes null."""
         values = {name: value if _is_finite(value) else None for name, value in values.items()}
-        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self.metrics.flush()
+        self._write(self.metrics, json.dumps({"step": step, **values}))
         self.tracker.log({name: value for name, value in values.items() if value is not None}, step)
+
+    def _write(self, file: TextIO, line: str) -> None:
+        """Where the disk is full the line waits in the file's buffer, as long as there is room, and the run goes on."""
+        try:
+            file.write(line + "\n")
+            file.flush()
+            self.disk_is_full = False
+        except OSError as error:
+            if not self.disk_is_full:
+                tqdm.write(f"{file.name}: {error.strerror}; lines may be missing from here on", file=sys.stderr)
+            self.disk_is_full = True
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of log.txt and metrics.jsonl, which are on the disk then, where it has room."""
+        for file in (self.text, self.metrics):
+            with contextlib.suppress(OSError):
+                os.fsync(file.fileno())
+        return {Path(file.name).name: os.fstat(file.fileno()).st_size for file in (self.text, self.metrics)}
 
     def show(self, step: int, **postfix: str) -> None:
         """Move the progress bar to step."""
@@ -144,8 +179,37 @@ class RunLog:
 
     def close(self) -> None:
         self.close_bar()
-        self.text.close()
-        self.metrics.close()
+        for file in (self.text, self.metrics):
+            with contextlib.suppress(OSError):  # what the disk has refused before
+                file.close()
+
+
+class NoLog(RunLog):
+    """The log of a rank that says and writes nothing."""
+
+    def __init__(self) -> None:
+        self.tracker = NoTracker()
+
+    def start_bar(self, step: int = 0) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def show(self, step: int, **postfix: str) -> None:
+        pass
+
+    def close_bar(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,8 +1,43 @@
-"""What stands at the end of a run: the pictures, and the summary in words."""
+"""What a run says about itself: its first lines, its pictures, and its summary in numbers and in words.
 
+`run` is train.py's Run.
+"""
+
+import dataclasses
 from pathlib import Path
 
 from grades import GradESMonitor
+from training.arguments import Settings
+
+
+def announce(settings: Settings) -> None:
+    """The first line: what runs, and what the real thing would be."""
+    data = settings.train.train_dataset_path
+    if settings.recipe.name == "quickstart.yaml":
+        print(
+            f"Recipe configs/quickstart.yaml (the default): a small model from scratch, data {data}. The real thing: "
+            "python train.py --config configs/table10_nanovlm.yaml --enable_grades"
+        )
+    else:
+        print(f"Recipe {settings.recipe}, data {data}")
+    ignored = sorted(settings.given & {field.name for field in dataclasses.fields(settings.grades)})
+    if ignored and not settings.train.enable_grades:
+        print(f"Without --enable_grades these flags do nothing: {', '.join(f'--{name}' for name in ignored)}")
+
+
+def describe(run) -> None:
+    """What is trained on what, and what GradES watches."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.log.say(f"{parameters:,} parameters on {run.device.type}; run folder {run.folder}")
+    data = {"training": run.data.train_rows, "validation": run.data.val_rows, "test": run.data.test_rows}
+    counts = (f"{len(rows):,} {name}" for name, rows in data.items() if hasattr(rows, "__len__"))
+    run.log.say("rows: " + (", ".join(counts) or "a stream"))
+    if run.monitor is not None:
+        towers = [component.tower for component in run.monitor.components]
+        run.log.say(
+            f"GradES watches {towers.count('vision')} vision and {towers.count('language')} language matrices every "
+            f"{run.monitor.config.compute_interval} steps; nothing freezes before step {run.monitor.grace_steps + 1}"
+        )
 
 
 def draw_pictures(monitor: GradESMonitor, folder: Path) -> list[Path]:
@@ -12,6 +47,38 @@ def draw_pictures(monitor: GradESMonitor, folder: Path) -> list[Path]:
     history = folder / "grades_history.json"
     monitor.save_history(history)
     return draw(history)
+
+
+def make_summary(run, stop_reason: str, test: dict, question_only: float | None, total_time_s: float) -> dict:
+    """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
+    return {
+        "total_time_s": total_time_s,
+        "startup_time_s": run.startup_time_s,
+        "train_time_s": run.train_time_s,
+        "eval_time_s": run.eval_time_s,
+        "test_time_s": run.test_time_s,
+        "save_time_s": run.save_time_s,
+        "steps": run.step,
+        "resumed_at_steps": run.resumed_at,
+        "stop_reason": stop_reason,
+        "stop_step": run.step if stop_reason in ("frozen", "early_stopping") else None,
+        "train_flops": run.flops.done,
+        "train_flops_unfrozen_per_step": run.flops.unfrozen / run.step if run.step else None,
+        "train_tokens": run.total_tokens,
+        "val_loss": run.val.get("val/loss"),
+        "val_exact_match": run.val.get("val/exact_match"),
+        "test_exact_match": test.get("test/exact_match"),
+        "test_exact_match_by_source": {
+            name.split("/")[-1]: value for name, value in test.items() if name.count("/") == 2
+        },
+        "question_only_exact_match": question_only,
+        "frozen_share": run.monitor.frozen_share() if run.monitor else None,
+        "frozen_share_vision": run.monitor.frozen_share("vision") if run.monitor else None,
+        "frozen_share_language": run.monitor.frozen_share("language") if run.monitor else None,
+        "freed_bytes": run.monitor.freed_bytes if run.monitor else None,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "dropped": {split: dict(counter) for split, counter in run.data.dropped.items() if counter},
+    }
 
 
 def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str]:
@@ -27,10 +94,16 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         towers = ", ".join(f"{tower} {percent(summary[f'frozen_share_{tower}'])}" for tower in ("vision", "language"))
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
+    if summary["frozen_share"] and summary["steps"]:
+        share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
+        tflop = summary["train_flops"] / 1e12
+        lines.append(f"matrix products       {tflop:,.2f} TFLOP, {percent(share)} of these steps with nothing frozen")
     for split, counts in summary["dropped"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         lines.append(f"dropped, {split + ':':<13}{reasons}")
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
+    if summary["stop_reason"] == "interrupted":
+        lines.append(f"go on                 with the same command and --resume {folder}")
     if summary["stop_reason"] != "non_finite_loss":
         lines.append(f"ask it                python generate.py --checkpoint {folder} --image IMAGE.png --prompt '...'")
     return lines

@@ -1,6 +1,7 @@
 """Device, seeds, precision, optimizer and learning-rate schedule of a run."""
 
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -10,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from models.config import TrainConfig
+from training.parallel import Parallel
 
 
 def pick_device() -> torch.device:
@@ -55,6 +58,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a group for projector, vision tower and language model; a learning rate of 0 freezes its part.
 
+    A group holds what is trainable: all of its part, under LoRA the adapters; a part without any has no group.
     Each group keeps its peak learning rate under "peak_lr", which `set_learning_rate` scales.
     """
     parts = {
@@ -64,10 +68,10 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     }
     groups = []
     for name, (module, lr) in parts.items():
-        if lr > 0:
-            groups.append({"params": list(module.parameters()), "lr": lr, "peak_lr": lr, "name": name})
-        else:
+        if lr == 0:
             module.requires_grad_(False)
+        if params := [parameter for parameter in module.parameters() if parameter.requires_grad]:
+            groups.append({"params": params, "lr": lr, "peak_lr": lr, "name": name})
     return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -86,6 +90,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, cfg: TrainCon
         group["lr"] = group["peak_lr"] * factor
 
 
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let every block keep its input alone and compute the rest again in the backward pass; in place, names stay."""
+    for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
+        block.forward = functools.partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable, *inputs):
+    # Non-reentrant: where no input needs a gradient, as behind a frozen prefix, the other way would make none at all.
+    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile every block in place: equal blocks share one compilation, and module names stay as they are."""
     for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
@@ -93,28 +108,50 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 class StopSignal:
-    """Within this context Ctrl-C and SIGTERM only ask for the end; a second one ends the program at once."""
+    """Within this context Ctrl-C and SIGTERM only ask for the end; a second one ends the program at once.
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
+    A data worker that dies is an error where its batch is awaited; by itself torch raises it from the signal of the
+    death, wherever the program then is: in the middle of a step or of a checkpoint.
+
+    With several processes any of them may get the signal, and `agree` lets all know of it. There a second one does
+    nothing, as the terminal and torchrun both pass on the same one.
+    """
+
+    def __init__(self, say: Callable[[str], None], parallel: Parallel | None = None):
+        self.say, self.parallel = say, parallel or Parallel()
         self.signal = 0  # the number of the signal that came
+        self.agreed = False
 
     @property
     def requested(self) -> bool:
-        return self.signal != 0
+        return self.agreed or (self.signal != 0 and self.parallel.is_alone)
+
+    def agree(self) -> None:
+        """To be called at the same places in all processes: whether it is `requested` changes here alone."""
+        if not self.agreed and self.parallel.any(self.signal != 0):
+            self.agreed, self.signal = True, self.signal or signal.SIGTERM
 
     def until(self, items: Iterable) -> Iterator:
-        """The items, up to the signal."""
-        return itertools.takewhile(lambda _: not self.requested, items)
+        """The items, up to the signal; where the weights are sharded all processes end at the same item."""
+        return itertools.takewhile(lambda _: not self._came(), items)
+
+    def _came(self) -> bool:
+        if self.parallel.sharded is not None:
+            self.agree()
+            return self.requested
+        return self.signal != 0
 
     def _receive(self, number: int, _frame) -> None:
-        if self.requested:
+        if self.signal and self.parallel.is_alone:
             raise KeyboardInterrupt
+        again = "; a second one ends at once" if self.parallel.is_alone else ""
+        if not self.signal:
+            self.say(f"{signal.Signals(number).name}: saving and ending after this step{again}")
         self.signal = number
-        self.say(f"{signal.Signals(number).name}: saving and ending after this step; a second one ends at once")
 
     def __enter__(self) -> "StopSignal":
         self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
     def __exit__(self, *_) -> None:

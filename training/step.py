@@ -4,6 +4,9 @@ import contextlib
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from training.parallel import Parallel
 
 
 def model_inputs(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
@@ -12,20 +15,33 @@ def model_inputs(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def forward_backward(
-    model: nn.Module, micro_batches: list[dict], device: torch.device, autocast: contextlib.AbstractContextManager
+    model: nn.Module,
+    micro_batches: list[dict],
+    device: torch.device,
+    autocast: contextlib.AbstractContextManager,
+    parallel: Parallel | None = None,
 ) -> torch.Tensor:
     """Accumulate the gradient over the micro-batches; returns the step's loss, a float32 scalar on the device.
 
-    Each micro-batch's loss is a sum over its label tokens; it is divided by their number over all micro-batches, so
-    that every label token weighs the same wherever it stands.
+    Each micro-batch's loss is a sum over its label tokens; it is divided by their number over all micro-batches of all
+    ranks, so that every label token weighs the same wherever it stands. With several ranks the mean of what they
+    return is the step's loss.
     """
-    num_labels = sum(batch["num_labels"] for batch in micro_batches)
+    parallel = parallel or Parallel()
+    num_labels, num_images = parallel.sum(
+        sum(batch["num_labels"] for batch in micro_batches),
+        sum(len(batch["images"]) for batch in micro_batches if batch.get("images") is not None),
+    )
+    labels_per_rank = max(num_labels, 1) / parallel.world_size  # gradients are averaged over the ranks
     total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        with autocast:
-            loss = model(**model_inputs(batch, device)) / num_labels
-        loss.backward()
+    for number, batch in enumerate(micro_batches, start=1):
+        inputs = parallel.complete(model_inputs(batch, device), model)
+        with parallel.accumulation(model, last=number == len(micro_batches)):
+            with autocast:
+                loss = parallel.module(model)(**inputs) / labels_per_rank
+            loss.backward()
         total += loss.detach()
+    parallel.forget_blanks(model, num_images)
     return total
 
 
@@ -33,4 +49,5 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor | None:
     """Scale the gradient down to max_norm; returns its norm before that, None where max_norm is 0."""
     if max_norm == 0:
         return None
-    return nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), max_norm)
+    norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,286 @@
+"""A run that was ended and goes on is the run that was not: every weight, every number, bit for bit."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import arguments, data  # noqa: F401  (a fixture)
+
+import train
+from eval.evaluation import Evaluator
+from training.arguments import parse_arguments
+from training.checkpoint import STATE, damage, find_checkpoint
+from training.logging import NoTracker
+
+STEPS = 12
+# Times differ, and what of the settings may.
+UNEQUAL = {"settings", "logs", "elapsed_s", "unread_s", "resumed_at", "startup_time_s", "eval_time_s", "save_time_s"}
+
+
+class Killed(BaseException):
+    """Ends the run as SIGKILL would: nothing is saved, nothing said."""
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch):  # noqa: F811
+    """run(name, stop=step, kill=step, cut=step, **flags) -> exit code, None where it was killed.
+
+    stop: a signal comes in that step; cut: in the evaluation after that step; kill: the step ends the process.
+    """
+    monkeypatch.setattr("grades.plots.draw", lambda history: [])
+    take_step, mean_loss = train.take_step, Evaluator.loss
+
+    def start(name: str, stop: int = 0, kill: int = 0, cut: int = 0, **flags) -> int | None:
+        def step(run):
+            take_step(run)
+            if run.step == kill:
+                raise Killed
+            if run.step == stop:
+                run.stop.signal = signal.SIGTERM
+            now.append(run)
+
+        def loss(evaluator):
+            if now and now[-1].step == cut:
+                now[-1].stop.signal = signal.SIGTERM
+            return mean_loss(evaluator)
+
+        now: list = []
+        monkeypatch.setattr(train, "take_step", step)
+        monkeypatch.setattr(Evaluator, "loss", loss)
+        given = {"max_training_steps": STEPS, "eval_interval": 4, "keep_checkpoints": 9} | flags
+        try:
+            return train.main(parse_arguments(arguments(data, tmp_path, name, **given)))
+        except Killed:
+            return None
+
+    return start
+
+
+def state(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / "checkpoints" / name / STATE, weights_only=True)
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(("_per_s", "time_s"))} for line in lines]
+
+
+def same(one, other) -> bool:
+    """Equal to the last bit."""
+    if isinstance(one, dict):
+        keys = one.keys() - UNEQUAL
+        return keys == other.keys() - UNEQUAL and all(same(one[key], other[key]) for key in keys)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other or (one != one and other != other)
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """Two runs with all that they have left."""
+    ours, theirs = state(folder), state(whole)
+    assert ours.keys() == theirs.keys()
+    for key in ours.keys() - UNEQUAL:
+        assert same(ours[key], theirs[key]), key
+    for name in ("last", "best"):
+        ours, theirs = (load_file(root / "checkpoints" / name / "model.safetensors") for root in (folder, whole))
+        assert same(ours, theirs)
+    assert numbers(folder) == numbers(whole)
+    histories = [root / "grades_history.json" for root in (folder, whole)]
+    assert [path.exists() for path in histories] in ([False] * 2, [True] * 2)
+    if histories[0].exists():
+        ours, theirs = (json.loads(path.read_text()) for path in histories)
+        assert ours == theirs
+    ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (folder, whole))
+    for key in ours:
+        assert ours[key] == theirs[key] or key.endswith("_time_s") or key == "resumed_at_steps", key
+    frozen = [line for line in (folder / "log.txt").read_text().splitlines() if ": froze " in line]
+    assert frozen == [line for line in (whole / "log.txt").read_text().splitlines() if ": froze " in line]
+
+
+# The vision tower freezes early, the attention of the language model late, its MLP never.
+WATCHED = {"enable_grades": True, "alpha": 0.25, "tau_mode": "relative", "vision_tau": 0.97,
+           "language_attention_tau": 0.3, "language_mlp_tau": 1e-9}  # fmt: skip
+CASES = {
+    "plain": {"lm_dropout": 0.1, "cache_rows": False, "early_stopping": True, "es_interval": 0.25, "es_delta": 9,
+              "es_patience": 9},
+    "weight_change": WATCHED | {"gradient_accumulation_steps": 2, "num_workers": 2, "turns_per_image": 1},
+    "gradient_change": WATCHED | {"metric": "gradient_change", "flip_images": True, "checkpoint_interval": 3},
+    "gradient_norm": WATCHED | {"metric": "gradient_norm", "tau_mode": "absolute", "vision_tau": 4.5,
+                                "language_attention_tau": 3.4, "unfreeze_factor": 1.1, "probe_interval": 2},
+    "per_element_lr": WATCHED | {"tau_mode": "per_element_lr", "vision_tau": 0.745, "language_tau": "auto",
+                                 "language_attention_tau": 0.8, "monitor_sample": 2, "batch_size": 30},
+    "drift": WATCHED | {"metric": "drift", "tau_mode": "absolute", "vision_tau": 3.6, "language_attention_tau": 3.54,
+                        "max_training_steps": 26},
+    "lora": WATCHED | {"lora_rank": 2, "lora_dropout": 0.1},
+    "packing": {"packing": True, "num_workers": 2, "lm_max_length": 24, "max_sample_length": 24, "batch_size": 1},
+}  # fmt: skip
+# Steps: a signal before and one after freezing began, SIGKILL, and a signal in the last evaluation.
+ENDS = {"gradient_change": (2, 5, 10, 12), "drift": (10, 21, 25, 26)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case):
+    flags, whole, parts = CASES[case], tmp_path / "out" / "whole", tmp_path / "out" / "parts"
+    before, after, killed, last = ENDS.get(case, (2, 7, 10, 12))
+    assert run("whole", **flags) == 0
+    assert run("parts", stop=before, **flags, resume="auto") == 143
+    assert run("parts", stop=after, **flags | ({"num_workers": 2} if case == "plain" else {}), resume="auto") == 143
+    assert run("parts", kill=killed, **flags, resume="auto") is None
+    begun = state(parts)["step"]
+    assert begun < killed
+    assert run("parts", cut=last, **flags, resume="auto") == 143
+    assert state(parts)["evaluation_due"]
+    assert run("parts", **flags, resume="auto") == 0
+    assert_same(parts, whole)
+    assert json.loads((parts / "summary.json").read_text())["resumed_at_steps"] == [before, after, begun, last]
+    if "enable_grades" in flags:
+        events = json.loads((whole / "grades_history.json").read_text())["events"]
+        assert min(event["step"] for event in events) <= after < max(event["step"] for event in events)
+        assert any("unfrozen" in event for event in events) == ("unfreeze_factor" in flags)
+
+
+def line(text: str, capsys) -> str:
+    """The line of what was printed that holds the text."""
+    return next(line for line in "".join(capsys.readouterr()).splitlines() if text in line)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_settings_are_named_and_refused(run, tmp_path, capsys):
+    folder, short = tmp_path / "out" / "run", {"max_training_steps": 4, "resume": "auto"}
+    assert run("run", stop=2, **short) == 143
+    before = files(folder)
+    assert run("run", **short | {"lr_mp": 0.5, "compute_interval": 7, "lm_n_blocks": 2}) == 2
+    said = "".join(capsys.readouterr())
+    for text in ("--lr_mp 0.5: the run", "--compute_interval 7: the run", "--lm_n_blocks 2: the run", "has 0.0015"):
+        assert text in said
+    assert said.count("the run that is resumed has") == 3
+    assert files(folder) == before
+    assert run("run", **short, resume_override=True, lm_n_blocks=2) == 2
+    assert "--resume_override cannot" in line("cannot change", capsys)
+    assert run("run", **short, resume_override=True, lr_mp=0) == 2
+    assert "--lr_mp, --lr_vision_backbone" in line("must be 0 where", capsys)
+    assert files(folder) == before
+    free = {"num_workers": 2, "checkpoint_interval": 1, "keep_checkpoints": 1}
+    assert run("run", **short, **free, lr_mp=0.5, lm_dropout=0.25, resume_override=True) == 0
+    log = (folder / "log.txt").read_text()
+    assert "--lr_mp 0.5: the run that is resumed has 0.0015" in log
+    assert "--num_workers" not in log
+    saved = state(folder)
+    assert saved["optimizer"]["param_groups"][0]["peak_lr"] == 0.5
+    assert json.loads((folder / "checkpoints" / "last" / "config.json").read_text())["lm_dropout"] == 0.25
+    assert "resume" not in (folder / "config.yaml").read_text().replace("resume_from_vlm_checkpoint", "")
+
+
+def test_workers_that_share_the_rows_must_stay_as_many(run, tmp_path, capsys):
+    flags = CASES["packing"] | {"max_training_steps": 3, "resume": "auto"}
+    assert run("run", stop=1, **flags) == 143
+    assert f"and --resume {tmp_path / 'out' / 'run'}" in line("with the same command", capsys)
+    assert run("run", **flags | {"num_workers": 1}) == 2
+    assert line("--num_workers 1: the run that is resumed has 2", capsys)
+
+
+def test_a_resumed_run_goes_on_in_weights_and_biases_too(run, monkeypatch):
+    class Tracker(NoTracker):
+        def __init__(self, cfg, settings, folder, say, run_id):
+            self.id = run_id or "as wandb named it"
+            asked.append(run_id)
+
+    asked: list = []
+    monkeypatch.setattr(train, "WandbTracker", Tracker)
+    assert run("run", stop=1, log_wandb=True, max_training_steps=2) == 143
+    assert run("run", log_wandb=True, max_training_steps=2, resume="auto") == 0
+    assert asked == [None, "as wandb named it"]
+
+
+def test_a_finished_run_is_left_alone_and_can_be_made_longer(run, tmp_path, capsys):
+    folder, flags = tmp_path / "out" / "run", {"resume": "auto", "max_training_steps": 4, "eval_interval": 2}
+    assert run("run", **flags) == 0
+    before = files(folder)
+    assert run("run", **flags) == 0
+    assert line("has finished", capsys)
+    assert files(folder) == before
+    assert run("run", **flags | {"max_training_steps": 6, "resume_override": True}) == 0
+    assert [line["step"] for line in numbers(folder) if "val/loss" in line] == [2, 4, 6]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+    assert run("run", **flags | {"max_training_steps": 6}) == 0
+    assert state(folder)["resumed_at"] == [4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"enable_grades": True, "vision_tau": 1e9, "language_tau": 1e9, "alpha": 0.3}, "frozen"),
+        ({"early_stopping": True, "es_interval": 0.25, "es_delta": 1e9, "es_patience": 2}, "early_stopping"),
+    ],
+)
+def test_a_run_that_ended_early_does_not_go_on(run, tmp_path, flags, reason):
+    folder = tmp_path / "out" / "run"
+    assert run("run", **flags, resume="auto") == 0
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
+    (folder / "summary.json").unlink()  # killed before it was written
+    assert run("run", **flags, resume="auto") == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["stop_reason"]) == (steps, reason)
+    assert steps < STEPS
+    assert summary["test_exact_match"] is not None
+
+
+def test_another_run_can_begin_at_any_checkpoint(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("run") == 0
+    before = files(out / "run")
+    older = out / "run" / "checkpoints" / "step_00000004"
+    assert run("run", resume=older) == 2
+    assert "gone on to step_00000012" in line("--resume", capsys)
+    assert run("new", resume=older) == 0
+    assert_same(out / "new", out / "run")
+    assert run("run", resume=out / "absent") == 2
+    assert "must be auto, a run folder" in line("--resume", capsys)
+    assert run("new", resume=out / "run") == 2  # --run_name new: exists already
+    assert files(out / "run") == before
+    flags = {"max_training_steps": STEPS + 2, "resume_override": True}
+    assert run("longer", resume=out / "run", **flags) == 0
+    assert state(out / "longer")["step"] == STEPS + 2
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept_once(run, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(Evaluator, "validate", lambda *_: {"val/loss": next(losses), "val/exact_match": 0.0})
+    assert run("run", eval_interval=2, keep_checkpoints=2) == 0
+    checkpoints = tmp_path / "out" / "run" / "checkpoints"
+    kept = ["step_00000004", "step_00000010", "step_00000012"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "last", *kept]
+    assert (checkpoints / "best").readlink() == Path(kept[0])
+    assert (checkpoints / "last").readlink() == Path(kept[2])
+    assert [damage(checkpoints / name) for name in kept] == [None] * 3
+    assert find_checkpoint(checkpoints.parent) == checkpoints / "best"
+
+
+def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, capsys):
+    folder, step = tmp_path / "out" / "run", train.forward_backward
+    calls: list = []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise RuntimeError("out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(train, "forward_backward", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("run")
+    assert run("whole") == 0
+    assert run("new", resume=folder / "checkpoints" / "crash") == 0
+    assert_same(tmp_path / "out" / "new", tmp_path / "out" / "whole")
+    assert run("run", resume="auto") == 0
+    assert "after step 6; only --resume" in line("is what an error left", capsys)
+    assert_same(folder, tmp_path / "out" / "whole")

@@ -1,0 +1,351 @@
+"""Going on where a run ended: what a checkpoint holds besides the weights, and how the next process takes it up.
+
+`run` is train.py's Run.
+"""
+
+import copy
+import dataclasses
+import fcntl
+import json
+import os
+import pickle
+import random
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from training.arguments import FREE_FIELDS, Settings
+from training.checkpoint import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    damage,
+    point,
+    prune,
+    remove_unfinished,
+    save_checkpoint,
+    step_folder,
+    step_folders,
+    step_of,
+)
+from training.logging import new_run_folder
+from training.parallel import Parallel
+
+# Settings that change nothing of what is computed.
+FREE = {
+    "output_dir", "run_name", "num_workers", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
+    "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
+}  # fmt: skip
+# Settings that say what the saved state means, as does all that shapes the model.
+FIXED = {
+    "lm_tokenizer", "lora_rank", "lora_targets", "lora_vision", "metric", "monitor_sample", "tau_mode",
+    "target_components",
+}  # fmt: skip
+# What of the state is another one in each of several processes; where the weights are sharded the monitor's too.
+OF_A_RANK = ("position", "dropped", "flops", "rng")
+# What a checkpoint holds of Run as it is.
+FIELDS = (
+    "step", "position", "best_val_loss", "best_step", "val", "losses", "unread_tokens", "total_tokens", "stop_reason",
+    "evaluation_due", "resumed_at", "startup_time_s", "eval_time_s", "save_time_s",
+)  # fmt: skip
+
+
+@dataclass
+class Start:
+    """The folder of a run, and the checkpoint that it goes on from."""
+
+    folder: Path
+    requested: dict  # the settings as they were asked for
+    is_new: bool  # the folder was made for this run
+    lock: IO[str]
+    checkpoint: Path | None = None
+    state: dict = field(default_factory=dict)  # of the checkpoint; empty where the run starts at step 0
+    notes: list[str] = field(default_factory=list)  # for the log, once it is open
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended by itself and all of it is saved."""
+        summary = self.folder / "summary.json"
+        if self.is_new or not self.state or not summary.exists():
+            return False
+        found = json.loads(summary.read_text())
+        goes_on = found["stop_reason"] == "max_training_steps" and found["steps"] < self.requested["max_training_steps"]
+        ended = found["stop_reason"] in ("frozen", "early_stopping", "max_training_steps") and not goes_on
+        return ended and found["steps"] == self.state["step"]
+
+    def cut_off(self) -> None:
+        """Undo in the run folder what came after the checkpoint."""
+        remove_unfinished(self.folder)
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        for name, size in self.state.get("logs", {"log.txt": 0, "metrics.jsonl": 0}).items():
+            path = self.folder / name
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
+        steps = step_folders(self.folder)
+        for folder in steps[: steps.index(self.checkpoint)] if self.checkpoint in steps else []:  # damaged, all of them
+            shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+            folder.rename(folder.with_suffix(".damaged"))
+        for name, step in (("last", self.state.get("step")), ("best", self.state.get("best_step"))):
+            if step is not None and (folder := step_folder(self.folder, step)).is_dir():
+                point(folder.with_name(name), folder)
+
+    def give_up(self) -> None:
+        """Leave no folder behind that was made for this run."""
+        if self.is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_run(settings: Settings) -> Start:
+    """Make the run folder, or find the one to go on in; find, verify and load the checkpoint.
+
+    Raises ValueError where there is no whole checkpoint, where the settings are others, and where another process is
+    running in the folder.
+    """
+    cfg, requested = settings.train, _flat(settings)
+    if cfg.resume is None:
+        folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
+        return Start(folder, requested, True, _lock(folder))
+    named = None if cfg.run_name is None else Path(cfg.output_dir) / cfg.run_name
+    source, checkpoint = (named, None) if cfg.resume == "auto" else _run_of(Path(cfg.resume))
+    in_place = named is None or named.resolve() == source.resolve()
+    is_new, lock = not source.exists(), None
+    if in_place:
+        source.mkdir(parents=True, exist_ok=True)
+        lock = _lock(source)
+    checkpoint, state, notes = _find(source, checkpoint, settings, in_place)
+    if in_place:
+        return Start(source, requested, is_new, lock, checkpoint, state, notes)
+    folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
+    for name in state["logs"]:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    return Start(folder, requested, True, _lock(folder), checkpoint, state, notes)
+
+
+def join_run(settings: Settings, parallel: Parallel) -> Start:
+    """open_run on rank 0, which alone changes the folder; every rank gets the checkpoint's state, its own where they
+    differ. Raises ValueError besides where the saved run had another number of processes."""
+    opened: list[Start] = []
+
+    def open_and_share() -> tuple[Start, set[str]]:
+        opened.append(open_run(settings))
+        return dataclasses.replace(opened[0], lock=None, state={}, is_new=False), settings.given
+
+    start, settings.given = parallel.from_main(open_and_share)
+    if parallel.is_main:
+        (start,) = opened
+    elif start.checkpoint is not None:
+        start.state = load_state(start.checkpoint)
+    own = start.state.pop("ranks", [{}])
+    if start.state and len(own) != parallel.world_size:
+        start.give_up()
+        raise ValueError(
+            f"--resume: the run had {len(own)} processes, and needs as many; now there are "
+            f"{parallel.world_size} (torchrun --nproc_per_node)"
+        )
+    if start.state:
+        start.state |= own[parallel.rank]
+    return start
+
+
+def _flat(settings: Settings) -> dict:
+    """Every setting by name, those that are None too."""
+    configs = (settings.vlm, settings.train, settings.grades)
+    return {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder until the returned file is closed, which the end of the process does too, however it comes."""
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it does not pass to worker processes
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{folder}: process {file.read()} is running in it; one run at a time") from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _run_of(path: Path) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint or None) that --resume PATH means."""
+    if (path / "checkpoints").is_dir():
+        return path, None
+    if (path / "config.json").is_file():
+        return path.resolve().parent.parent, path.resolve()
+    raise ValueError(f"--resume {path}: must be auto, a run folder with checkpoints, or a checkpoint")
+
+
+def _find(
+    folder: Path, checkpoint: Path | None, settings: Settings, in_place: bool
+) -> tuple[Path | None, dict, list[str]]:
+    """(checkpoint, its state, lines for the log): the checkpoint that was asked for, else the newest whole one."""
+    notes: list[str] = []
+    if checkpoint is not None:
+        if problem := damage(checkpoint):
+            raise ValueError(
+                f"--resume {checkpoint}: is damaged ({problem}); --resume {folder} takes the newest whole one"
+            )
+        newer = [other for other in step_folders(folder) if in_place and damage(other) is None]
+        if newer and step_of(newer[0]) > step_of(checkpoint):
+            raise ValueError(
+                f"--resume {checkpoint}: its run has gone on to {newer[0].name}; to begin there again as another "
+                "run give a new --run_name"
+            )
+    else:
+        checkpoint = _newest_whole(folder, notes)
+    if checkpoint is None and settings.train.resume != "auto":
+        raise ValueError(f"--resume {settings.train.resume}: has no checkpoint yet")
+    if checkpoint is None:
+        return None, {}, []
+    state = load_state(checkpoint)
+    notes.append(f"going on from {checkpoint}, after step {state['step']:,}")
+    crash = folder / "checkpoints" / "crash"
+    if (crash / MANIFEST).exists() and step_of(crash) > state["step"]:
+        notes.append(f"{crash} is what an error left after step {step_of(crash):,}; only --resume {crash} takes it")
+    return checkpoint, state, notes + _compare(state, settings)
+
+
+def _newest_whole(folder: Path, notes: list[str]) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there is none at all. notes: gets the damaged ones.
+
+    Raises ValueError where there are checkpoints but none is whole.
+    """
+    damaged = []
+    for checkpoint in step_folders(folder):
+        if (problem := damage(checkpoint)) is None:
+            notes += [f"{line}; it is passed over" for line in damaged]
+            return checkpoint
+        damaged.append(f"{checkpoint.name} is damaged ({problem})")
+    if damaged or any((folder / "checkpoints").glob("[bl]*t/config.json")):  # best and last of an older version
+        raise ValueError(f"{folder} has no checkpoint to go on from: {'; '.join(damaged) or 'weights alone'}")
+    return None
+
+
+def load_state(checkpoint: Path) -> dict:
+    """training_state.pt, on the CPU: tensors and plain values, nothing that could run code."""
+    try:
+        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--resume {checkpoint}: {STATE} cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def _compare(state: dict, settings: Settings) -> list[str]:
+    """A line for each setting that differs from the saved run's, where that is allowed; else ValueError with them."""
+    saved, now = state["settings"], _flat(settings)
+    free = FREE - {"num_workers"} if state["workers_share_rows"] else FREE
+    differing = [name for name in now if name in saved and name not in free and now[name] != saved[name]]
+    lines = [f"--{name} {now[name]}: the run that is resumed has {saved[name]}" for name in differing]
+    shape = {field.name for field in dataclasses.fields(settings.vlm)} - FREE_FIELDS
+    if lines and not settings.train.resume_override:
+        raise ValueError("\n".join([*lines, "--resume_override goes on with what is given now"]))
+    if fixed := [line for name, line in zip(differing, lines, strict=True) if name in FIXED | shape]:
+        raise ValueError("\n".join([*fixed, "--resume_override cannot change this in the middle of a run"]))
+    settings.given |= set(differing)  # what a recipe changes now goes over the checkpoint's config too
+    return lines
+
+
+def progress(run) -> dict:
+    """All of the run's state but what lies in the model, the optimizer and the monitor."""
+    now = time.perf_counter()
+    return {name: copy.copy(getattr(run, name)) for name in FIELDS} | {
+        "settings": run.start.requested,
+        "workers_share_rows": run.settings.train.packing or not hasattr(run.data.train_rows, "__len__"),  # a stream
+        "elapsed_s": now - run.started,
+        "unread_s": now - run.unread_since,
+        "dropped": {split: dict(counts) for split, counts in run.data.dropped.items()},
+        "early_stopping": run.early_stopping.state_dict() if run.early_stopping is not None else None,
+        "flops": run.flops.state_dict(),
+        "rng": _rng_state(run.device),
+        "logs": run.log.sizes(),
+        "wandb_id": run.log.tracker.id,
+    }
+
+
+def restore(run) -> None:
+    """Let the run be as it was at its checkpoint, whose weights model and optimizer have.
+
+    Last of all but compiling and wrapping. Raises ValueError where GradES watches other components.
+    """
+    state, run.start.state = run.start.state, {}
+    for name in FIELDS:
+        setattr(run, name, state[name])
+    run.resumed_at.append(run.step)
+    if run.stop_reason in (None, "max_training_steps"):  # the number of steps may be another now
+        is_over = run.step >= run.settings.train.max_training_steps and not run.evaluation_due
+        run.stop_reason = "max_training_steps" if is_over else None
+    run.started -= state["elapsed_s"]
+    run.unread_since = -state["unread_s"]
+    for split, counts in state["dropped"].items():
+        run.data.dropped[split].clear()  # of subsets that could not be loaded, which were counted then too
+        run.data.dropped[split].update(counts)
+    run.flops.load_state_dict(state["flops"])
+    for name, part in (("grades", run.monitor), ("early_stopping", run.early_stopping)):
+        if part is not None and state[name] is not None:
+            part.load_state_dict(state[name])
+    _set_rng_state(state["rng"], run.device)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, parallel: Parallel) -> None:
+    """Take up the moments; peak learning rates and the like stay as the settings have them.
+
+    Raises ValueError where other parts of the model are trained.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [(g["name"], g["params"]) for g in groups] != [(g["name"], g["params"]) for g in saved["param_groups"]]:
+        raise ValueError("--lr_mp, --lr_vision_backbone, --lr_language_backbone: must be 0 where the saved run has 0")
+    groups = [own | {"lr": other["lr"]} for own, other in zip(groups, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": parallel.own_part(optimizer, saved["state"]), "param_groups": groups})
+
+
+def keep(run, model: torch.nn.Module, state: dict, name: str | None = None) -> None:
+    """Write model and state as the checkpoint of this step, or `name`: rank 0 does, with what the others have."""
+    own = (*OF_A_RANK, "grades") if run.parallel.sharded is not None else OF_A_RANK
+    if not run.parallel.is_alone:
+        state["ranks"] = run.parallel.gather({key: state[key] for key in own})
+    run.parallel.from_main(lambda: _write(run, model, state, name))
+
+
+def _write(run, model: torch.nn.Module, state: dict, name: str | None) -> None:
+    """Write the checkpoint; then the links, and the oldest go.
+
+    Where the disk refuses, the run says so and goes on: run.unsaved holds the reason until a checkpoint is written.
+    """
+    folder = step_folder(run.folder, run.step) if name is None else run.folder / "checkpoints" / name
+    try:
+        save_checkpoint(folder, model, run.data.tokenizer, state)
+        if name is None:
+            point(folder.with_name("last"), folder)
+            if run.best_step == run.step:
+                point(folder.with_name("best"), folder)
+            prune(run.folder, run.settings.train.keep_checkpoints)
+        run.unsaved = None
+    except (CheckpointError, OSError) as error:
+        run.unsaved = str(error)
+        run.log.say(f"NOT SAVED: {error}; earlier checkpoints are as they were, the next one is tried as usual")
+
+
+def _rng_state(device: torch.device) -> dict:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+    }
+
+
+def _set_rng_state(state: dict, device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"])
