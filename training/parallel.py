@@ -90,7 +90,7 @@ class Parallel:
         return values
 
     def from_main(self, compute: Callable[[], T], together: bool = False) -> T:
-        """What rank 0 computes, on every rank; the others wait, or `together` compute along. Where it fails they exit."""
+        """What rank 0 computes, on every rank; the others wait, or compute `together`. Where it fails they exit."""
         if self.is_alone:
             return compute()
         values: list[Any] = [None]  # (value,) where there is one
