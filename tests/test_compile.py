@@ -264,5 +264,6 @@ def test_inductor_trains_over_a_round_as_without_compilation():
     names = [component.name for component in find_components(eager)]
     order = [[], names[2:], []]
     train(compiled, order, inputs=lambda step: random_input(0))
-    train(eager, order, inputs=lambda step: random_input(0), on_round=lambda: None)
+    freezer = train(eager, order, inputs=lambda step: random_input(0), on_round=lambda: None)
+    assert freezer.applied == set(names[2:])
     alike(compiled, eager)
