@@ -40,11 +40,12 @@ from training.parallel import Parallel
 FREE = {
     "output_dir", "run_name", "num_workers", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
     "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
+    "activation_checkpointing",
 }  # fmt: skip
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {
     "lm_tokenizer", "lora_rank", "lora_targets", "lora_vision", "metric", "monitor_sample", "tau_mode",
-    "target_components",
+    "target_components", "parallel",
 }  # fmt: skip
 # What of the state is another one in each of several processes; where the weights are sharded the monitor's too.
 OF_A_RANK = ("position", "dropped", "flops", "rng")

@@ -1,0 +1,263 @@
+"""Several processes: they train and freeze as one with a larger batch, go on where they stopped, and end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from data_examples import dataset, encoded, picture, tiny_train, tiny_vlm, turn
+from safetensors.torch import load_file
+from test_train import TINY
+
+import train
+from data.collators import TrainCollator
+from data.loader import train_batches
+from training.arguments import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "parallel_worker.py"
+# Each freeze is a round of its own, so that what lies before frozen matrices freezes when it does in one process.
+FLAGS = TINY | {
+    "batch_size": 2, "gradient_accumulation_steps": 2, "lr_mp": 0.01, "enable_grades": True, "vision_tau": 0.12,
+    "language_tau": 0.12, "alpha": 0.3, "freeze_rounds": 100, "checkpoint_interval": 2, "keep_checkpoints": 9,
+}  # fmt: skip
+
+
+def write_rows(folder: Path, count: int) -> Path:
+    """Every fifth row is text alone, so that some batches hold no image; the image of one does not decode."""
+    folder.mkdir()
+    lines = []
+    for i in range(count):
+        texts = [
+            {"user": "is there a red shape?", "assistant": "yes" if i % 2 else "no"},
+            {"user": "what?", "assistant": "red"},
+        ]
+        if i % 5 != 2:
+            (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
+        lines.append(json.dumps({"images": [f"{i}.png"] if i % 5 != 2 else [], "texts": texts}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def arguments(rows: Path, name: str, **flags) -> list[str]:
+    given = {"train_dataset_path": rows, "test_dataset_path": rows, "output_dir": rows.parent, "run_name": name}
+    return [f"--{key}={value}" for key, value in (FLAGS | given | flags).items()]
+
+
+def torchrun(processes: int, *command, **options) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True, **options)
+
+
+def run_together(processes: int, runs: list[list[str]], folder: Path) -> None:
+    """One run after the other in the same processes, as starting them takes longer than the runs."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    process = torchrun(processes, WORKER, folder / "runs.json", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-5000:]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder of the runs of two processes, and of one process with twice the batch."""
+    rows = write_rows(tmp_path_factory.mktemp("two") / "rows", 40)
+    runs = [
+        arguments(rows, "ddp_rounds", freeze_rounds=2, freeze_prefix=False, compile=True),
+        arguments(rows, "fsdp_compiled", parallel="fsdp", compile=True),
+    ]
+    for kind in ("ddp", "fsdp"):
+        runs.append(arguments(rows, kind, parallel=kind))
+        step = rows.parent / kind / "checkpoints" / "step_00000004"
+        runs.append(arguments(rows, f"{kind}_resumed", parallel=kind, resume=step))
+    runs.append(arguments(rows, "fsdp_sampled", parallel="fsdp", metric="gradient_norm", monitor_sample=2))
+    runs.append(arguments(rows, "fsdp_lora", parallel="fsdp", lora_rank=2, activation_checkpointing=True))
+    run_together(2, runs, rows.parent)
+    for name, flags in (
+        ("one", {}), ("one_matrices", {"freeze_prefix": False}), ("one_norm", {"metric": "gradient_norm"}),
+        ("one_lora", {"lora_rank": 2}),
+    ):  # fmt: skip
+        assert train.main(parse_arguments(arguments(rows, name, batch_size=4, **flags))) == 0
+    return rows.parent
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
+
+
+def history(folder: Path) -> dict:
+    return json.loads((folder / "grades_history.json").read_text())
+
+
+def freezes(folder: Path) -> list[tuple[int, str]]:
+    return [(event["step"], event["name"]) for event in history(folder)["events"]]
+
+
+def lines(folder: Path, key: str) -> list[float]:
+    found = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in found if key in line]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert freezes(ours) == freezes(theirs)
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        assert lines(ours, key) == pytest.approx(lines(theirs, key), rel=1e-3), key
+    a, b = weights(ours), weights(theirs)
+    assert a.keys() == b.keys()
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3, msg=name)
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (ours, theirs))
+    for key in ("steps", "stop_reason", "train_tokens", "frozen_share", "dropped", "parameters"):
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("ddp", "one"), ("fsdp", "one"), ("ddp_rounds", "one_matrices"), ("fsdp_compiled", "one"),
+        ("fsdp_lora", "one_lora"),
+    ],
+)  # fmt: skip
+def test_two_processes_train_and_freeze_as_one_with_twice_the_batch(two, ours, theirs):
+    assert len(freezes(two / theirs)) >= 4
+    assert_same_run(two / ours, two / theirs)
+
+
+def test_metrics_come_from_the_shards_of_all_ranks(two):
+    for ours, theirs, tolerance in (("fsdp", "one", 1e-3), ("fsdp_sampled", "one_norm", 0.5)):
+        a, b = (history(two / name)["checks"][:3] for name in (ours, theirs))
+        a, b = ([value for check in checks for value in check["values"]] for checks in (a, b))
+        assert [value is None for value in a] == [value is None for value in b]
+        assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_go_on_exactly_where_they_were(two, kind):
+    whole, resumed = weights(two / kind), weights(two / f"{kind}_resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert freezes(two / kind) == freezes(two / f"{kind}_resumed")
+
+
+def test_a_checkpoint_of_shards_is_that_of_one_process(two):
+    ours, theirs = (
+        torch.load(two / name / "checkpoints" / "step_00000002" / "training_state.pt", weights_only=True)["optimizer"]
+        for name in ("fsdp", "one")
+    )
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in theirs["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(ours["state"][index][key], value, rtol=1e-2, atol=1e-4)
+    tied = {"decoder.head.weight", "decoder.token_embedding.weight"}
+    assert len(tied & weights(two / "fsdp").keys()) == 1  # stored once
+
+
+def test_another_number_of_processes_cannot_go_on(two, capsys):
+    step = two / "ddp" / "checkpoints" / "step_00000004"
+    assert train.main(parse_arguments(arguments(two / "rows", "alone", resume=step))) == 2
+    assert "the run had 2 processes" in capsys.readouterr().err
+    assert not (two / "alone").exists()
+
+
+def test_three_processes_share_rows_that_do_not_divide_evenly(tmp_path):
+    """Seven rows to train on, nine in a global batch: it goes on into the next epoch."""
+    rows = write_rows(tmp_path / "rows", 9)
+    flags = {"val_size": 2, "gradient_accumulation_steps": 1, "max_training_steps": 4, "eval_interval": 4}
+    run_together(3, [arguments(rows, "three", batch_size=3, **flags)], tmp_path)
+    assert train.main(parse_arguments(arguments(rows, "one", batch_size=9, **flags))) == 0
+    assert_same_run(tmp_path / "three", tmp_path / "one")
+
+
+def start_long_run(tmp_path: Path) -> subprocess.Popen:
+    """Two processes in the middle of training."""
+    flags = arguments(
+        write_rows(tmp_path / "rows", 16), "run", max_training_steps=100_000, eval_interval=100_000,
+        checkpoint_interval=0, vision_tau=1e-9, language_tau=1e-9,
+    )  # fmt: skip
+    process = torchrun(2, "train.py", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for _ in range(1200):
+        if (tmp_path / "run" / "metrics.jsonl").exists() and lines(tmp_path / "run", "train/loss"):
+            break
+        time.sleep(0.1)
+    return process
+
+
+def test_one_killed_process_ends_the_others(tmp_path):
+    process = start_long_run(tmp_path)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL) received" in error
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_signal_ends_all_processes_with_everything_saved(tmp_path):
+    process = start_long_run(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stop_reason"] == "interrupted"
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last" / "training_state.pt", weights_only=True)
+    assert state["step"] == summary["steps"] > 0
+    assert [own["position"] for own in state["ranks"]] == [state["position"]] * 2
+
+
+SMALL = tiny_vlm()
+
+
+def batches_of(rows, rank: int, world_size: int, count: int, **changes) -> list[dict]:
+    cfg = tiny_train(**changes)
+    data = dataset(rows, SMALL, cfg)
+    return list(islice(train_batches(data, TrainCollator(0, SMALL), cfg, 0, rank, world_size), count))
+
+
+def some_rows(count: int, bad: set[int] = frozenset()) -> list[dict]:
+    image = encoded(picture())
+    return [{"images": [b"" if i in bad else image], "texts": [turn()], "id": f"row{i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize(("rows", "world_size", "batch_size"), [(24, 2, 3), (23, 3, 2), (5, 4, 2)])
+def test_the_batches_of_all_ranks_are_those_of_one_process(rows, world_size, batch_size):
+    whole = batches_of(some_rows(rows), 0, 1, 8, batch_size=world_size * batch_size)
+    parts = [batches_of(some_rows(rows), rank, world_size, 8, batch_size=batch_size) for rank in range(world_size)]
+    for batch, *of_ranks in zip(whole, *parts, strict=True):
+        assert batch["ids"] == [row for part in of_ranks for row in part["ids"]]
+        assert all(len(part["ids"]) == batch_size for part in of_ranks)
+        assert {part["position"] for part in of_ranks} == {batch["position"]}
+
+
+def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():
+    bad = {0, 1, 2, 3, 4, 5}
+    whole = batches_of(some_rows(12, bad), 0, 1, 6, batch_size=4)
+    parts = [batches_of(some_rows(12, bad), rank, 2, 6, batch_size=2) for rank in (0, 1)]
+    assert any(not part["ids"] for of_rank in parts for part in of_rank)
+    for batch, *of_ranks in zip(whole, *parts, strict=True):
+        assert batch["ids"] == [row for part in of_ranks for row in part["ids"]]
+        assert batch["num_labels"] == sum(part["num_labels"] for part in of_ranks)
+    empty = next(part for part in parts[0] + parts[1] if not part["ids"])
+    assert (empty["num_labels"], empty["num_tokens"], empty["images"]) == (0, 0, None)
+    assert empty["input_ids"].shape == (1, 2)
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
+    from models.language_model import LanguageModelMLP
+
+    rows, calls, real = write_rows(tmp_path / "rows", 16), [], LanguageModelMLP.forward
+    monkeypatch.setattr(
+        LanguageModelMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or real(self, x)
+    )
+    found = []
+    for name, on in (("plain", False), ("checkpointed", True)):
+        calls.clear()
+        assert train.main(parse_arguments(arguments(rows, name, activation_checkpointing=on, lm_dropout=0.1))) == 0
+        found.append(sum(calls))
+    assert found[1] > found[0]
+    plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
