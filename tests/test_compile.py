@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 
 import pytest
 import torch
@@ -259,6 +260,7 @@ def test_the_model_compiles_without_graph_breaks_and_evaluation_compiles_nothing
     assert counting.graphs <= 30
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_trains_over_a_round_as_without_compilation():
     compiled, eager = Blocks(1, "inductor"), Blocks(1)
     names = [component.name for component in find_components(eager)]

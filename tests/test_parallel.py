@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_examples import dataset, encoded, picture, tiny_train, tiny_vlm, turn
 from safetensors.torch import load_file
+from test_data_loader import STREAM_OF_10, stream
 from test_train import TINY
 
 import train
@@ -231,6 +232,16 @@ def test_the_batches_of_all_ranks_are_those_of_one_process(rows, world_size, bat
         assert batch["ids"] == [row for part in of_ranks for row in part["ids"]]
         assert all(len(part["ids"]) == batch_size for part in of_ranks)
         assert {part["position"] for part in of_ranks} == {batch["position"]}
+
+
+def test_ranks_read_other_rows_of_a_stream():
+    names = [batch["ids"][0] for rank in (0, 1) for batch in batches_of(stream(10), rank, 2, 5, batch_size=1)]
+    assert sorted(names) == STREAM_OF_10
+
+
+def test_ranks_pack_other_rows():
+    found = [batches_of(some_rows(10), rank, 2, 1, batch_size=1, packing=True)[0] for rank in (0, 1)]
+    assert sorted(row for batch in found for row in batch["ids"]) == sorted(f"row{i}" for i in range(10))
 
 
 def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():
