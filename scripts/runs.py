@@ -178,8 +178,9 @@ class Runs:
 
 
 def comparable(settings: Settings) -> dict:
-    """What two calls must have in common: every setting, those that are None too."""
-    found = {k: v for part in (settings.vlm, settings.train, settings.grades) for k, v in asdict(part).items()}
+    """What two calls must have in common: every setting that the run goes by, those that are None too."""
+    parts = (settings.vlm, settings.train, *([settings.grades] if settings.train.enable_grades else []))
+    found = {k: v for part in parts for k, v in asdict(part).items()}
     return {name: value for name, value in found.items() if name not in ("output_dir", "run_name")}
 
 
