@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from grades import policy
 from grades.components import TOWERS, Component, find_components
-from grades.config import GradESConfig
+from grades.config import AUTO, GradESConfig
 from grades.freezing import Freezer
 from grades.metrics import METRICS, GradientNorm
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
@@ -269,7 +269,12 @@ class GradESMonitor:
         if state["components"] != names:
             odd = sorted(set(state["components"]) ^ set(names))
             raise ValueError(f"the saved GradES state watches other components: {', '.join(odd) or 'another order'}")
-        self.frozen, self.streaks, self.taus = dict(state["frozen"]), dict(state["streaks"]), dict(state["taus"])
+        self.frozen, self.streaks = dict(state["frozen"]), dict(state["streaks"])
+        if not self.taus:  # those that are still to be found; a number that is given now holds
+            given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}
+            self.taus = {
+                name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
+            }
         self.last_step = state["last_step"]
         self.checks, self.events = list(state["checks"]), list(state["events"])
         self.grace_checks = list(state["grace_checks"])

@@ -3,18 +3,26 @@
     python scripts/sweep.py --config configs/quickstart.yaml
     python scripts/sweep.py --config configs/quickstart.yaml --alphas 0.3 0.5 --taus 0.5 1 2 --seeds 2 -- --cache_rows
 
-A tau here is a factor on the recipe's vision_tau and language_tau. One full run a seed is the reference. Writes
-sweep.md, results.json and sweep.png. Interrupted or failed, the same command goes on where it was.
+A tau here is a factor on the recipe's vision_tau and language_tau. One full run a seed, in which nothing may freeze, is
+the reference and the common beginning: the runs of the grid go on from its last checkpoint before their grace period
+ends, to the bit as if they had run from step 1, and its seconds until then count as theirs. Writes sweep.md,
+results.json and sweep.png. Interrupted or failed, the same command goes on where it was.
 """
 
+import functools
 import json
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from grades.policy import grace_steps
 from scripts import runs
 from scripts.runs import Plan, Runs, cell, compare
+from training.checkpoint import step_folders, step_of
+
+CHECKPOINTS = 20  # of Full
 
 # What is shown of a run: title, how it is printed, scale.
 PANELS = {
@@ -47,16 +55,29 @@ def grid_row(alpha: float, factor: float) -> str:
 def make_plans(arguments) -> list[Plan]:
     """Seed by seed: Full, then the grid."""
     grades, plans = arguments.recipe.grades, []
+    interval = max(1, arguments.recipe.train.max_training_steps // CHECKPOINTS)
     for seed in range(arguments.seeds):
-        flags = (*arguments.extra, "--seed", str(seed))
-        plans.append(Plan("full", "Full", seed, flags))
+        flags = (*arguments.extra, "--seed", str(seed), "--enable_grades", *shlex.split(arguments.grades_flags))
+        whole = f"--freeze_vision false --freeze_language false --checkpoint_interval {interval} "
+        whole += f"--keep_checkpoints {2 * CHECKPOINTS}"
+        full = Plan("full", "Full", seed, (*flags, *whole.split()))
+        plans.append(full)
         for alpha in arguments.alphas:
             for factor in arguments.taus:
-                words = f"--enable_grades --alpha {alpha:g} --vision_tau {factor * grades.vision_tau:g} "
-                words += f"--language_tau {factor * grades.language_tau:g} {arguments.grades_flags}"
+                words = f"--alpha {alpha:g} --vision_tau {factor * grades.vision_tau:g} "
+                words += f"--language_tau {factor * grades.language_tau:g}"
                 label = f"alpha {alpha:g}, taus x {factor:g}"
-                plans.append(Plan(grid_row(alpha, factor), label, seed, (*flags, *words.split())))
+                options: dict = {"needs": (full.name,), "base": full.name, "late": "--resume of Full's checkpoint"}
+                options["late_flags"] = functools.partial(branch_flags, full, alpha)
+                plans.append(Plan(grid_row(alpha, factor), label, seed, (*flags, *words.split()), **options))
     return plans
+
+
+def branch_flags(full: Plan, alpha: float, made: Runs) -> list[str]:
+    """Go on from Full's last checkpoint in the grace period; from the start where there is none."""
+    last = grace_steps(alpha, made.settings[full.name].train.max_training_steps)
+    before = [folder for folder in step_folders(made.folder(full.name)) if step_of(folder) <= last]
+    return ["--resume", str(before[0]), "--resume_override"] if before else []
 
 
 def grid(made: Runs, arguments) -> dict[tuple[float, float], list[dict]]:

@@ -304,6 +304,16 @@ def test_a_state_of_another_model_is_refused(model):
         monitor.load_state_dict(state)
 
 
+def test_a_tau_that_is_given_goes_over_the_saved_one_and_auto_keeps_it(model):
+    loop = Loop(model, GradESConfig(vision_tau="auto", language_tau="auto", alpha=0.5), 8).run(5)
+    found = loop.monitor.taus
+    again = Loop(make_model(), GradESConfig(vision_tau="auto", language_tau=3.0, alpha=0.5), 8)
+    taus = again.load(loop.save()).monitor.taus
+    assert len(found) == len(taus) == 22
+    for component in again.monitor.components:
+        assert taus[component.name] == (3.0 if component.tower == "language" else found[component.name])
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("metric", "mode"), [*zip(METRICS, ("absolute", "relative") * 2, strict=True), ("weight_change", "per_element_lr")]

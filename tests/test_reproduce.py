@@ -45,11 +45,14 @@ class Trainer:
     def __call__(self, command: list[str], log: Path) -> int:
         self.commands.append(command)
         folder = Path(value_of(command, "--output_dir")) / value_of(command, "--run_name")
-        (folder / "checkpoints" / "best").mkdir(parents=True)  # raises where train.py would: it exists already
+        for step in (320, 640):
+            (folder / "checkpoints" / f"step_{step}").mkdir(parents=True)  # raises where train.py would: it exists
+            (folder / "checkpoints" / f"step_{step}" / "manifest.json").write_text(json.dumps({"step": step}))
         log.write_text("\n".join(f"line {i}" for i in range(50)))
         if len(self.commands) == self.fails_at:
             return 1
-        grades, steps = "--enable_grades" in command, int(value_of(command, "--max_training_steps") or 1600)
+        steps = int(value_of(command, "--max_training_steps") or 1600)
+        grades = "--enable_grades" in command and "--freeze_vision" not in command
         found = summary(1200, frozen_share=1.0, stop_reason="frozen") if grades else summary(steps)
         seed = int(value_of(command, "--seed"))
         found |= {"test_exact_match": found["test_exact_match"] + 0.02 * seed}
@@ -275,6 +278,9 @@ def test_the_sweep_goes_over_the_grid_and_draws_it(start):
     last = rest.commands[-1]
     values = [value_of(last, f"--{name}") for name in ("alpha", "vision_tau", "language_tau", "patience")]
     assert values == ["0.4", "15", "48", "2"]
+    assert "--resume_override" in last
+    starts = [Path(value_of(command, "--resume")) for command in (trainer.commands[1], last)]
+    assert starts == [out / "runs" / "full_seed0" / "checkpoints" / f"step_{step}" for step in (320, 640)]
     text = (out / "sweep.md").read_text()
     assert text.count("| 0.4 |") == 4
     assert "| 0.2 | 90.0 | 90.0 | 90.0 |" in text
