@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-METRICS = ("weight_change", "gradient_change", "gradient_norm", "drift")
+METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")
 TAU_MODES = ("absolute", "relative", "per_element_lr")
 AUTO = "auto"
 
@@ -27,8 +27,8 @@ class GradESConfig:
 
     metric: str = doc(
         "what is measured: the L1 norm of weight_change, since the previous check; of gradient_change, since the "
-        "previous step (the paper's Eq. 1); of gradient_norm (Eq. 3 for LoRA); or, beyond the paper, drift: how much "
-        "further a weight got in the last 16 checks than a random walk of its steps would, 1 being no further",
+        "previous step (the paper's Eq. 1); of gradient_norm (Eq. 3 for LoRA); or, beyond the paper, gradient_rms: the "
+        "sum of sqrt(v), v Adam's running mean of the squared gradient, which costs nothing to keep",
         "weight_change",
     )
     tau_mode: str = doc(
@@ -122,9 +122,8 @@ class GradESConfig:
         return [f"--{name} {getattr(self, name)}: must be {allowed}" for ok, name, allowed in checks if not ok]
 
     def finds_taus(self) -> bool:
-        """Whether a tau is found in the grace period: where it is auto, but for drift, whose unit is known."""
-        known = (self.metric, self.tau_mode) == ("drift", "absolute")
-        return AUTO in (self.vision_tau, self.language_tau) and not known
+        """Whether a tau is found in the grace period."""
+        return AUTO in (self.vision_tau, self.language_tau)
 
     def validate(self) -> None:
         """Raise ValueError naming every impossible value at once."""

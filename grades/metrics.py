@@ -1,11 +1,11 @@
 """What is measured of a component. A number that was not measured is None, never 0.0.
 
-Each metric is an element-wise L1 sum in float32, over a component's weights (one matrix, or the pair of an adapter).
+Each metric is an element-wise sum in float32, over a component's weights (one matrix, or the pair of an adapter).
 All of a check's sums are made on the device and fetched together: one host synchronisation a check.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -120,68 +120,66 @@ class GradientChange(GradientNorm):
             self.kept = {}
 
 
-class Drift(Metric):
-    """How far the weight got over the last WINDOW checks against how far it went: not in the paper.
+class GradientRms(Metric):
+    """sum sqrt(v_t), v_t Adam's running mean of the squared gradient, bias-corrected: not in the paper.
 
-    sqrt(WINDOW) * sum |W_t - W_(t-WINDOW)| / sum over the checks between of sum |W_s - W_(s-1)|. A weight that goes
-    straight on has sqrt(WINDOW), one whose steps are a random walk has 1, and one that wanders about a minimum falls
-    below 1. Neither the size of the matrix nor the learning rate is in it, so that one tau serves every matrix of
-    every model: a weight that is merely slowed down by the schedule still drifts.
-
-    Held are WINDOW samples of 1/WINDOW of the elements: as much as one snapshot.
+    A gradient norm over the last 1 / (1 - beta2) steps, of clipped gradients, and the only one of them that is there
+    already: no gradient is looked at and nothing is held. The learning rate is not in it.
     """
 
-    WINDOW = 16
-    first_check = WINDOW + 1
-
-    def __init__(self, sample: int = 1) -> None:
-        super().__init__(max(sample, self.WINDOW))
-        self.lengths: dict[str, list[float]] = {}  # by component: of the steps from sample to sample
+    def __init__(self, sample: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raises ValueError where the optimizer is none of Adam's kind."""
+        super().__init__(sample)
+        groups = [] if optimizer is None else optimizer.param_groups
+        if optimizer is None or not all("betas" in group for group in groups):
+            raise ValueError("--metric gradient_rms: must go with an optimizer of Adam's kind, whose state it reads")
+        self.optimizer = optimizer
+        self.beta2 = {id(p): group["betas"][1] for group in groups for p in group["params"]}
+        self.steps: dict[str, list[float]] = {}  # by component: updates that its weights had got at the last check
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
-        """None until WINDOW checks have gone by, and where no update reached the weight in them."""
-        now = {c.name: torch.cat([x.flatten() for x in self.reader.copy(c.weights)]) for c in components}
-        known = [c for c in components if c.name in self.kept]
-        whole = [c for c in known if len(self.kept[c.name]) == self.WINDOW]
-        last = [_distance(now[c.name], self.kept[c.name][-1]) for c in known]
-        first = [_distance(now[c.name], self.kept[c.name][0]) for c in whole]
-        values = _reduce_shards(stack(last + first), [c.weights[0] for c in known + whole]).tolist()
-        for component, length in zip(known, values, strict=False):
-            self.lengths[component.name] = [*self.lengths.get(component.name, []), length][-self.WINDOW :]
-        for name, sample in now.items():
-            self.kept[name] = [*self.kept.get(name, []), sample][-self.WINDOW :]
-        net = dict(zip((c.name for c in whole), values[len(known) :], strict=True))
-        return {c.name: self._drift(c.name, net.get(c.name)) for c in components}
-
-    def _drift(self, name: str, net: float | None) -> float | None:
-        path = sum(self.lengths.get(name, []))
-        return None if net is None or path == 0 else self.WINDOW**0.5 * net / path
+        """None where no update reached the weight since the last check. Raises ValueError for another optimizer."""
+        known = [c for c in components if all(self.optimizer.state.get(weight) for weight in c.weights)]
+        weights = [weight for component in known for weight in component.weights]
+        states = [self.optimizer.state[weight] for weight in weights]
+        if odd := [state for state in states if "exp_avg_sq" not in state]:
+            raise ValueError(f"--metric gradient_rms: reads exp_avg_sq; this optimizer's state has {', '.join(odd[0])}")
+        sums = _reduce_shards(self.reader.root([state["exp_avg_sq"] for state in states]), weights)
+        steps = stack([torch.as_tensor(state["step"]) for state in states]).to(sums)
+        found = iter(zip(weights, *torch.stack([sums, steps]).tolist(), strict=True))
+        values: dict[str, float | None] = dict.fromkeys(c.name for c in components)
+        for component in known:
+            parts = [next(found) for _ in component.weights]
+            steps_now = [step for *_, step in parts]
+            total = sum(root / math.sqrt(1 - self.beta2[id(weight)] ** step) for weight, root, step in parts)
+            if self.steps.get(component.name) != steps_now and 0 < total < math.inf:
+                values[component.name] = total
+            self.steps[component.name] = steps_now
+        return values
 
     def forget(self, names: Iterable[str]) -> None:
-        names = list(names)
-        super().forget(names)
         for name in names:
-            self.lengths.pop(name, None)
+            self.steps.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"lengths": dict(self.lengths)}
+        return super().state_dict() | {"steps": dict(self.steps)}
 
     def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
-        super().load_state_dict(state, components)
-        self.lengths = dict(state["lengths"])
+        self.steps = dict(state["steps"])
 
 
 METRICS: dict[str, type[Metric]] = {
     "weight_change": WeightChange,
     "gradient_change": GradientChange,
     "gradient_norm": GradientNorm,
-    "drift": Drift,
+    "gradient_rms": GradientRms,
 }
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.float() - b).abs_().sum()
+def make_metric(name: str, sample: int, optimizer: torch.optim.Optimizer | None) -> Metric:
+    """The metric of that name. Raises ValueError where it needs another optimizer."""
+    return GradientRms(sample, optimizer) if name == "gradient_rms" else METRICS[name](sample)
 
 
 def gradients_of(component: Component) -> list[torch.Tensor]:
@@ -204,6 +202,10 @@ class Exact:
         """The sums of |x|."""
         return stack([_norm(local(x).detach().flatten()) for x in tensors])
 
+    def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sums of sqrt(x)."""
+        return stack([_sum(torch.sqrt, local(x).detach().flatten()) for x in tensors])
+
 
 def _change(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     chunk = _chunk_elements(kept)
@@ -216,13 +218,17 @@ def _change(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
-    # PyTorch's L1 norm is three times as slow on a CPU as abs and sum in a buffer that stays in the cache.
+    # PyTorch's L1 norm takes three times as long on a CPU.
+    return _sum(torch.abs, x) if x.device.type == "cpu" else torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+
+
+def _sum(function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The sum of function(x), worked out in a buffer that stays in the cache."""
     chunk = min(_chunk_elements(x), x.numel())
-    buffer, total = torch.empty(chunk, dtype=x.dtype), torch.zeros(())
-    for piece in x.split(chunk):
-        total += torch.abs(piece, out=buffer[: piece.numel()]).sum(dtype=torch.float32)
+    buffer, total = torch.empty(chunk, device=x.device), torch.zeros((), device=x.device)
+    for piece in x.split(chunk) if chunk else ():
+        part = buffer[: piece.numel()]
+        total += function(part.copy_(piece) if piece.dtype != torch.float32 else piece, out=part).sum()
     return total
 
 
@@ -254,6 +260,9 @@ class Sampled(Exact):
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return self._scaled(tensors, self.copy(tensors))
+
+    def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._scaled(tensors, [part.float().sqrt_() for part in self.copy(tensors)])
 
     @staticmethod
     def _scaled(tensors: Sequence[torch.Tensor], taken: Sequence[torch.Tensor]) -> torch.Tensor:

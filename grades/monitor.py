@@ -14,7 +14,7 @@ from grades import policy
 from grades.components import TOWERS, Component, find_components
 from grades.config import AUTO, GradESConfig
 from grades.freezing import Freezer
-from grades.metrics import METRICS, GradientNorm
+from grades.metrics import GradientNorm, make_metric
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 
 HISTORY_VERSION = 2
@@ -49,7 +49,7 @@ class GradESMonitor:
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
         self.total_steps = total_steps
-        self.metric = METRICS[config.metric](config.monitor_sample)
+        self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
         self.scale = make_scale(config, self.components, optimizer)
         self.freezer = Freezer(model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, on_round)
         self.prober = GradientNorm(config.monitor_sample)

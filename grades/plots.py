@@ -13,7 +13,7 @@ UNITS = {
     "weight_change": "L1 weight change since last check",
     "gradient_change": "L1 gradient change since last step",
     "gradient_norm": "L1 gradient norm",
-    "drift": "drift (1: a random walk)",
+    "gradient_rms": "sum of sqrt(v) of Adam",
 }
 MODES = {"absolute": "", "relative": " / own peak", "per_element_lr": " / (elements x sum of lr)"}
 

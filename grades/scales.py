@@ -10,9 +10,8 @@ from grades.components import Component
 from grades.config import AUTO, GradESConfig
 
 # tau auto: a component freezes when its metric has fallen to this share of what its like measured at the end of the
-# grace period; with drift, whose unit is the same everywhere, when it gets no further than a random walk.
+# grace period.
 AUTO_SHARE = 0.5
-AUTO_DRIFT = 1.0
 AUTO_CHECKS = 5
 
 
@@ -22,12 +21,9 @@ def resolve_taus(
     """The tau of each component by name; empty while one is auto and the checks of the grace period are not there.
 
     auto: AUTO_SHARE of the median over the components of the same tower and kind, which have the same size, in the
-    last AUTO_CHECKS checks of the grace period; AUTO_DRIFT for drift as it is. What was never measured there gets 0:
-    it does not freeze.
+    last AUTO_CHECKS checks of the grace period. What was never measured there gets 0: it does not freeze.
     """
     given = {c.name: config.tau_of(c.tower, c.part) for c in components}
-    if not config.finds_taus():  # the auto that is left is drift's
-        given = {name: AUTO_DRIFT if tau == AUTO else tau for name, tau in given.items()}
     if AUTO not in given.values():
         return {name: float(tau) for name, tau in given.items()}
     if not grace:

@@ -30,7 +30,6 @@ from scripts.bench_common import Bench, Watcher, make_monitor, parse, parser, ta
 from training import setup
 from training.arguments import Settings
 
-SAMPLED_METRICS = ("weight_change", "gradient_norm", "gradient_change")  # drift has no exact value to compare with
 Key = tuple[str, str]  # metric, how it is read
 
 
@@ -140,8 +139,8 @@ def sampling_errors(arguments: argparse.Namespace, settings: Settings) -> list[s
     """The lines of the table of errors."""
     bench = Bench(arguments, on_easy_vqa(settings, arguments.real_run))
     interval, samples = settings.grades.compute_interval, [n for n in arguments.samples if n > 1]
-    exact = {metric: make_monitor(bench, metric, 1, interval) for metric in SAMPLED_METRICS}
-    sampled = [make_monitor(bench, metric, n, interval) for metric in SAMPLED_METRICS for n in samples]
+    exact = {metric: make_monitor(bench, metric, 1, interval) for metric in METRICS}
+    sampled = [make_monitor(bench, metric, n, interval) for metric in METRICS for n in samples]
     train_watched(bench, [*exact.values(), *sampled])
     rows = []
     for monitor in sampled:

@@ -25,10 +25,10 @@ ROWS = {
     "weight_per_lr": ("weight_change, per_element_lr", "--metric weight_change --tau_mode per_element_lr"),
     "gradient_norm": ("gradient_norm", "--metric gradient_norm"),
     "gradient_change": ("gradient_change", "--metric gradient_change"),
-    "drift": ("drift", "--metric drift"),
+    "gradient_rms": ("gradient_rms", "--metric gradient_rms"),
 }
-REPLAYED = "drift"
-REFERENCES = {"full": "Full", "random": "random, at drift's steps"}
+REPLAYED = "gradient_rms"
+REFERENCES = {"full": "Full", "random": "random, at gradient_rms' steps"}
 LABELS = {row: label for row, (label, _) in ROWS.items()} | REFERENCES
 CALIBRATION_SEED = 100
 NO_FREEZE = ("--freeze_vision", "false", "--freeze_language", "false")

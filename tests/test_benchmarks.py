@@ -9,6 +9,7 @@ import pytest
 from grades_examples import Loop, make_model
 
 from grades import GradESConfig, find_components
+from grades.config import METRICS
 from scripts import bench_freeze, bench_monitor, bench_step, plot_grades
 from scripts.bench_common import Bench, parse, parser, table, time_checks
 
@@ -50,9 +51,9 @@ def test_monitor_costs(capsys):
     header, *rows = rows_of(capsys.readouterr().out)
     assert header == ["metric", "read", "check (ms)", "of a step", "at interval 10", "held (MiB)"]
     watched = {(metric, read): cells for metric, read, *cells in rows}
-    three = {(metric, read) for metric in bench_monitor.SAMPLED_METRICS for read in ("exact", "1 in 2", "1 in 64")}
+    ours = {(metric, read) for metric in METRICS for read in ("exact", "1 in 2", "1 in 64")}
     references = {("weight_change", "naive foreach"), ("weight_change", "one sync a component")}
-    assert set(watched) == three | references | {("drift", "1 in 16"), ("drift", "1 in 64")}
+    assert set(watched) == ours | references
     assert len(rows) == len(watched)
     assert all(float(cells[0]) > 0 for cells in watched.values())
     held = {key: float(cells[-1]) for key, cells in watched.items()}
@@ -98,9 +99,7 @@ def test_sampling_errors_of_a_real_run(capsys):
     bench_monitor.main(flags("--real_run=4", "--compute_interval=2", "--samples", "2", "64"))
     header, *rows = rows_of(capsys.readouterr().out)
     assert header[:2] == ["metric", "read"]
-    assert [row[:2] for row in rows] == [
-        [metric, read] for metric in bench_monitor.SAMPLED_METRICS for read in ("1 in 2", "1 in 64")
-    ]
+    assert [row[:2] for row in rows] == [[metric, read] for metric in METRICS for read in ("1 in 2", "1 in 64")]
     for metric, _, checks, values, median, p95, largest in rows:
         assert checks == "2"
         assert int(values) == (22 if metric == "weight_change" else 44)  # that has nothing to compare with at first

@@ -13,7 +13,6 @@ from grades_examples import Loop, make_model, same_weights
 
 from grades import GradESConfig, GradESMonitor, find_components, metrics
 from grades.config import METRICS
-from grades.metrics import Drift
 from grades.plots import convergence, draw, freezing
 
 MODES = [(metric, mode) for metric in METRICS for mode in ("absolute", "relative")] + [
@@ -28,10 +27,8 @@ def model():
 
 @pytest.fixture
 def small_scale(monkeypatch):
-    """Drift over few checks, so that short runs measure it; small matrices sampled, where sampling is asked for."""
+    """Small matrices sampled too, where sampling is asked for."""
     monkeypatch.setattr(metrics, "MIN_SAMPLE_ELEMENTS", 64)
-    monkeypatch.setattr(Drift, "WINDOW", 4)
-    monkeypatch.setattr(Drift, "first_check", 5)
 
 
 def test_components_are_the_projection_matrices_of_both_towers(model):
@@ -96,7 +93,7 @@ def test_a_check_that_measured_nothing_freezes_nothing(metric, model, small_scal
     """Nor stops the run. The first look at a weight, or the first gradient, is no measurement."""
     config = GradESConfig(metric=metric, vision_tau=1e9, language_tau=1e9, alpha=0, monitor_grace=False)
     monitor = Loop(model, config, 8).run().monitor
-    first = {"gradient_norm": 1, "drift": 5}.get(metric, 2)
+    first = 1 if metric in ("gradient_norm", "gradient_rms") else 2
     assert monitor.last_step == first
     assert set(monitor.frozen.values()) == {first}
 
@@ -221,7 +218,7 @@ def test_the_history_of_another_model_cannot_be_replayed(tmp_path):
 def resumable_loop(metric: str, mode: str) -> Loop:
     """The vision tower freezes whole at step 18, language matrices one by one after it."""
     # What falls too little in so few steps for auto has taus of its own.
-    language_tau = {"drift relative": 0.97, "drift absolute": 1.82, "weight_change per_element_lr": 0.2}
+    language_tau = {"gradient_rms relative": 0.965, "gradient_rms absolute": 1.44, "weight_change per_element_lr": 0.2}
     config = GradESConfig(
         metric=metric, tau_mode=mode, vision_tau=1.0 if mode == "relative" else 1e9,
         language_tau=language_tau.get(f"{metric} {mode}", "auto"), alpha=0.5, compute_interval=2, patience=2,

@@ -101,7 +101,9 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_step(words):
         assert part.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("words", ["weight_change", "weight_change --monitor_sample 4", "drift", "gradient_norm"])
+@pytest.mark.parametrize(
+    "words", ["weight_change", "weight_change --monitor_sample 4", "gradient_rms", "gradient_norm"]
+)
 def test_snapshots_are_those_of_a_real_monitor(words):
     _, model, optimizer = real()
     metric, *sample = words.split()

@@ -115,13 +115,12 @@ CASES = {
                                 "language_attention_tau": 3.4, "unfreeze_factor": 1.1, "probe_interval": 2},
     "per_element_lr": WATCHED | {"tau_mode": "per_element_lr", "vision_tau": 0.745, "language_tau": "auto",
                                  "language_attention_tau": 0.8, "monitor_sample": 2, "batch_size": 30},
-    "drift": WATCHED | {"metric": "drift", "tau_mode": "absolute", "vision_tau": 3.6, "language_attention_tau": 3.54,
-                        "max_training_steps": 26},
+    "gradient_rms": WATCHED | {"metric": "gradient_rms", "language_attention_tau": 0.95},
     "lora": WATCHED | {"lora_rank": 2, "lora_dropout": 0.1},
     "packing": {"packing": True, "num_workers": 2, "lm_max_length": 24, "max_sample_length": 24, "batch_size": 1},
 }  # fmt: skip
 # Steps: a signal before and one after freezing began, SIGKILL, and a signal in the last evaluation.
-ENDS = {"gradient_change": (2, 5, 10, 12), "drift": (10, 21, 25, 26)}
+ENDS = {"gradient_change": (2, 5, 10, 12)}
 
 
 @pytest.mark.parametrize("case", CASES)

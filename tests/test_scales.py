@@ -7,7 +7,7 @@ import torch
 from grades_examples import LR, Loop, make_model
 
 from grades import GradESConfig, find_components
-from grades.metrics import Drift
+from grades.config import METRICS
 from grades.scales import AUTO_CHECKS, AUTO_SHARE, PerElementLr, Relative, resolve_taus
 
 
@@ -116,26 +116,14 @@ def test_auto_for_one_tower_a_number_for_the_other_and_parts_with_their_own():
     assert set(resolve_taus(overruled, COMPONENTS).values()) == {0.7, 0.6, 1e-4}
 
 
-def test_drifts_auto_tau_is_a_random_walk_and_needs_no_grace_period():
-    config = GradESConfig(metric="drift", vision_tau="auto", language_tau=0.8, alpha=0, monitor_grace=False)
-    config.validate()
-    taus = resolve_taus(config, COMPONENTS)
-    assert {(c.tower, taus[c.name]) for c in COMPONENTS} == {("vision", 1.0), ("language", 0.8)}
-    config = GradESConfig(metric="drift", tau_mode="relative", vision_tau="auto", language_tau="auto")
-    assert resolve_taus(config, COMPONENTS) == {}  # a share of a peak is below 1 at once
-    taus = resolve_taus(config, COMPONENTS, checks_of(lambda c, step: 0.9, checks=3))
-    assert set(taus.values()) == {0.9 * AUTO_SHARE}
-
-
-@pytest.mark.parametrize("metric", ["weight_change", "gradient_change", "gradient_norm", "drift"])
-def test_auto_taus_are_found_in_a_run_and_recorded(metric, monkeypatch):
-    monkeypatch.setattr(Drift, "WINDOW", 4)
+@pytest.mark.parametrize("metric", METRICS)
+def test_auto_taus_are_found_in_a_run_and_recorded(metric):
     config = GradESConfig(metric=metric, vision_tau="auto", language_tau="auto", alpha=0.5, compute_interval=2)
     loop = Loop(make_model(), config, 24)
     known = []
     loop.on_step = lambda step: known.append(bool(loop.monitor.taus))
     monitor = loop.run().monitor
-    assert known.index(True) + 1 == (1 if metric == "drift" else 14)  # at the first check after the grace period
+    assert known.index(True) + 1 == 14  # at the first check after the grace period
     expected = resolve_taus(config, monitor.components, monitor.checks[:6])
     assert monitor.taus == expected
     assert [c["tau"] for c in monitor.history()["components"]] == [expected[c.name] for c in monitor.components]
@@ -143,13 +131,10 @@ def test_auto_taus_are_found_in_a_run_and_recorded(metric, monkeypatch):
 
 @pytest.mark.parametrize(
     ("metric", "alpha", "interval", "needed"),
-    [("weight_change", 0.1, 20, 2), ("gradient_norm", 0.15, 20, 1), ("drift", 0.5, 4, 17)],
+    [("weight_change", 0.1, 20, 2), ("gradient_norm", 0.15, 20, 1)],
 )
 def test_a_grace_period_too_short_for_auto_is_an_error_before_the_first_step(metric, alpha, interval, needed):
-    mode = "relative" if metric == "drift" else "absolute"
-    config = GradESConfig(
-        metric=metric, tau_mode=mode, vision_tau="auto", language_tau=1.0, alpha=alpha, compute_interval=interval
-    )
+    config = GradESConfig(metric=metric, vision_tau="auto", language_tau=1.0, alpha=alpha, compute_interval=interval)
     with pytest.raises(ValueError, match=f"--alpha {alpha}.*must hold {needed} or more"):
         Loop(make_model(), config, 100)
     loop = Loop(make_model(), config, 100 * interval)

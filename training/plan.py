@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from grades import GradESConfig, find_components
 from grades.components import Component
-from grades.metrics import METRICS, Drift
+from grades.metrics import Exact, Sampled
 from training import setup
 from training.arguments import Settings
 from training.flops import model_cost
@@ -24,7 +24,7 @@ from training.step import forward_backward
 
 LABEL_SHARE = 0.25  # of a row's tokens carry a label: questions, image tokens and templates do not
 # Copies that a metric keeps of the matrices, or of the reader's sample of them.
-SNAPSHOTS = {"weight_change": 1, "gradient_change": 1, "gradient_norm": 0, "drift": Drift.WINDOW}
+SNAPSHOTS = {"weight_change": 1, "gradient_change": 1, "gradient_norm": 0, "gradient_rms": 0}
 # malloc on a CPU keeps holes between tensors that come and go: so much more than they take. Measured, with glibc.
 HEAP_SHARE = {"cpu": 0.4}
 
@@ -205,7 +205,7 @@ def _part(name: str, module: nn.Module, components: list[Component]) -> Part:
 
 
 def _snapshot_bytes(components: list[Component], config: GradESConfig) -> int:
-    reader = METRICS[config.metric](config.monitor_sample).reader
+    reader = Sampled(config.monitor_sample) if config.monitor_sample > 1 else Exact()
     return SNAPSHOTS[config.metric] * sum(_bytes(reader.copy(component.weights)) for component in components)
 
 
