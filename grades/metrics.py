@@ -97,27 +97,48 @@ class GradientNorm(Metric):
 class GradientChange(GradientNorm):
     """sum |g_t - g_(t-1)|, g the accumulated gradient before clipping: the paper's Eq. 1, Algorithm 1.
 
-    Holds the gradients from the step before a check until the check: of all steps only at a compute_interval of 1.
+    Gradients are copied in the step before a check: in every step only at a compute_interval of 1. On a CPU the copies
+    stay for the next time, as fresh memory costs more there than the check; on a GPU they go after the check.
     """
 
     first_check = 2  # at a compute_interval above 1 the first
+
+    def __init__(self, sample: int = 1) -> None:
+        super().__init__(sample)
+        self.copied: set[str] = set()  # components whose copy in self.kept is of the step before
 
     @torch.no_grad()
     def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
         if not check and not check_is_next:
             return
         present = [component for component in components if gradients_of(component)]
+        compared: set[str] = set()
         if check:
-            self.measured = [component for component in present if component.name in self.kept]
+            self.measured = [component for component in present if component.name in self.copied]
+            compared = {component.name for component in self.measured}
             gradients = [g for component in self.measured for g in gradients_of(component)]
-            self.sums = self.reader.change(gradients, [k for c in self.measured for k in self.kept[c.name]])
-        if check_is_next:  # where there was a comparison the kept gradient has become this step's
-            compared = {component.name for component in self.measured} if check else set()
-            self.kept = {
-                c.name: self.kept[c.name] if c.name in compared else self.reader.copy(gradients_of(c)) for c in present
-            }
+            kept = [k for component in self.measured for k in self.kept[component.name]]
+            self.sums = self.reader.change(gradients, kept, update=check_is_next)
+            self.copied = set()
+        if check_is_next:  # where there was a comparison the copy has become this step's
+            for component in present:
+                if component.name not in compared:
+                    old = self.kept.get(component.name)
+                    self.kept[component.name] = self.reader.copy(gradients_of(component), old)
+            self.copied = {component.name for component in present}
         else:
-            self.kept = {}
+            self.kept = {name: kept for name, kept in self.kept.items() if kept[0].device.type == "cpu"}
+
+    def forget(self, names: Iterable[str]) -> None:
+        super().forget(names := list(names))
+        self.copied.difference_update(names)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": {name: kept for name, kept in self.kept.items() if name in self.copied}}
+
+    def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
+        super().load_state_dict(state, components)
+        self.copied = set(self.kept)
 
 
 class GradientRms(Metric):
@@ -191,12 +212,18 @@ def gradients_of(component: Component) -> list[torch.Tensor]:
 class Exact:
     """L1 sums over all elements of each tensor: float32, one number a tensor, left on the device."""
 
-    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """into: earlier copies of the same tensors, whose memory is used again."""
+        if into is not None:
+            return [old.copy_(local(x).detach()) for x, old in zip(tensors, into, strict=True)]
         return [local(x).detach().clone(memory_format=torch.contiguous_format) for x in tensors]
 
-    def change(self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sums of |x - kept|; then kept is x."""
-        return stack([_change(local(x).detach().flatten(), old.view(-1)) for x, old in zip(tensors, kept, strict=True)])
+    def change(
+        self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
+    ) -> torch.Tensor:
+        """The sums of |x - kept|; then kept is x. Without update it holds nothing of use."""
+        pairs = zip(tensors, kept, strict=True)
+        return stack([_change(local(x).detach().flatten(), old.view(-1), update) for x, old in pairs])
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sums of |x|."""
@@ -207,13 +234,14 @@ class Exact:
         return stack([_sum(torch.sqrt, local(x).detach().flatten()) for x in tensors])
 
 
-def _change(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _change(x: torch.Tensor, kept: torch.Tensor, update: bool) -> torch.Tensor:
     chunk = _chunk_elements(kept)
     total = torch.zeros((), device=kept.device)
     for new, old in zip(x.split(chunk), kept.split(chunk), strict=True):
         # In place: a buffer for the differences would go through the cache besides.
         total += old.sub_(new).abs_().sum() if old.dtype == torch.float32 else (new.float() - old).abs_().sum()
-        old.copy_(new)
+        if update:
+            old.copy_(new)
     return total
 
 
@@ -244,11 +272,13 @@ class Sampled(Exact):
         self.n = n
         self.chosen: dict[tuple[int, torch.device], torch.Tensor] = {}  # indices of runs, by their number and device
 
-    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         runs = [_runs(x) for x in tensors]
         return [x.index_select(0, self._choose(x)) for x in runs]
 
-    def change(self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> torch.Tensor:
+    def change(
+        self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
+    ) -> torch.Tensor:
         new = self.copy(tensors)
         sums = self._scaled(
             tensors,

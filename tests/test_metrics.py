@@ -1,6 +1,5 @@
 """The metrics: what each measures, what a sample of it is worth, and what is held for it."""
 
-
 import pytest
 import torch
 import torch.nn as nn
@@ -211,12 +210,19 @@ def test_nothing_is_held_or_measured_in_the_grace_period_without_monitor_grace(m
     }.get(metric, list(range(6, 11)))  # fmt: skip
 
 
-def test_gradients_are_held_between_the_step_before_a_check_and_the_check_alone():
+def test_gradients_are_copied_in_the_step_before_a_check_alone_into_the_same_memory():
     loop = Loop(make_model(), GradESConfig(metric="gradient_change", compute_interval=4), 12)
-    held = []
-    loop.on_step = lambda step: held.append(len(loop.monitor.metric.kept))
+    copied, places = [], set()
+
+    def look(step):
+        metric = loop.monitor.metric
+        copied.append(len(metric.copied))
+        places.add(tuple(kept.data_ptr() for parts in metric.kept.values() for kept in parts))
+
+    loop.on_step = look
     loop.run()
-    assert held == [0, 0, 22, 0] * 3
+    assert copied == [0, 0, 22, 0] * 3
+    assert len(places - {()}) == 1
 
 
 @pytest.mark.parametrize("sample", [1, 4])
