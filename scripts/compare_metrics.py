@@ -21,7 +21,10 @@ from scripts.runs import Plan, Runs, cell
 # Row -> label, flags. The last one's freezes are what the random control repeats.
 ROWS = {
     "weight_change": ("weight_change", "--metric weight_change"),
-    "weight_relative": ("weight_change, relative", "--metric weight_change --tau_mode relative"),
+    "weight_relative": (
+        "weight_change, relative",
+        "--metric weight_change --tau_mode relative --vision_tau auto --language_tau auto",
+    ),
     "weight_per_lr": ("weight_change, per_element_lr", "--metric weight_change --tau_mode per_element_lr"),
     "gradient_norm": ("gradient_norm", "--metric gradient_norm"),
     "gradient_change": ("gradient_change", "--metric gradient_change"),
