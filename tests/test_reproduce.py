@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import reproduce, runs, sweep
+from scripts import compare_metrics, reproduce, runs, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -296,3 +296,21 @@ def test_the_sweep_needs_taus_to_multiply(start, capsys):
     with pytest.raises(SystemExit):
         start(sweep, "--", "--vision_tau", "auto")
     assert "--vision_tau auto: must be a number" in capsys.readouterr().err
+
+
+def test_the_study_of_metrics_lists_runs_that_train_py_takes(start, capsys):
+    assert start(compare_metrics, "--seeds", "2", "--list")[0] == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    rows = len(compare_metrics.ROWS)
+    assert len(lines) == rows + 2 * (rows + 2)
+    assert "# random, at gradient_rms' steps, seed 1" in lines
+
+
+def test_the_tau_that_saves_a_share_of_the_updates():
+    """Two matrices of one element, measured at steps 1 to 4 of 4, the first of which is grace."""
+    components = [{"name": name, "tower": "vision", "elements": 1} for name in "ab"]
+    checks = [{"step": step, "values": values} for step, values in enumerate([(9, 9), (8, 5), (2, 4), (1, 3)], start=1)]
+    history = {"total_steps": 4, "grace_steps": 1, "components": components, "checks": checks}
+    found = {saved: compare_metrics.find_tau(history, "vision", saved) for saved in (0.1, 0.3, 0.5)}
+    assert found == {0.1: pytest.approx(2), 0.3: pytest.approx(5), 0.5: pytest.approx(8)}
+    assert compare_metrics.saved_by_tau(history, "vision", found[0.3]) == pytest.approx((1 + 2) / 8)
