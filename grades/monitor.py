@@ -247,6 +247,7 @@ class GradESMonitor:
         """All that a resumed run needs to decide as the uninterrupted one would; snapshots are tensors."""
         return {
             "components": [component.name for component in self.components],
+            "measure": self._measure_settings(),
             "frozen": dict(self.frozen),
             "streaks": dict(self.streaks),
             "taus": dict(self.taus),
@@ -260,15 +261,22 @@ class GradESMonitor:
             "freezer": self.freezer.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; what was frozen is frozen again at once. Raises ValueError for another model.
+    def _measure_settings(self) -> dict[str, Any]:
+        """The settings that give numbers their meaning."""
+        return {name: getattr(self.config, name) for name in ("metric", "tau_mode", "monitor_sample")}
 
-        To be called before the model is wrapped or compiled.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state; what was frozen is frozen again at once. Taus that the config gives hold from here on.
+
+        To be called before the model is wrapped or compiled. Raises ValueError for another model or another measure.
         """
         names = [component.name for component in self.components]
         if state["components"] != names:
             odd = sorted(set(state["components"]) ^ set(names))
             raise ValueError(f"the saved GradES state watches other components: {', '.join(odd) or 'another order'}")
+        for name, now in self._measure_settings().items():
+            if (saved := state["measure"][name]) != now:
+                raise ValueError(f"--{name} {now}: the saved GradES state was measured with {saved}")
         self.frozen, self.streaks = dict(state["frozen"]), dict(state["streaks"])
         if not self.taus:  # those that are still to be found; a number that is given now holds
             given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}

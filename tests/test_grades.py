@@ -301,6 +301,15 @@ def test_a_state_of_another_model_is_refused(model):
         monitor.load_state_dict(state)
 
 
+@pytest.mark.parametrize("other", [{"metric": "gradient_norm"}, {"tau_mode": "relative"}, {"monitor_sample": 4}])
+def test_a_state_of_another_measure_is_refused(other, model):
+    state = GradESMonitor(GradESConfig(alpha=0), model).state_dict()
+    ((name, value),) = other.items()
+    monitor = GradESMonitor(GradESConfig(alpha=0, vision_tau=0.5, language_tau=0.5, **other), model)
+    with pytest.raises(ValueError, match=f"--{name} {value}: the saved GradES state was measured with"):
+        monitor.load_state_dict(state)
+
+
 def test_a_tau_that_is_given_goes_over_the_saved_one_and_auto_keeps_it(model):
     loop = Loop(model, GradESConfig(vision_tau="auto", language_tau="auto", alpha=0.5), 8).run(5)
     found = loop.monitor.taus
