@@ -126,8 +126,12 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
     result |= {"weights_sha256": weights.hexdigest(), "faults": watch.faults(model)}
     if callback is None:
         return result | dict.fromkeys(("frozen_share", "measuring", "longer_by"))
-    checks = {check["step"] for check in callback.monitor.checks}
-    result |= {"frozen": callback.monitor.frozen, "frozen_share": callback.monitor.frozen_share()}
+    monitor = callback.monitor
+    stopped = {parameter for name, parameter in trainer.model.named_parameters() if name in watch.frozen_at}
+    trains = [name for name in monitor.frozen if not stopped.issuperset(monitor.by_name[name].parameters)]
+    result["faults"] += [f"{name} trained on after its freeze" for name in trains]
+    checks = {check["step"] for check in monitor.checks}
+    result |= {"frozen": monitor.frozen, "frozen_share": monitor.frozen_share()}
     return result | {"measuring": callback.spent_s / sum(watch.steps_s), "longer_by": longer_by(watch.steps_s, checks)}
 
 
@@ -139,8 +143,9 @@ def longer_by(steps_s: list[float], checks: set[int]) -> float | None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    header = ["", "steps (s)", "speed-up", "number", "frozen (%)", "train loss", "held-out loss"]
-    header += ["measuring, of the time (%)", "longer with a check (%)"]
+    """The table; time is that of the steps, without loading, evaluation and pictures."""
+    header = ["", "time (s)", "speed-up", "steps", "frozen (%)", "train loss", "held-out loss"]
+    header += ["of it measuring (%)", "step with a check longer by (%)"]
     lines = []
     for row, found in results.items():
         plain = results.get(row.partition("_")[0])
