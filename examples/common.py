@@ -194,7 +194,7 @@ def tiny_tokenizer(texts: list[str], more_tokens: tuple[str, ...] = ()):
 def documented(limit: int) -> list[dict[str, str]]:
     """Questions about the functions and classes of Python's standard library, answered by their docstrings."""
     found: list[dict[str, str]] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         for name, text in docstrings(path):
             found.append({"question": f"What does {path.stem}.{name} do?", "answer": text})
             if len(found) == limit:

@@ -72,7 +72,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             self._resume(args, state, Path(checkpoint or ""))
         if monitor.enough_frozen():
             # Trainer makes one more step before it looks whether to stop; that step is to change nothing.
-            logger.info("the run of the checkpoint had ended: enough is frozen")
+            self._say_why(state, "the run of the checkpoint had ended")
             self._thaw()
             self.has_ended = control.should_training_stop = True
         accelerator.unscale_gradients = self._unscale_gradients
@@ -97,7 +97,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
     ) -> TrainerControl:
         """Trainer has stepped and cleared the gradients."""
         if not self.has_ended and self._running.after_step(state.global_step):
-            logger.info(f"step {state.global_step:,}: enough is frozen, the run ends")
+            self._say_why(state, f"the run ends at step {state.global_step:,} of {state.max_steps:,}")
             control.should_training_stop = control.should_log = True
             # What Trainer does besides at its last step.
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
@@ -147,6 +147,12 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         """The file of the monitor's state; each rank has one where its snapshots are of its shards."""
         rank = f"-{args.process_index}-of-{args.world_size}" if self._is_sharded else ""
         return folder / f"grades_state{rank}.pt"
+
+    def _say_why(self, state: TrainerState, what: str) -> None:
+        """As a warning, which is shown where nobody has set up logging: the progress bar stops short of its end."""
+        if state.is_world_process_zero:
+            frozen, total = len(self._running.frozen), len(self._running.components)
+            logger.warning(f"GradES: {what}, as {frozen} of {total} matrices are frozen")
 
     def _resume(self, args: TrainingArguments, state: TrainerState, checkpoint: Path) -> None:
         """Take up the run where the checkpoint left it."""

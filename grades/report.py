@@ -1,5 +1,6 @@
 """The record of a run as text: every component, and when it froze."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,37 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def summary(history: dict[str, Any]) -> list[str]:
-    """What was measured, how long the run was, and how much of each tower froze."""
+    """What was measured, how long the run was, and what of each tower froze."""
     config, total = history["config"], history["total_steps"]
+    interval = config["compute_interval"]
     of = f" of {total:,}" if total else ""
     ending = ", ended by GradES" if history["stopped_early"] else ""
     lines = [
-        f"{config['metric']} ({config['tau_mode']}), checked every {config['compute_interval']} steps",
+        f"{config['metric']} ({config['tau_mode']}), checked every {'step' if interval == 1 else f'{interval} steps'}",
         f"{history['last_step']:,}{of} steps, grace period {history['grace_steps']:,}{ending}",
     ]
-    names = {event["name"] for event in lasting(history["events"])}
     for tower in dict.fromkeys(component["tower"] for component in history["components"]):
-        members = [component["name"] for component in history["components"] if component["tower"] == tower]
-        count = sum(name in names for name in members)
-        lines.append(f"{tower}: {count} of {len(members)} frozen ({count / len(members):.0%})")
+        lines.append(_tower_line(history, tower))
     return lines
+
+
+def _tower_line(history: dict[str, Any], tower: str) -> str:
+    """How many of a tower's matrices froze, when, and how far below its own peak each had come."""
+    columns = {c["name"]: i for i, c in enumerate(history["components"]) if c["tower"] == tower}
+    events = [event for event in lasting(history["events"]) if event["name"] in columns]
+    line = f"{tower}: {len(events)} of {len(columns)} frozen ({len(events) / len(columns):.0%})"
+    if events:
+        steps = [event["step"] for event in events]
+        line += f", steps {min(steps):,} to {max(steps):,}"
+    shares = []
+    for event in events:
+        if event["value"] is not None:  # else drawn at random before anything was measured
+            measured = [check["values"][columns[event["name"]]] for check in history["checks"]]
+            shares.append(event["value"] / max(value for value in [event["value"], *measured] if value is not None))
+    if shares:
+        line += f", at {min(shares):.0%} to {max(shares):.0%} (median {statistics.median(shares):.0%})"
+        line += f" of each matrix's own peak {history['config']['metric']}"
+    return line
 
 
 def _number(value: float | None) -> str:

@@ -1,16 +1,14 @@
 """The benchmarks on a tiny model: every row is there, and what does not depend on time is right."""
 
 import re
-import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from grades_examples import Loop, make_model
 
-from grades import GradESConfig, find_components
+from grades import find_components
 from grades.config import METRICS
-from scripts import bench_freeze, bench_monitor, bench_step, plot_grades
+from scripts import bench_freeze, bench_monitor, bench_step
 from scripts.bench_common import Bench, parse, parser, table, time_checks
 
 TINY = {
@@ -178,15 +176,3 @@ def test_tables_are_aligned():
         "x       10.5",
         "longer     1",
     ]
-
-
-def test_pictures_are_drawn_again(tmp_path, monkeypatch, capsys):
-    loop = Loop(make_model(), GradESConfig(alpha=0.25, vision_tau=1e9, language_tau=1e-9), total_steps=8)
-    loop.run(8)
-    loop.monitor.save_history(tmp_path / "grades_history.json")
-    monkeypatch.setattr(sys, "argv", ["plot_grades.py", str(tmp_path), "--output", str(tmp_path / "pictures")])
-    plot_grades.main()
-    out = capsys.readouterr().out
-    assert "vision   8 of 8 frozen, steps 3 to 3" in out
-    assert "language 0 of 14 frozen" in out
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"convergence.png", "freezing.png"}

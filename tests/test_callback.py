@@ -186,6 +186,40 @@ def test_what_is_frozen_never_moves_and_the_rest_does(tmp_path, lora, config, ot
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained, "handed back as it came"
 
 
+class FourBit(torch.nn.Linear):
+    """A linear of 4-bit weights, two in a byte and with one scale, as quantizing libraries hold them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.detach().abs().max() / 7
+        whole = (linear.weight.detach() / self.scale).round().add(8).byte().view(-1, 2)
+        self.weight = torch.nn.Parameter((whole[:, 0] * 16 + whole[:, 1])[:, None], requires_grad=False)
+
+    def forward(self, x):
+        whole = torch.cat([self.weight // 16, self.weight % 16], dim=1).view(self.out_features, self.in_features)
+        return torch.nn.functional.linear(x, (whole.float() - 8) * self.scale)
+
+
+def test_a_4_bit_base_stays_and_its_adapters_freeze(tmp_path):
+    model = llama()
+    for layer in model.model.layers:
+        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
+            layer.set_submodule(name, FourBit(linear))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    watcher = Weights()
+    before = copies(model)
+    _, callback = run(tmp_path, settings(tau=0.88), model, [watcher])
+    assert sum(weight.dtype == torch.uint8 for weight in before.values()) == len(callback.monitor.components) == 14
+    assert 0 < len(callback.monitor.frozen) < 14
+    for name, weight in watcher.at[12].items():
+        component = next((c for c in callback.monitor.frozen if c in name), None)
+        if "lora_" not in name:
+            assert torch.equal(weight, before[name]), name
+            assert name not in watcher.trains[1]
+        elif component is not None:
+            assert torch.equal(weight, watcher.at[callback.monitor.frozen[component]][name]), name
+
+
 @pytest.mark.parametrize(
     ("metric", "others"),
     [("weight_change", {}), ("gradient_change", {"gradient_accumulation_steps": 2, "bf16": True})],
@@ -258,7 +292,7 @@ def test_a_checkpoint_without_grades_freezes_nothing_before_it_was_measured(tmp_
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_run_ends_at_max_frozen_ratio_and_stays_ended(tmp_path, accumulation):
+def test_the_run_ends_at_max_frozen_ratio_and_stays_ended(tmp_path, accumulation, caplog):
     config = settings(max_frozen_ratio=0.25)
     given = {"save_strategy": "steps", "save_steps": 100, "gradient_accumulation_steps": accumulation}
     trainer, callback = run(tmp_path, config, **given)
@@ -266,6 +300,8 @@ def test_the_run_ends_at_max_frozen_ratio_and_stays_ended(tmp_path, accumulation
     assert 4 < end < 12
     assert callback.monitor.history()["stopped_early"]
     assert trainer.state.log_history[-1]["grades/frozen_share"] >= 0.25
+    frozen = len(callback.monitor.frozen)
+    assert f"the run ends at step {end} of 12, as {frozen} of 14 matrices are frozen" in caplog.text
     again, _ = run(tmp_path, config, resume=str(tmp_path / f"checkpoint-{end}"), **given)
     assert again.state.global_step <= end + 1
     for name, weight in weights(trainer).items():

