@@ -168,7 +168,7 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
     parallel.shard(model.to(device), bfloat16=isinstance(autocast, torch.autocast))
     optimizer = setup.make_optimizer(model, cfg)
     if state:
-        resume.load_optimizer(optimizer, state["optimizer"], parallel)
+        resume.load_optimizer(start, model, optimizer, parallel)
     log = NoLog()
     if parallel.is_main:
         start.cut_off()
@@ -350,7 +350,7 @@ def save(run: Run, name: str | None = None) -> None:
     read_losses(run)
     model = run.parallel.whole_model(run.model)
     state = (run.before_evaluation or resume.progress(run)) | {
-        "optimizer": run.parallel.whole_optimizer_state(run.optimizer),
+        "optimizer": run.optimizer.state_dict(),
         "lora": lora_state_dict(model),
         "grades": run.monitor.state_dict() if run.monitor is not None else None,
     }
