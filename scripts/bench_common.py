@@ -20,6 +20,7 @@ from training.arguments import Settings, parse_arguments
 from training.step import clip_gradients, forward_backward
 
 GIB = 2**30
+DOCUMENTS = 4  # in a packed row
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -59,6 +60,8 @@ class Bench:
             self.model.to(self.device)
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
+        if self.cfg.activation_checkpointing:
+            setup.checkpoint_blocks(self.model)
         if self.cfg.compile:
             setup.compile_blocks(self.model)
         batch = random_batch(arguments, settings, self.device)
@@ -105,7 +108,7 @@ class Bench:
 def random_batch(arguments: argparse.Namespace, settings: Settings, device: torch.device) -> dict:
     """Rows of random ids that begin with their images; the last positions carry the labels.
 
-    With turns_per_image so many rows share their images, as in training.
+    With turns_per_image so many rows share their images, as in training. With packing a row is DOCUMENTS samples.
     """
     vlm, turns = settings.vlm, settings.train.turns_per_image or 1
     image_tokens = arguments.images_per_row * vlm.mp_image_token_length
@@ -125,6 +128,10 @@ def random_batch(arguments: argparse.Namespace, settings: Settings, device: torc
         "image_sources": sources.flatten(),
         "label_positions": (targets.flatten() != -100).nonzero().squeeze(1),
     }
+    if settings.train.packing:
+        positions = torch.arange(length).expand(rows, -1)
+        size = -(-length // DOCUMENTS)
+        batch |= {"position_ids": positions % size, "document_ids": (positions // size).int()}
     return {name: value.to(device) for name, value in batch.items()} | {"num_labels": rows * labels}
 
 

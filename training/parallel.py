@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -231,8 +232,9 @@ class Parallel:
             same = saved.size == parameter.shape  # else a number, the steps
             tensors[name] = torch.zeros_like(parameter.detach()) if same else torch.zeros(saved.size)
             of.setdefault(parameter, {})[name.rpartition(".")[2]] = tensors[name]
-        if tensors:
-            dcp.load(tensors, storage_reader=reader, process_group=self.hosts, no_dist=self.is_alone)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of no_dist that it is
+            if tensors:
+                dcp.load(tensors, storage_reader=reader, process_group=self.hosts, no_dist=self.is_alone)
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return {i: of[parameter] for i, parameter in enumerate(ordered) if parameter in of}
 

@@ -43,7 +43,7 @@ from training.parallel import Parallel
 FREE = {
     "output_dir", "run_name", "num_workers", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
     "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
-    "activation_checkpointing",
+    "activation_checkpointing", "profile",
 }  # fmt: skip
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {
