@@ -6,7 +6,7 @@
 
 Prints seconds a step, tokens/s, achieved TFLOP/s, peak memory and what one check of GradES costs. Every flag of
 train.py works besides. Medians over the steps after warm-up; compare runs by their ratios. --switches makes a table
-instead: each switch on top of the flags that are given.
+instead: each switch on top of the flags that are given, in which packing, checkpointing and compile are off.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from scripts.bench_common import Bench, make_monitor, parse, parser, peak_memory
 from training.arguments import Settings
 
 CHECKS = 5
-# Fields of TrainConfig that change the step's speed but not what it learns, beyond rounding.
+# Flags of train.py that change the step's speed, as fields of TrainConfig.
+OFF = {"packing": False, "activation_checkpointing": False, "compile": False}
+DOCUMENTS = 4  # in a row of --packing
 SWITCHES = {
     "none": {},
     "--dtype float32": {"dtype": "float32"},
@@ -73,17 +75,23 @@ def step_seconds(bench: Bench, arguments: argparse.Namespace) -> float:
     return statistics.median(bench.seconds(bench.step) for _ in range(arguments.steps))
 
 
+def switched(arguments: argparse.Namespace, settings: Settings, length: int, changes: dict) -> Bench:
+    """The benchmark of rows of so many tokens, with these switches on and the others off."""
+    train = dataclasses.replace(settings.train, **OFF | changes)
+    rows = {"sequence_length": length, "documents": DOCUMENTS if train.packing else 1}
+    return Bench(argparse.Namespace(**vars(arguments) | rows), dataclasses.replace(settings, train=train))
+
+
 def switch_table(arguments: argparse.Namespace, settings: Settings) -> str:
     """A line for each sequence length and switch. Peak memory is known on a CUDA device alone: a process only grows."""
     lines = []
     for length in arguments.switches:
-        at = argparse.Namespace(**vars(arguments) | {"sequence_length": length})
-        bench = Bench(at, settings)
+        bench = switched(arguments, settings, length, {})
         flop = bench.flops()  # of all the lines: what is computed a second time does not count
         where = bench.describe()[:2]
         for name, changes in SWITCHES.items():
             del bench
-            bench = Bench(at, dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes)))
+            bench = switched(arguments, settings, length, changes)
             on_gpu = bench.device.type == "cuda"
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()

@@ -60,8 +60,7 @@ def test_a_switch_is_on_in_the_benchmark(name, monkeypatch):
     monkeypatch.setattr("torch.nn.Module.compile", lambda module: compiled.append(module))
     monkeypatch.setattr("training.setup._recomputed", lambda forward, *x: recomputed.append(1) or forward(*x))
     compiled, recomputed = [], []
-    given = flags(*(f"--{key}={value}" for key, value in bench_step.SWITCHES[name].items()))
-    bench = Bench(*parse(parser(""), given))
+    bench = bench_step.switched(*parse(parser(""), flags("--packing")), 24, bench_step.SWITCHES[name])
     bench.step()
     documents = bench.micro_batches[0].get("document_ids")
     assert (documents is not None and documents.unique().tolist() == [0, 1, 2, 3]) == ("--packing" in name)

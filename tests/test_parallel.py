@@ -65,7 +65,7 @@ def run_together(processes: int, runs: list[list[str]], folder: Path) -> None:
     """One run after the other in the same processes, as starting them takes longer than the runs."""
     (folder / "runs.json").write_text(json.dumps(runs))
     process = torchrun(processes, WORKER, folder / "runs.json", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-5000:]
 
 
@@ -94,6 +94,7 @@ def two(tmp_path_factory) -> Path:
     runs.append(arguments(rows, "six", parallel="fsdp", batch_size=3, **THRICE))
     runs.append(arguments(rows, "fsdp_sampled", parallel="fsdp", metric="gradient_norm", monitor_sample=2))
     runs.append(arguments(rows, "fsdp_lora", parallel="fsdp", lora_rank=2, activation_checkpointing=True))
+    runs.append(arguments(rows, "full_disk", parallel="fsdp"))
     run_together(2, runs, rows.parent)
     return rows.parent
 
@@ -175,6 +176,16 @@ def test_each_process_writes_its_part_of_the_optimizer(two):
     assert sum(file.startswith("optimizer/") for file in files) == 2
     tied = {"decoder.head.weight", "decoder.token_embedding.weight"}
     assert len(tied & weights(two / "fsdp").keys()) == 1  # stored once
+
+
+def test_a_part_that_cannot_be_written_leaves_no_checkpoint(two):
+    """Rank 1 has no room for its part of the optimizer at step 2, nor of what the metric keeps at step 4."""
+    log = (two / "full_disk" / "log.txt").read_text()
+    for step in (2, 4):
+        assert f"NOT SAVED: step_0000000{step} could not be written ([Errno 28] No space left on device)" in log
+    assert log.count("NOT SAVED") == 2
+    names = {path.name for path in (two / "full_disk" / "checkpoints").iterdir()}
+    assert names - {"best"} == {"step_00000006", "step_00000008", "last"}
 
 
 def goes_on(two: Path, name: str, whole: str, **flags) -> Path:
