@@ -154,7 +154,7 @@ def join_run(settings: Settings, parallel: Parallel) -> Start:
 
 
 def _take_own_part(start: Start, settings: Settings, parallel: Parallel) -> None:
-    """Let the state be this rank's."""
+    """Make of the checkpoint's state, which is of all ranks, that of this one."""
     state = start.state
     saved, kind, grades = state.pop("ranks"), state["kind"], state["grades"]
     alike = (kind, len(saved)) == (parallel.kind, parallel.world_size)
@@ -187,7 +187,7 @@ def _position(state: dict, saved: list[int | dict], settings: Settings, processe
     batch_size, cfg = state["settings"]["batch_size"], settings.train
     if not state["workers_share_rows"]:  # position counts the batches of all ranks together
         return saved[0] * (batch_size * len(saved)) // (cfg.batch_size * processes)
-    if len(saved) == processes:
+    if len(saved) == processes or saved[0] == 0:
         return state["position"]
     # What each rank has read of its share says nothing about other shares: an epoch begins that no rank has been in.
     if "places" in saved[0]:
@@ -301,8 +301,8 @@ def _compare(state: dict, settings: Settings, processes: int) -> list[str]:
     if processes != before and "batch_size" not in free and now["batch_size"] == saved["batch_size"]:
         differing.append("batch_size")
         lines.append(
-            f"--batch_size {now['batch_size']} with {processes} processes: the run that is resumed has {before}; "
-            f"processes times batch_size must be {saved['batch_size'] * before} for it to go on as the same run"
+            f"--batch_size {now['batch_size']}, processes {processes}: the run that is resumed has {before} processes; "
+            f"the product must be {saved['batch_size'] * before} for it to go on as the same run"
         )
     shape = {field.name for field in dataclasses.fields(settings.vlm)} - FREE_FIELDS
     if lines and not settings.train.resume_override:
@@ -311,9 +311,9 @@ def _compare(state: dict, settings: Settings, processes: int) -> list[str]:
         raise ValueError("\n".join([*fixed, "--resume_override cannot change this in the middle of a run"]))
     settings.given |= set(differing)  # what a recipe changes now goes over the checkpoint's config too
     if processes != before:
-        lines.append(f"{processes} processes go on with what {before} did")
+        lines.append(f"processes: {processes} now, {before} before")
         if state["workers_share_rows"]:
-            lines.append("their rows are divided anew: training goes on with the beginning of an epoch")
+            lines.append("the rows are divided anew among them: training goes on at the beginning of an epoch")
     return lines
 
 
