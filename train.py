@@ -40,7 +40,8 @@ from training.early_stopping import EarlyStopping, validation_interval
 from training.flops import FlopCounter
 from training.logging import NoLog, RunLog, WandbTracker
 from training.parallel import Parallel
-from training.progress import NonFiniteLossError, add_up_ranks, log_progress, read_losses, remember
+from training.profiling import StepProfiler
+from training.progress import NonFiniteLossError, add_up_ranks, evaluate, log_progress, read_losses, remember
 from training.report import announce, describe, draw_pictures, make_summary, summary_lines
 from training.step import clip_gradients, forward_backward
 
@@ -168,7 +169,7 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
     parallel.shard(model.to(device), bfloat16=isinstance(autocast, torch.autocast))
     optimizer = setup.make_optimizer(model, cfg)
     if state:
-        resume.load_optimizer(optimizer, state["optimizer"], parallel)
+        resume.load_optimizer(start, model, optimizer, parallel)
     log = NoLog()
     if parallel.is_main:
         start.cut_off()
@@ -252,10 +253,13 @@ def train(run: Run) -> str:
     now = time.perf_counter()
     run.startup_time_s += now - PROCESS_STARTED
     run.unread_since += now
+    profiler = StepProfiler(run)
     while run.stop_reason is None and not run.stop.requested:
         if not run.evaluation_due:
             take_step(run)
+            profiler.step()
         finish_step(run)
+    profiler.close()
     run.log.close_bar()
     if run.stop.requested:
         if run.saved_step != run.step:
@@ -316,12 +320,7 @@ def finish_step(run: Run) -> None:
 
 def validation_loss(run: Run) -> float | None:
     """The loss alone, for early stopping."""
-    started = time.perf_counter()
-    loss = run.parallel.evaluate(run.evaluator.loss)
-    run.stop.agree()
-    seconds = time.perf_counter() - started
-    run.eval_time_s += seconds
-    run.unread_since += seconds  # does not count into tokens/s
+    loss, seconds = evaluate(run, run.evaluator.loss)
     if not run.stop.requested:  # else it was cut short
         run.log.record(run.step, {"val/loss": loss, "val/time_s": seconds})
     return loss
@@ -329,12 +328,7 @@ def validation_loss(run: Run) -> float | None:
 
 def validate(run: Run, loss: float | None = None) -> None:
     """Validation loss, as given where this step has measured it, and exact match; and whether they are the best."""
-    started = time.perf_counter()
-    val = run.parallel.evaluate(lambda: run.evaluator.validate(loss))
-    run.stop.agree()
-    seconds = time.perf_counter() - started
-    run.eval_time_s += seconds
-    run.unread_since += seconds  # does not count into tokens/s
+    val, seconds = evaluate(run, lambda: run.evaluator.validate(loss))
     if run.stop.requested:  # it was cut short
         return
     run.val = val
@@ -350,7 +344,7 @@ def save(run: Run, name: str | None = None) -> None:
     read_losses(run)
     model = run.parallel.whole_model(run.model)
     state = (run.before_evaluation or resume.progress(run)) | {
-        "optimizer": run.parallel.whole_optimizer_state(run.optimizer),
+        "optimizer": run.optimizer.state_dict(),
         "lora": lora_state_dict(model),
         "grades": run.monitor.state_dict() if run.monitor is not None else None,
     }

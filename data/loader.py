@@ -35,8 +35,9 @@ def train_batches(
     The rows that do not fill a batch at the end of an epoch are left out, but where a batch is larger than the data
     set it goes on into the next epoch. A batch is smaller by its dropped rows, and a batch of dropped rows is skipped,
     its counts going into the next. Of a stream each worker reads its own share, shuffled within a buffer.
-    start: go on after so many batches, skipped ones counted; each batch has this number as its `position`. A stream
-    is read again up to there, with as many workers. With packing: see packed_batches, which has positions of its own.
+    start: go on after so many batches, skipped ones counted; each batch has this number as its `position`. That of a
+    stream also names its first epoch; it is read again up to there, with as many workers. With packing: see
+    packed_batches, which has positions of its own.
     rank, world_size: the ranks' batches of one number are together the batch that a single process with world_size
     times batch_size would take; of a stream each worker of each rank reads its own share. So that all ranks make as
     many steps, a rank whose rows are all dropped gets a batch without rows.
@@ -56,8 +57,10 @@ def train_batches(
         return packed_batches(dataset, packed, start or None, options, rank, world_size)
     blank = collator.blank() if world_size > 1 else None
     if isinstance(dataset.rows, RowStream):
+        start = start or {"first_epoch": 0, "batches": 0}
         loader = DataLoader(_Stream(dataset, start, rank, world_size), batch_size=train_cfg.batch_size, **options)
-        return _used(loader, None, start, blank)
+        batches = _used(loader, None, start["batches"], blank)
+        return (batch | {"position": start | {"batches": batch["position"]}} for batch in batches)
     visits = EpochIndices(dataset.rows, train_cfg.mixture_weights, train_cfg.seed)
     order = EpochOrder(len(dataset), train_cfg.batch_size * world_size, train_cfg.seed, start, visits)
     part = slice(rank * train_cfg.batch_size, (rank + 1) * train_cfg.batch_size)
@@ -120,10 +123,11 @@ class _PartOfEach:
 
 
 class _Stream(IterableDataset):
-    """Endless samples of a RowStream, after those of the first `start` batches."""
+    """Endless samples of a RowStream from start's "first_epoch" on, after those of its "batches"."""
 
-    def __init__(self, dataset: VQADataset, start: int, rank: int = 0, world_size: int = 1):
-        self.dataset, self.start, self.rank, self.world_size = dataset, start, rank, world_size
+    def __init__(self, dataset: VQADataset, start: dict, rank: int = 0, world_size: int = 1):
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+        self.first_epoch, self.start = start["first_epoch"], start["batches"]
         dataset.rows.prepare(dataset.cfg.mixture_weights)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -132,7 +136,7 @@ class _Stream(IterableDataset):
         reader = (self.start + (worker.id if worker else 0)) % readers  # batches come from the workers in turn
         to_skip = cfg.batch_size * len(range(reader, self.start, readers))
         share, shares = self.rank * readers + reader, self.world_size * readers
-        for epoch in count():
+        for epoch in count(self.first_epoch):
             dropped, usable = DropCounter(), False
             for row in self.dataset.rows.epoch(f"{cfg.seed}/{epoch}", cfg.mixture_weights, share, shares):
                 if to_skip:

@@ -268,7 +268,9 @@ class GradESMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state; what was frozen is frozen again at once. Taus that the config gives hold from here on.
 
-        To be called before the model is wrapped or compiled. Raises ValueError for another model or another measure.
+        Where its "metric" is None, as the weights are sharded otherwise now, nothing is judged before it was measured
+        again. To be called before the model is wrapped or compiled. Raises ValueError for another model or another
+        measure.
         """
         names = [component.name for component in self.components]
         if state["components"] != names:
@@ -287,7 +289,8 @@ class GradESMonitor:
         self.checks, self.events = list(state["checks"]), list(state["events"])
         self.grace_checks = list(state["grace_checks"])
         self.latest = dict(state["latest"])
-        self.metric.load_state_dict(state["metric"], self.components)
+        if state["metric"] is not None:
+            self.metric.load_state_dict(state["metric"], self.components)
         self.scale.load_state_dict(state["scale"])
         self.freezer.load_state_dict(state["freezer"])
         if self._is_probe(self.last_step + 1):

@@ -286,6 +286,11 @@ class TrainConfig:
         "print what the run will take (parameters, tokens, FLOPs, memory) and end; nothing is downloaded or written",
         False,
     )
+    profile: int = doc(
+        "profile so many steps (5 where no number is given), from the sixth of this process on: the operators that "
+        "took most time are printed, trace.json in the run folder shows all; 0: off",
+        0,
+    )
     checkpoint_interval: int = doc("optimizer steps between two more checkpoints; 0: none but those of evaluations", 0)
     keep_checkpoints: int = doc("keep so many of the latest checkpoints, and the best besides", 2)
     resume: str | None = doc(
@@ -337,6 +342,7 @@ class TrainConfig:
             (all(weight > 0 for weight in self.mixture_weights.values()), "mixture_weights", "> 0 each"),
             (self.max_images_per_example >= 0, "max_images_per_example", ">= 0"),
             (self.checkpoint_interval >= 0, "checkpoint_interval", ">= 0"),
+            (self.profile >= 0, "profile", ">= 0"),
             (self.resume != "auto" or self.run_name is not None, "resume", "given with --run_name"),
             (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
             (

@@ -27,6 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--sequence_length", type=int, help="tokens a row (default: the images and 20 of text)")
     made.add_argument("--images_per_row", type=int, default=1, help="images (or tiles) a row")
     made.add_argument("--label_share", type=float, default=0.25, help="share of the tokens that carry a label")
+    made.add_argument("--documents", type=int, default=1, help="samples a row, packed as --packing does; 1: no packing")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return made
 
@@ -58,6 +59,8 @@ class Bench:
             self.model.to(self.device)
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
+        if self.cfg.activation_checkpointing:
+            setup.checkpoint_blocks(self.model)
         if self.cfg.compile:
             setup.compile_blocks(self.model)
         batch = random_batch(arguments, settings, self.device)
@@ -104,7 +107,8 @@ class Bench:
 def random_batch(arguments: argparse.Namespace, settings: Settings, device: torch.device) -> dict:
     """Rows of random ids that begin with their images; the last positions carry the labels.
 
-    With turns_per_image so many rows share their images, as in training.
+    With turns_per_image so many rows share their images, as in training. Several documents
+    are samples that do not see each other.
     """
     vlm, turns = settings.vlm, settings.train.turns_per_image or 1
     image_tokens = arguments.images_per_row * vlm.mp_image_token_length
@@ -124,6 +128,10 @@ def random_batch(arguments: argparse.Namespace, settings: Settings, device: torc
         "image_sources": sources.flatten(),
         "label_positions": (targets.flatten() != -100).nonzero().squeeze(1),
     }
+    if arguments.documents > 1:
+        positions = torch.arange(length).expand(rows, -1)
+        size = -(-length // arguments.documents)
+        batch |= {"position_ids": positions % size, "document_ids": (positions // size).int()}
     return {name: value.to(device) for name, value in batch.items()} | {"num_labels": rows * labels}
 
 

@@ -44,6 +44,29 @@ def test_step(capsys):
     assert float(found["tokens/s"].replace(",", "")) > 0
 
 
+def test_a_table_of_switches(capsys, monkeypatch):
+    switches = {name: changes for name, changes in bench_step.SWITCHES.items() if "compile" not in changes}
+    monkeypatch.setattr(bench_step, "SWITCHES", switches)  # inductor would take a minute
+    bench_step.main(flags("--steps=1", "--warmup_steps=0", "--switches", "16", "40"))
+    header, *rows = rows_of(capsys.readouterr().out)
+    assert header == ["switch", "tokens a row", "step (s)", "tokens/s", "TFLOP/s", "peak (GiB)"]
+    assert [row[:2] for row in rows] == [[name, length] for length in ("16", "40") for name in switches]
+    assert all(float(row[2]) > 0 and float(row[3].replace(",", "")) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", bench_step.SWITCHES)
+def test_a_switch_is_on_in_the_benchmark(name, monkeypatch):
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module: compiled.append(module))
+    monkeypatch.setattr("training.setup._recomputed", lambda forward, *x: recomputed.append(1) or forward(*x))
+    compiled, recomputed = [], []
+    bench = bench_step.switched(*parse(parser(""), flags("--packing")), 24, bench_step.SWITCHES[name])
+    bench.step()
+    documents = bench.micro_batches[0].get("document_ids")
+    assert (documents is not None and documents.unique().tolist() == [0, 1, 2, 3]) == ("--packing" in name)
+    assert bool(compiled) == ("--compile" in name)
+    assert bool(recomputed) == ("checkpointing" in name)
+
+
 def test_monitor_costs(capsys):
     bench_monitor.main(flags("--samples", "1", "2", "64", "--rounds=1", "--compute_interval=10"))
     header, *rows = rows_of(capsys.readouterr().out)

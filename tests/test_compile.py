@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 import torch.nn as nn
 from functorch.compile import make_boxed_func
 from grades_examples import batch, make_model
@@ -265,7 +266,10 @@ def test_inductor_trains_over_a_round_as_without_compilation():
     compiled, eager = Blocks(1, "inductor"), Blocks(1)
     names = [component.name for component in find_components(eager)]
     order = [[], names[2:], []]
-    train(compiled, order, inputs=lambda step: random_input(0))
+    # Without vector instructions: to try each kind that the processor has, inductor starts an interpreter and imports
+    # torch, six times, which takes minutes on a busy machine.
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        train(compiled, order, inputs=lambda step: random_input(0))
     freezer = train(eager, order, inputs=lambda step: random_input(0), on_round=lambda: None)
     assert freezer.applied == set(names[2:])
     alike(compiled, eager)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from test_train import TINY
 import train
 from data.collators import TrainCollator
 from data.loader import train_batches
-from training.arguments import parse_arguments
+from grades import GradESConfig
+from training.arguments import Settings, parse_arguments
+from training.checkpoint import damage
+from training.resume import _position
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "parallel_worker.py"
@@ -28,10 +32,14 @@ FLAGS = TINY | {
     "batch_size": 2, "gradient_accumulation_steps": 2, "lr_mp": 0.01, "enable_grades": True, "vision_tau": 0.12,
     "language_tau": 0.12, "alpha": 0.3, "freeze_rounds": 100, "checkpoint_interval": 2, "keep_checkpoints": 9,
 }  # fmt: skip
+# Two rows a step of two processes, of rows most of which are text alone.
+SPARSE = {"batch_size": 1, "gradient_accumulation_steps": 1, "enable_grades": False}
+# Its metric needs nothing of earlier steps: three processes measure at once what two would.
+THRICE = {"metric": "gradient_norm", "vision_tau": 3.5, "language_tau": 6.5}
 
 
-def write_rows(folder: Path, count: int) -> Path:
-    """Every fifth row is text alone, so that some batches hold no image; the image of one does not decode."""
+def write_rows(folder: Path, count: int, text=lambda i: i % 5 == 2) -> Path:
+    """text: whether row i is text alone, so that some batches hold no image; the image of one does not decode."""
     folder.mkdir()
     lines = []
     for i in range(count):
@@ -39,9 +47,9 @@ def write_rows(folder: Path, count: int) -> Path:
             {"user": "is there a red shape?", "assistant": "yes" if i % 2 else "no"},
             {"user": "what?", "assistant": "red"},
         ]
-        if i % 5 != 2:
+        if not text(i):
             (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
-        lines.append(json.dumps({"images": [f"{i}.png"] if i % 5 != 2 else [], "texts": texts}))
+        lines.append(json.dumps({"images": [] if text(i) else [f"{i}.png"], "texts": texts}))
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -61,30 +69,40 @@ def run_together(processes: int, runs: list[list[str]], folder: Path) -> None:
     """One run after the other in the same processes, as starting them takes longer than the runs."""
     (folder / "runs.json").write_text(json.dumps(runs))
     process = torchrun(processes, WORKER, folder / "runs.json", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-5000:]
+
+
+def step_4(folder: Path) -> Path:
+    return folder / "checkpoints" / "step_00000004"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """The folder of the runs of two processes, and of one process with twice the batch."""
     rows = write_rows(tmp_path_factory.mktemp("two") / "rows", 40)
+    for name, flags in (
+        ("one", {}), ("one_matrices", {"freeze_prefix": False}), ("one_norm", {"metric": "gradient_norm"}),
+        ("one_lora", {"lora_rank": 2}),
+    ):  # fmt: skip
+        assert train.main(parse_arguments(arguments(rows, name, batch_size=4, **flags))) == 0
+    sparse = write_rows(rows.parent / "sparse_rows", 40, text=lambda i: i % 4 != 0)
+    assert train.main(parse_arguments(arguments(sparse, "sparse", **SPARSE | {"batch_size": 2}))) == 0
     runs = [
         arguments(rows, "ddp_rounds", freeze_rounds=2, freeze_prefix=False, compile=True),
         arguments(rows, "fsdp_compiled", parallel="fsdp", compile=True),
     ]
     for kind in ("ddp", "fsdp"):
         runs.append(arguments(rows, kind, parallel=kind))
-        step = rows.parent / kind / "checkpoints" / "step_00000004"
-        runs.append(arguments(rows, f"{kind}_resumed", parallel=kind, resume=step))
+        runs.append(arguments(sparse, f"sparse_{kind}", parallel=kind, **SPARSE))
+        runs.append(arguments(rows, f"{kind}_resumed", parallel=kind, resume=step_4(rows.parent / kind)))
+    flags = {"parallel": "fsdp", "resume": step_4(rows.parent / "one"), "resume_override": True}  # ddp before
+    runs.append(arguments(rows, "one_on_two", **flags))
+    runs.append(arguments(rows, "six", parallel="fsdp", batch_size=3, **THRICE))
     runs.append(arguments(rows, "fsdp_sampled", parallel="fsdp", metric="gradient_norm", monitor_sample=2))
     runs.append(arguments(rows, "fsdp_lora", parallel="fsdp", lora_rank=2, activation_checkpointing=True))
+    runs.append(arguments(rows, "full_disk", parallel="fsdp"))
     run_together(2, runs, rows.parent)
-    for name, flags in (
-        ("one", {}), ("one_matrices", {"freeze_prefix": False}), ("one_norm", {"metric": "gradient_norm"}),
-        ("one_lora", {"lora_rank": 2}),
-    ):  # fmt: skip
-        assert train.main(parse_arguments(arguments(rows, name, batch_size=4, **flags))) == 0
     return rows.parent
 
 
@@ -130,6 +148,15 @@ def test_two_processes_train_and_freeze_as_one_with_twice_the_batch(two, ours, t
     assert_same_run(two / ours, two / theirs)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_images_on_no_rank_or_on_one_alone_leave_nobody_waiting(two, kind):
+    """And the weights that see images stay as they are, to weight decay, in a step without any."""
+    a, b = weights(two / f"sparse_{kind}"), weights(two / "sparse")
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3, msg=name)
+    assert lines(two / f"sparse_{kind}", "train/loss") == pytest.approx(lines(two / "sparse", "train/loss"), rel=1e-3)
+
+
 def test_metrics_come_from_the_shards_of_all_ranks(two):
     for ours, theirs, tolerance in (("fsdp", "one", 1e-3), ("fsdp_sampled", "one_norm", 0.5)):
         a, b = (history(two / name)["checks"][:3] for name in (ours, theirs))
@@ -145,33 +172,103 @@ def test_processes_go_on_exactly_where_they_were(two, kind):
     assert freezes(two / kind) == freezes(two / f"{kind}_resumed")
 
 
-def test_a_checkpoint_of_shards_is_that_of_one_process(two):
-    ours, theirs = (
-        torch.load(two / name / "checkpoints" / "step_00000002" / "training_state.pt", weights_only=True)["optimizer"]
-        for name in ("fsdp", "one")
+def test_each_process_writes_its_part_of_the_optimizer(two, tmp_path):
+    """Some half of each tensor; together they are what a single process has."""
+    folder = step_4(two / "fsdp")
+    parts = [load_file(path) for path in sorted((folder / "optimizer").iterdir())]
+    assert len(parts) == 2
+    whole = torch.load(step_4(two / "one") / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    wanted = [value for state in whole.values() for value in state.values()]
+    assert sum(value.numel() for part in parts for value in part.values()) == sum(value.numel() for value in wanted)
+    assert sum(value.abs().sum() for part in parts for value in part.values()) == pytest.approx(
+        float(sum(value.abs().sum() for value in wanted)), rel=1e-3
     )
-    assert ours["state"].keys() == theirs["state"].keys()
-    for index, state in theirs["state"].items():
-        for key, value in state.items():
-            torch.testing.assert_close(ours["state"][index][key], value, rtol=1e-2, atol=1e-4)
+    name = "decoder.blocks.0.mlp.up_proj.weight.exp_avg"
+    assert [part[name].shape for part in parts] == [(16, 16)] * 2
+    saved = torch.load(folder / "training_state.pt", weights_only=True)
+    assert saved["optimizer"].keys() == {"param_groups"}
+    assert {path.name for path in folder.iterdir()} >= {"metric_0.pt", "metric_1.pt"}
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert sum(file.startswith("optimizer/") for file in files) == 2
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    assert damage(copied) is None
+    path = next((copied / "optimizer").iterdir())
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert damage(copied) == f"optimizer/{path.name} is not what was written"
     tied = {"decoder.head.weight", "decoder.token_embedding.weight"}
     assert len(tied & weights(two / "fsdp").keys()) == 1  # stored once
 
 
-def test_another_number_of_processes_cannot_go_on(two, capsys):
-    step = two / "ddp" / "checkpoints" / "step_00000004"
-    assert train.main(parse_arguments(arguments(two / "rows", "alone", resume=step))) == 2
-    assert "the run had 2 processes" in capsys.readouterr().err
+def test_a_part_that_cannot_be_written_leaves_no_checkpoint(two):
+    """Rank 1 has no room for its part of the optimizer at step 2, nor of what the metric keeps at step 4."""
+    log = (two / "full_disk" / "log.txt").read_text()
+    for step in (2, 4):
+        assert f"NOT SAVED: step_0000000{step} could not be written ([Errno 28] No space left on device)" in log
+    assert log.count("NOT SAVED") == 2
+    names = {path.name for path in (two / "full_disk" / "checkpoints").iterdir()}
+    assert names - {"best", "last"} == {"step_00000006", "step_00000007"}  # where all was frozen
+
+
+def goes_on(two: Path, name: str, whole: str, **flags) -> Path:
+    """A run of one process from step 4 of another."""
+    assert train.main(parse_arguments(arguments(two / "rows", name, resume=step_4(two / whole), **flags))) == 0
+    return two / name
+
+
+def test_another_number_of_processes_goes_on_as_the_same_run(two):
+    """Two processes where there was one, with shards where there were none; and one where there were two."""
+    assert_same_run(goes_on(two, "ddp_on_one", "ddp", batch_size=4), two / "ddp")
+    log = (two / "ddp_on_one" / "log.txt").read_text()
+    assert "processes: 1 now, 2 before" in log
+    assert "--batch_size" not in log
+    for ours, theirs in (
+        (two / "one_on_two", "one"),
+        (goes_on(two, "fsdp_on_one", "fsdp", batch_size=4, parallel="fsdp"), "fsdp"),
+    ):
+        found, wanted = history(ours), history(two / theirs)
+        assert (
+            [event for event in found["events"] if event["step"] <= 4]
+            == [event for event in wanted["events"] if event["step"] <= 4]
+            != []
+        )
+        assert found["checks"][:4] == wanted["checks"][:4]
+        assert set(found["checks"][4]["values"]) == {None}  # the weights of step 4 were kept as other shards
+        assert any(value is not None for value in found["checks"][5]["values"])
+        assert not any(event["step"] == 5 for event in found["events"])
+        assert lines(ours, "train/loss") == pytest.approx(lines(two / theirs, "train/loss"), rel=1e-2)
+        a, b = (json.loads((folder / "summary.json").read_text()) for folder in (ours, two / theirs))
+        assert (a["train_tokens"], a["dropped"], a["steps"]) == (b["train_tokens"], b["dropped"], b["steps"])
+
+
+def test_another_global_batch_is_another_run(two, capsys):
+    rows = two / "rows"
+    assert train.main(parse_arguments(arguments(rows, "alone", resume=step_4(two / "fsdp"), parallel="fsdp"))) == 2
+    said = capsys.readouterr().err
+    assert "--batch_size 2, processes 1: the run that is resumed has 2 processes; the product must be 4" in said
+    assert "--resume_override goes on" in said
     assert not (two / "alone").exists()
+    folder = goes_on(two, "alone", "fsdp", parallel="fsdp", resume_override=True)
+    state = torch.load(step_4(folder).with_name("step_00000006") / "training_state.pt", weights_only=True)
+    assert state["position"] == 2 * (4 * 2) + 2 * 2  # in half as large batches, two a step
 
 
-def test_three_processes_share_rows_that_do_not_divide_evenly(tmp_path):
-    """Seven rows to train on, nine in a global batch: it goes on into the next epoch."""
+def test_three_processes_share_rows_that_do_not_divide_evenly(two, tmp_path):
+    """Seven rows to train on, nine in a global batch: it goes on into the next epoch. And three processes go on with
+    the shards of two."""
     rows = write_rows(tmp_path / "rows", 9)
     flags = {"val_size": 2, "gradient_accumulation_steps": 1, "max_training_steps": 4, "eval_interval": 4}
-    run_together(3, [arguments(rows, "three", batch_size=3, **flags)], tmp_path)
+    resumed = {"parallel": "fsdp", "batch_size": 2, "resume": step_4(two / "six")} | THRICE
+    run_together(
+        3,
+        [arguments(rows, "three", batch_size=3, **flags), arguments(two / "rows", "six_on_three", **resumed)],
+        tmp_path,
+    )
     assert train.main(parse_arguments(arguments(rows, "one", batch_size=9, **flags))) == 0
     assert_same_run(tmp_path / "three", tmp_path / "one")
+    steps = [step for step, _ in freezes(two / "six")]
+    assert min(steps) <= 4 < max(steps)
+    assert_same_run(two / "six_on_three", two / "six")
+    assert len(list((two / "six_on_three" / "checkpoints" / "last" / "optimizer").iterdir())) == 3
 
 
 def start_long_run(tmp_path: Path) -> subprocess.Popen:
@@ -213,10 +310,10 @@ def test_a_signal_ends_all_processes_with_everything_saved(tmp_path):
 SMALL = tiny_vlm()
 
 
-def batches_of(rows, rank: int, world_size: int, count: int, **changes) -> list[dict]:
+def batches_of(rows, rank: int, world_size: int, count: int, start=0, **changes) -> list[dict]:
     cfg = tiny_train(**changes)
     data = dataset(rows, SMALL, cfg)
-    return list(islice(train_batches(data, TrainCollator(0, SMALL), cfg, 0, rank, world_size), count))
+    return list(islice(train_batches(data, TrainCollator(0, SMALL), cfg, start, rank, world_size), count))
 
 
 def some_rows(count: int, bad: set[int] = frozenset()) -> list[dict]:
@@ -242,6 +339,21 @@ def test_ranks_read_other_rows_of_a_stream():
 def test_ranks_pack_other_rows():
     found = [batches_of(some_rows(10), rank, 2, 1, batch_size=1, packing=True)[0] for rank in (0, 1)]
     assert sorted(row for batch in found for row in batch["ids"]) == sorted(f"row{i}" for i in range(10))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_other_ranks_begin_an_epoch_of_a_stream_or_of_packed_rows(packing):
+    """Every row comes once in it, in an order that no epoch before had."""
+    flags = {"batch_size": 1, "packing": packing}
+    before = [batches_of(stream(10), rank, 3, 12, **flags)[-1]["position"] for rank in range(3)]
+    settings = Settings(SMALL, tiny_train(**flags), GradESConfig(), ROOT, frozenset())
+    state = {"settings": {"batch_size": 1}, "workers_share_rows": True, "position": before[0]}
+    assert _position(state, before, settings, 3) == before[0]
+    start = _position(state, before, settings, 2)
+    found = [batches_of(stream(10), rank, 2, 1 if packing else 5, start, **flags) for rank in (0, 1)]
+    assert sorted(row for batches in found for batch in batches for row in batch["ids"]) == STREAM_OF_10
+    epochs = [position["places"][0][0] for position in before] if packing else [12 // 3]
+    assert (start["places"][0][0] if packing else start["first_epoch"]) > max(epochs)
 
 
 def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():

@@ -87,6 +87,8 @@ class Parser(HfArgumentParser):
                 action.type = json_mapping
             if action.dest in ("vision_tau", "language_tau"):
                 action.type = number_or_auto
+            if action.dest == "profile":
+                action.nargs, action.const = "?", 5
 
     def error(self, message: str):
         """End with the message alone: a usage text of a hundred flags would hide it."""

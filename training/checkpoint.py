@@ -21,16 +21,26 @@ class CheckpointError(Exception):
     """A checkpoint could not be written."""
 
 
-def save_checkpoint(folder: Path, model, tokenizer, training_state: dict | None = None) -> None:
+def begin_checkpoint(folder: Path) -> Path:
+    """Make the empty folder beside, where parts of the checkpoint are written before save_checkpoint is called."""
+    beside = unfinished(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+def save_checkpoint(folder: Path, model, tokenizer, training_state: dict | None = None, begun: bool = False) -> None:
     """Write model (config.json, model.safetensors), tokenizer and, where given, training_state.pt into folder.
 
-    manifest.json, with size and SHA-256 of every other file, comes last. A checkpoint that is already there is replaced
-    only once the new one is complete. Raises CheckpointError, and leaves nothing unfinished, where the disk refuses.
+    begun: begin_checkpoint was called, and what lies there since is part of the checkpoint. manifest.json, with size
+    and SHA-256 of every other file, comes last. A checkpoint that is already there is replaced only once the new one is
+    complete. Raises CheckpointError, and leaves nothing unfinished, where the disk refuses.
     """
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = unfinished(folder)
     previous = folder.with_name(folder.name + ".old")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        if not begun:
+            begin_checkpoint(folder)
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         if training_state is not None:
@@ -46,6 +56,11 @@ def save_checkpoint(folder: Path, model, tokenizer, training_state: dict | None 
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(f"{folder.name} could not be written ({error})") from error
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return folder.with_name(folder.name + ".tmp")
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -150,7 +165,7 @@ def _sha256(path: Path) -> str:
 
 def _flush_to_disk(folder: Path) -> None:
     """A rename may reach the disk before the data of the files it names; after this it cannot."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -184,7 +189,7 @@ class Parallel:
             for parameter in (*model.vision_encoder.parameters(), *model.MP.parameters()):
                 parameter.grad = None
 
-    # Checkpoints, which are the same whatever made them
+    # Checkpoints, which load on any number of ranks
 
     def whole_model(self, model: nn.Module) -> nn.Module:
         """The model with all its weights: the model itself, or on rank 0 a copy of the sharded one on the CPU."""
@@ -199,16 +204,39 @@ class Parallel:
             self.skeleton.load_state_dict(state, assign=True)
         return self.skeleton
 
-    def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
-        """optimizer.state_dict(), where it is sharded whole on rank 0."""
-        found = optimizer.state_dict()
-        state = {i: {key: self._whole(value) for key, value in s.items()} for i, s in found["state"].items()}
-        return found | {"state": state}
-
     def own_part(self, optimizer: torch.optim.Optimizer, state: dict[int, dict]) -> dict[int, dict]:
-        """What this rank's optimizer is to load of the "state" of a whole_optimizer_state."""
+        """What this rank's optimizer is to load of the "state" of the whole optimizer's state_dict."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return {i: {key: _like(value, parameters[i]) for key, value in of.items()} for i, of in state.items()}
+
+    def write_optimizer(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state of a sharded model's optimizer as safetensors, each rank its part. Raises where one fails."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.hosts)
+        except CheckpointException as error:  # which Exception does not cover
+            raise next(reason for reason, _ in error.failures.values()) from None
+
+    def read_optimizer(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+        """What this rank's optimizer is to load of what write_optimizer wrote, whatever the number of ranks then."""
+        reader = HuggingFaceStorageReader(str(folder))
+        parameters = dict(model.named_parameters())
+        tensors, of = {}, {}
+        for name, saved in reader.read_metadata().state_dict_metadata.items():
+            parameter = parameters[name.rpartition(".")[0]]
+            same = saved.size == parameter.shape  # else a number, the steps
+            tensors[name] = torch.zeros_like(parameter.detach()) if same else torch.zeros(saved.size)
+            of.setdefault(parameter, {})[name.rpartition(".")[2]] = tensors[name]
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of no_dist that it is
+            if tensors:
+                dcp.load(tensors, storage_reader=reader, process_group=self.hosts, no_dist=self.is_alone)
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return {i: of[parameter] for i, parameter in enumerate(ordered) if parameter in of}
 
     def _whole(self, value: Any) -> Any:
         if not isinstance(value, DTensor):

@@ -5,8 +5,12 @@
 
 import math
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class NonFiniteLossError(Exception):
@@ -42,6 +46,17 @@ def read_losses(run) -> None:
     run.total_tokens += int(tokens)
     run.losses += losses
     run.unread = []
+
+
+def evaluate(run, compute: Callable[[], T]) -> tuple[T, float]:
+    """What compute returns on rank 0, and the seconds that it took; they do not count into tokens/s."""
+    started = time.perf_counter()
+    value = run.parallel.evaluate(compute)
+    run.stop.agree()
+    seconds = time.perf_counter() - started
+    run.eval_time_s += seconds
+    run.unread_since += seconds
+    return value, seconds
 
 
 def add_up_ranks(run) -> None:

@@ -3,6 +3,7 @@
 `run` is train.py's Run.
 """
 
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -24,6 +25,7 @@ from training.checkpoint import (
     MANIFEST,
     STATE,
     CheckpointError,
+    begin_checkpoint,
     damage,
     point,
     prune,
@@ -32,6 +34,7 @@ from training.checkpoint import (
     step_folder,
     step_folders,
     step_of,
+    unfinished,
 )
 from training.logging import new_run_folder
 from training.parallel import Parallel
@@ -40,15 +43,18 @@ from training.parallel import Parallel
 FREE = {
     "output_dir", "run_name", "num_workers", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
     "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
-    "activation_checkpointing",
+    "activation_checkpointing", "profile",
 }  # fmt: skip
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {
     "lm_tokenizer", "lora_rank", "lora_targets", "lora_vision", "metric", "monitor_sample", "tau_mode",
-    "target_components", "parallel",
+    "target_components",
 }  # fmt: skip
-# What of the state is another one in each of several processes; where the weights are sharded the monitor's too.
+# What of the state is another one in each of several processes.
 OF_A_RANK = ("position", "dropped", "flops", "rng")
+# Where the weights are sharded each rank writes its part of the optimizer's state and of what the metric compares with.
+OPTIMIZER = "optimizer"
+METRIC = "metric_{}.pt"
 # What a checkpoint holds of Run as it is.
 FIELDS = (
     "step", "position", "best_val_loss", "best_step", "val", "losses", "unread_tokens", "total_tokens", "stop_reason",
@@ -101,7 +107,7 @@ class Start:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_run(settings: Settings) -> Start:
+def open_run(settings: Settings, processes: int) -> Start:
     """Make the run folder, or find the one to go on in; find, verify and load the checkpoint.
 
     Raises ValueError where there is no whole checkpoint, where the settings are others, and where another process is
@@ -118,7 +124,7 @@ def open_run(settings: Settings) -> Start:
     if in_place:
         source.mkdir(parents=True, exist_ok=True)
         lock = _lock(source)
-    checkpoint, state, notes = _find(source, checkpoint, settings, in_place)
+    checkpoint, state, notes = _find(source, checkpoint, settings, in_place, processes)
     if in_place:
         return Start(source, requested, is_new, lock, checkpoint, state, notes)
     folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
@@ -130,11 +136,11 @@ def open_run(settings: Settings) -> Start:
 
 def join_run(settings: Settings, parallel: Parallel) -> Start:
     """open_run on rank 0, which alone changes the folder; every rank gets the checkpoint's state, its own where they
-    differ. Raises ValueError besides where the saved run had another number of processes."""
+    differ. The saved run may have had another number of processes."""
     opened: list[Start] = []
 
     def open_and_share() -> tuple[Start, set[str]]:
-        opened.append(open_run(settings))
+        opened.append(open_run(settings, parallel.world_size))
         return dataclasses.replace(opened[0], lock=None, state={}, is_new=False), settings.given
 
     start, settings.given = parallel.from_main(open_and_share)
@@ -142,16 +148,53 @@ def join_run(settings: Settings, parallel: Parallel) -> Start:
         (start,) = opened
     elif start.checkpoint is not None:
         start.state = load_state(start.checkpoint)
-    own = start.state.pop("ranks", [{}])
-    if start.state and len(own) != parallel.world_size:
-        start.give_up()
-        raise ValueError(
-            f"--resume: the run had {len(own)} processes, and needs as many; now there are "
-            f"{parallel.world_size} (torchrun --nproc_per_node)"
-        )
-    if start.state:
-        start.state |= own[parallel.rank]
+    if start.checkpoint is not None:
+        _take_own_part(start, settings, parallel)
     return start
+
+
+def _take_own_part(start: Start, settings: Settings, parallel: Parallel) -> None:
+    """Make of the checkpoint's state, which is of all ranks, that of this one."""
+    state = start.state
+    saved, kind, grades = state.pop("ranks"), state["kind"], state["grades"]
+    alike = (kind, len(saved)) == (parallel.kind, parallel.world_size)
+    if grades is not None and kind == "fsdp" and alike:
+        grades["metric"] = _load(start.checkpoint / METRIC.format(parallel.rank))
+    elif grades is not None and "fsdp" in (kind, parallel.kind):
+        grades["metric"] = None  # it is of other parts of the weights
+    if len(saved) == parallel.world_size:
+        state |= saved[parallel.rank]
+    else:
+        state |= _of_another_number(saved, parallel.rank)
+    state["position"] = _position(state, [rank["position"] for rank in saved], settings, parallel.world_size)
+
+
+def _of_another_number(saved: list[dict], rank: int) -> dict:
+    """What a rank takes up of a run of another number of ranks: rank 0 the sums that have been counted."""
+    whole = copy.deepcopy(saved[0])
+    dropped, flops = whole["dropped"]["train"], whole["flops"]
+    for other in saved[1:]:
+        for counts, more in ((dropped, other["dropped"]["train"]), (flops, other["flops"])):
+            counts |= {key: counts.get(key, 0) + count for key, count in more.items()}
+    if rank > 0:
+        whole["dropped"]["train"], whole["flops"] = {}, dict.fromkeys(flops, 0)
+        whole["rng"] = saved[rank]["rng"] if rank < len(saved) else None
+    return whole
+
+
+def _position(state: dict, saved: list[int | dict], settings: Settings, processes: int) -> int | dict:
+    """Where in the data this rank goes on, by the positions of the saved run's ranks."""
+    batch_size, cfg = state["settings"]["batch_size"], settings.train
+    if not state["workers_share_rows"]:  # position counts the batches of all ranks together
+        return saved[0] * (batch_size * len(saved)) // (cfg.batch_size * processes)
+    if len(saved) == processes or saved[0] == 0:
+        return state["position"]
+    # What each rank has read of its share says nothing about other shares: an epoch begins that no rank has been in.
+    if "places" in saved[0]:
+        epoch = 1 + max(place[0] for position in saved for place in position["places"])
+        return {"places": [(epoch, 0, 0)] * max(1, cfg.num_workers), "turn": 0}
+    # There were no more epochs than rows, as each has one for every rank.
+    return {"first_epoch": saved[0]["first_epoch"] + saved[0]["batches"] * batch_size, "batches": 0}
 
 
 def _flat(settings: Settings) -> dict:
@@ -186,7 +229,7 @@ def _run_of(path: Path) -> tuple[Path, Path | None]:
 
 
 def _find(
-    folder: Path, checkpoint: Path | None, settings: Settings, in_place: bool
+    folder: Path, checkpoint: Path | None, settings: Settings, in_place: bool, processes: int
 ) -> tuple[Path | None, dict, list[str]]:
     """(checkpoint, its state, lines for the log): the checkpoint that was asked for, else the newest whole one."""
     notes: list[str] = []
@@ -212,7 +255,7 @@ def _find(
     crash = folder / "checkpoints" / "crash"
     if (crash / MANIFEST).exists() and step_of(crash) > state["step"]:
         notes.append(f"{crash} is what an error left after step {step_of(crash):,}; only --resume {crash} takes it")
-    return checkpoint, state, notes + _compare(state, settings)
+    return checkpoint, state, notes + _compare(state, settings, processes)
 
 
 def _newest_whole(folder: Path, notes: list[str]) -> Path | None:
@@ -233,24 +276,44 @@ def _newest_whole(folder: Path, notes: list[str]) -> Path | None:
 
 def load_state(checkpoint: Path) -> dict:
     """training_state.pt, on the CPU: tensors and plain values, nothing that could run code."""
+    return _load(checkpoint / STATE)
+
+
+def _load(path: Path) -> dict:
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--resume {checkpoint}: {STATE} cannot be loaded ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--resume {path.parent}: {path.name} cannot be loaded ({why})") from None
 
 
-def _compare(state: dict, settings: Settings) -> list[str]:
-    """A line for each setting that differs from the saved run's, where that is allowed; else ValueError with them."""
-    saved, now = state["settings"], _flat(settings)
-    free = FREE - {"num_workers"} if state["workers_share_rows"] else FREE
+def _compare(state: dict, settings: Settings, processes: int) -> list[str]:
+    """A line for each setting that differs from the saved run's, where that is allowed; else ValueError with them.
+
+    The rows of a batch may be divided among another number of processes.
+    """
+    saved, now, before = state["settings"], _flat(settings), len(state["ranks"])
+    free = FREE - {"num_workers"} if state["workers_share_rows"] and processes == before else FREE
+    if saved["batch_size"] * before == now["batch_size"] * processes:
+        free = free | {"batch_size"}
     differing = [name for name in now if name in saved and name not in free and now[name] != saved[name]]
     lines = [f"--{name} {now[name]}: the run that is resumed has {saved[name]}" for name in differing]
+    if processes != before and "batch_size" not in free and now["batch_size"] == saved["batch_size"]:
+        differing.append("batch_size")
+        lines.append(
+            f"--batch_size {now['batch_size']}, processes {processes}: the run that is resumed has {before} processes; "
+            f"the product must be {saved['batch_size'] * before} for it to go on as the same run"
+        )
     shape = {field.name for field in dataclasses.fields(settings.vlm)} - FREE_FIELDS
     if lines and not settings.train.resume_override:
         raise ValueError("\n".join([*lines, "--resume_override goes on with what is given now"]))
     if fixed := [line for name, line in zip(differing, lines, strict=True) if name in FIXED | shape]:
         raise ValueError("\n".join([*fixed, "--resume_override cannot change this in the middle of a run"]))
     settings.given |= set(differing)  # what a recipe changes now goes over the checkpoint's config too
+    if processes != before:
+        lines.append(f"processes: {processes} now, {before} before")
+        if state["workers_share_rows"]:
+            lines.append("the rows are divided anew among them: training goes on at the beginning of an epoch")
     return lines
 
 
@@ -259,6 +322,7 @@ def progress(run) -> dict:
     now = time.perf_counter()
     return {name: copy.copy(getattr(run, name)) for name in FIELDS} | {
         "settings": run.start.requested,
+        "kind": run.parallel.kind,
         "workers_share_rows": run.settings.train.packing or not hasattr(run.data.train_rows, "__len__"),  # a stream
         "elapsed_s": now - run.started,
         "unread_s": now - run.unread_since,
@@ -292,38 +356,70 @@ def restore(run) -> None:
     for name, part in (("grades", run.monitor), ("early_stopping", run.early_stopping)):
         if part is not None and state[name] is not None:
             part.load_state_dict(state[name])
-    _set_rng_state(state["rng"], run.device)
+    if state["rng"] is not None:
+        _set_rng_state(state["rng"], run.device)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, parallel: Parallel) -> None:
+def load_optimizer(start: Start, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel) -> None:
     """Take up the moments; peak learning rates and the like stay as the settings have them.
 
     Raises ValueError where other parts of the model are trained.
     """
+    saved = start.state["optimizer"]
     groups = optimizer.state_dict()["param_groups"]
     if [(g["name"], g["params"]) for g in groups] != [(g["name"], g["params"]) for g in saved["param_groups"]]:
         raise ValueError("--lr_mp, --lr_vision_backbone, --lr_language_backbone: must be 0 where the saved run has 0")
     groups = [own | {"lr": other["lr"]} for own, other in zip(groups, saved["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": parallel.own_part(optimizer, saved["state"]), "param_groups": groups})
+    if "state" in saved:
+        state = parallel.own_part(optimizer, saved["state"])
+    else:
+        state = parallel.read_optimizer(start.checkpoint / OPTIMIZER, model, optimizer)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def keep(run, model: torch.nn.Module, state: dict, name: str | None = None) -> None:
     """Write model and state as the checkpoint of this step, or `name`: rank 0 does, with what the others have."""
-    own = (*OF_A_RANK, "grades") if run.parallel.sharded is not None else OF_A_RANK
-    if not run.parallel.is_alone:
-        state["ranks"] = run.parallel.gather({key: state[key] for key in own})
-    run.parallel.from_main(lambda: _write(run, model, state, name))
+    folder = step_folder(run.folder, run.step) if name is None else run.folder / "checkpoints" / name
+    problem = _write_parts(run, state, folder) if run.parallel.sharded is not None else None
+    state["ranks"] = run.parallel.gather({key: state[key] for key in OF_A_RANK})
+    run.parallel.from_main(lambda: _write(run, model, state, folder, problem))
 
 
-def _write(run, model: torch.nn.Module, state: dict, name: str | None) -> None:
-    """Write the checkpoint; then the links, and the oldest go.
+def _write_parts(run, state: dict, folder: Path) -> str | None:
+    """Let each rank write what it alone has of the state, which loses it. Returns on rank 0 why that has failed."""
+    beside, problem, parallel = unfinished(folder), None, run.parallel
+
+    def begin() -> None:
+        with contextlib.suppress(OSError):
+            begin_checkpoint(folder)
+
+    parallel.from_main(begin)
+    if parallel.any(not beside.is_dir()):
+        problem = f"{beside} could not be made, or is not on a file system that all nodes share"
+    else:
+        try:
+            parallel.write_optimizer(beside / OPTIMIZER, run.model, run.optimizer)
+            if state["grades"] is not None:
+                torch.save(state["grades"]["metric"], beside / METRIC.format(parallel.rank))
+        except Exception as error:  # of a full disk each library has an exception of its own
+            problem = str(error)
+    state["optimizer"] = {"param_groups": state["optimizer"]["param_groups"]}
+    if state["grades"] is not None:
+        state["grades"]["metric"] = None
+    return next(filter(None, parallel.gather(problem)), None)
+
+
+def _write(run, model: torch.nn.Module, state: dict, folder: Path, problem: str | None) -> None:
+    """Write the checkpoint; then the links, and the oldest go. problem: why the parts of the ranks are not there.
 
     Where the disk refuses, the run says so and goes on: run.unsaved holds the reason until a checkpoint is written.
     """
-    folder = step_folder(run.folder, run.step) if name is None else run.folder / "checkpoints" / name
     try:
-        save_checkpoint(folder, model, run.data.tokenizer, state)
-        if name is None:
+        if problem is not None:
+            shutil.rmtree(unfinished(folder), ignore_errors=True)
+            raise CheckpointError(f"{folder.name} could not be written ({problem})")
+        save_checkpoint(folder, model, run.data.tokenizer, state, begun=run.parallel.sharded is not None)
+        if folder.name != "crash":
             point(folder.with_name("last"), folder)
             if run.best_step == run.step:
                 point(folder.with_name("best"), folder)
