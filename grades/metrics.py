@@ -15,8 +15,8 @@ from grades.components import Component
 # Elements that are worked on at a time: on a CPU so few that they stay in the cache from the first operation to the
 # last, so that each tensor comes from memory once; on a GPU so many that launches do not count.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
-# A sample is made of runs of this many neighbouring elements. Memory gives a cache line, 16 of float32, at the least, but
-# runs of 8 halve the error at the same N: in a gradient neighbours are alike.
+# A sample is made of runs of this many neighbouring elements. Memory gives a cache line, 16 of float32, at the least,
+# but runs of 8 halve the error at the same N: in a gradient neighbours are alike.
 RUN_ELEMENTS = 8
 # Sampling less than this of a matrix would save nothing and cost precision.
 MIN_SAMPLE_ELEMENTS = 4096
