@@ -141,7 +141,7 @@ def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
     if history["stopped_early"]:
         axis.axvline(end, color="black", linestyle=":", linewidth=1)
         side = "left" if end <= 0.75 * total_steps else "right"  # where there is room beside the curves
-        axis.text(end, 4, f" stopped at {end:,} of {total_steps:,} ", ha=side, fontsize=9)
+        axis.text(end, 4, f" stopped at {end:,} ", ha=side, fontsize=9)
     axis.set_xlim(0, total_steps)
     axis.set_ylim(-4, 108)
     axis.set_title("share of each tower's matrices that is frozen", loc="left", fontweight="bold")
