@@ -11,6 +11,7 @@ from test_train import arguments, data  # noqa: F401  (a fixture)
 
 import train
 from eval.evaluation import Evaluator
+from training import resume
 from training.arguments import parse_arguments
 from training.checkpoint import STATE, damage, find_checkpoint
 from training.logging import NoTracker
@@ -283,3 +284,9 @@ def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, 
     assert run("run", resume="auto") == 0
     assert "after step 6; only --resume" in line("is what an error left", capsys)
     assert_same(folder, tmp_path / "out" / "whole")
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
+    torch.save({"step": 1}, tmp_path / "training_state.pt")
+    with pytest.raises(ValueError, match=r"--resume .*: an older version wrote it"):
+        resume.load_state(tmp_path)

@@ -276,7 +276,10 @@ def _newest_whole(folder: Path, notes: list[str]) -> Path | None:
 
 def load_state(checkpoint: Path) -> dict:
     """training_state.pt, on the CPU: tensors and plain values, nothing that could run code."""
-    return _load(checkpoint / STATE)
+    state = _load(checkpoint / STATE)
+    if "ranks" not in state:
+        raise ValueError(f"--resume {checkpoint}: an older version wrote it; this one can take its weights alone")
+    return state
 
 
 def _load(path: Path) -> dict:
