@@ -33,7 +33,7 @@ class Metric:
     first_check = 1  # which check gives the first number
 
     def __init__(self, sample: int = 1) -> None:
-        self.reader = Sampled(sample) if sample > 1 else Exact()
+        self.reader = make_reader(sample)
         self.kept: dict[str, list[torch.Tensor]] = {}  # by component: what its weights are compared with next time
 
     def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
@@ -275,7 +275,8 @@ class Sampled(Exact):
 
     def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         runs = [_runs(x) for x in tensors]
-        return [x.index_select(0, self._choose(x)) for x in runs]
+        places = [None] * len(runs) if into is None else into
+        return [torch.index_select(x, 0, self._choose(x), out=old) for x, old in zip(runs, places, strict=True)]
 
     def change(
         self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
@@ -285,8 +286,9 @@ class Sampled(Exact):
             tensors,
             [a.float().sub_(b) if a.dtype != torch.float32 else b.sub_(a) for a, b in zip(new, kept, strict=True)],
         )
-        for old, fresh in zip(kept, new, strict=True):
-            old.copy_(fresh)
+        if update:
+            for old, fresh in zip(kept, new, strict=True):
+                old.copy_(fresh)
         return sums
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -313,6 +315,11 @@ class Sampled(Exact):
             places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
             self.chosen[key] = (places * total / count).clamp_(max=total - 1).int().to(runs.device)
         return self.chosen[key]
+
+
+def make_reader(sample: int) -> Exact:
+    """Of 1/sample of the elements."""
+    return Sampled(sample) if sample > 1 else Exact()
 
 
 def _runs(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from grades import GradESConfig, find_components
 from grades.components import Component
-from grades.metrics import Exact, Sampled
+from grades.metrics import make_reader
 from training import setup
 from training.arguments import Settings
 from training.flops import model_cost
@@ -205,7 +205,7 @@ def _part(name: str, module: nn.Module, components: list[Component]) -> Part:
 
 
 def _snapshot_bytes(components: list[Component], config: GradESConfig) -> int:
-    reader = Sampled(config.monitor_sample) if config.monitor_sample > 1 else Exact()
+    reader = make_reader(config.monitor_sample)
     return SNAPSHOTS[config.metric] * sum(_bytes(reader.copy(component.weights)) for component in components)
 
 
