@@ -163,8 +163,7 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
         parallel.rank, parallel.world_size,
     )  # fmt: skip
     model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
-    if cfg.activation_checkpointing:
-        setup.checkpoint_blocks(model)
+    setup.spare_memory(model, cfg)
     autocast = setup.autocast(device, cfg.dtype)
     parallel.shard(model.to(device), bfloat16=isinstance(autocast, torch.autocast))
     optimizer = setup.make_optimizer(model, cfg)

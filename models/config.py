@@ -266,6 +266,11 @@ class TrainConfig:
         "about a third more work",
         False,
     )
+    loss_chunk_size: int = doc(
+        "label positions whose logits are held at a time, which are computed again in the backward pass: less memory, "
+        "one more product of the head; 0: all at once",
+        0,
+    )
     parallel: str = doc(
         "with several processes (torchrun): ddp, each holds all weights; fsdp, weights, gradients and optimizer state "
         "are divided among them",
@@ -320,6 +325,7 @@ class TrainConfig:
             (0 <= self.adam_beta1 < 1, "adam_beta1", "in [0, 1)"),
             (0 <= self.adam_beta2 < 1, "adam_beta2", "in [0, 1)"),
             (self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32"),
+            (self.loss_chunk_size >= 0, "loss_chunk_size", ">= 0"),
             (self.parallel in ("ddp", "fsdp"), "parallel", "ddp or fsdp"),
             (self.val_size >= 0, "val_size", ">= 0"),
             (self.val_size != 0 or not self.early_stopping, "val_size", "> 0 with early_stopping"),

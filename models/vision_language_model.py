@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import compute_dtype
 from models.config import VLMConfig
@@ -29,6 +30,7 @@ class VisionLanguageModel(nn.Module):
         """
         super().__init__()
         self.cfg = cfg
+        self.loss_chunk_size = 0  # label positions whose logits are held at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
         self.MP = ModalityProjector(cfg)
@@ -60,13 +62,30 @@ class VisionLanguageModel(nn.Module):
         x = self.decoder(x, attention_mask, position_ids, document_ids)
         if label_positions is not None:
             hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
-            labels = targets.flatten().index_select(0, label_positions)
-            return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="sum")
+            return self._summed_loss(hidden, targets.flatten().index_select(0, label_positions))
         logits = self.decoder.head(x)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         return logits, loss
+
+    def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over hidden states [L, C] and labels [L]: float32.
+
+        The float32 logits [L, V] can be the largest tensor of a step; in chunks they are made a chunk at a time, and
+        again in the backward pass.
+        """
+
+        def of_chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="sum")
+
+        if not 0 < self.loss_chunk_size < len(labels):
+            return of_chunk(hidden, labels)
+        chunks = zip(hidden.split(self.loss_chunk_size), labels.split(self.loss_chunk_size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.stack([of_chunk(*chunk) for chunk in chunks]).sum()
+        losses = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return torch.stack(losses).sum()
 
     def embed(self, input_ids, images=None, image_slots=None, image_sources=None) -> torch.Tensor:
         """Token embeddings [B, T, C] with image embeddings in the image slots."""

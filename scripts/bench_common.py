@@ -59,8 +59,7 @@ class Bench:
             self.model.to(self.device)
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
-        if self.cfg.activation_checkpointing:
-            setup.checkpoint_blocks(self.model)
+        setup.spare_memory(self.model, self.cfg)
         if self.cfg.compile:
             setup.compile_blocks(self.model)
         batch = random_batch(arguments, settings, self.device)

@@ -135,6 +135,35 @@ def test_training_path_returns_the_sum_over_labels(model):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("size", [1, 4, 7, 100])
+def test_the_loss_in_chunks_is_the_same_loss(model, size, monkeypatch):
+    ids, targets = text(2, 12), text(2, 12)
+    label_positions = torch.arange(3, 24, 2)  # 11: the last chunk is smaller
+    indices = {"targets": targets, "label_positions": label_positions, "image_slots": torch.empty(0, dtype=torch.long)}
+    shapes = []
+    model.decoder.head.register_forward_hook(lambda head, inputs, logits: shapes.append(len(logits)))
+
+    def loss_and_gradients():
+        shapes.clear()
+        model.zero_grad()
+        loss = model(ids, **indices)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    whole, gradients = loss_and_gradients()
+    assert shapes == [11]
+    model.loss_chunk_size = size
+    loss, in_chunks = loss_and_gradients()
+    assert max(shapes) == min(size, 11)
+    assert sum(shapes) == (22 if size < 11 else 11)  # once more in the backward pass
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(in_chunks, gradients)
+    shapes.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, **indices), whole)
+    assert sum(shapes) == 11
+
+
 def test_image_sources_share_an_image(model):
     ids, images = with_image(text(3, 10)), torch.randn(2, 3, 16, 16)
     repeated = model(ids, images[[0, 1, 0]])[0]

@@ -100,7 +100,9 @@ def two(tmp_path_factory) -> Path:
     runs.append(arguments(rows, "one_on_two", **flags))
     runs.append(arguments(rows, "six", parallel="fsdp", batch_size=3, **THRICE))
     runs.append(arguments(rows, "fsdp_sampled", parallel="fsdp", metric="gradient_norm", monitor_sample=2))
-    runs.append(arguments(rows, "fsdp_lora", parallel="fsdp", lora_rank=2, activation_checkpointing=True))
+    runs.append(
+        arguments(rows, "fsdp_lora", parallel="fsdp", lora_rank=2, activation_checkpointing=True, loss_chunk_size=5)
+    )
     runs.append(arguments(rows, "full_disk", parallel="fsdp"))
     run_together(2, runs, rows.parent)
     return rows.parent

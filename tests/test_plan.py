@@ -72,14 +72,30 @@ def test_the_meter_counts_what_lives():
     assert len(c) + len(d) == 1505
 
 
-@pytest.mark.parametrize("words", ["--dtype float32", "--dtype bfloat16", "--dtype float32 --lora_rank 4"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--dtype float32", "--dtype bfloat16", "--dtype float32 --lora_rank 4", "--activation_checkpointing",
+        "--loss_chunk_size 7",
+    ],
+)  # fmt: skip
 def test_a_planned_step_needs_what_a_real_one_does(words):
     wanted, model, _ = real(words)
+    setup.spare_memory(model, wanted.train)
     batch = real_batch(wanted)
     held = sum(t.numel() * t.element_size() for t in batch.values() if torch.is_tensor(t))
     with AllocationMeter([*model.parameters(), *model.buffers(), *filter(torch.is_tensor, batch.values())]) as meter:
         forward_backward(model, [batch], CPU, setup.autocast(CPU, wanted.train.dtype))
     assert plan(words).activations == pytest.approx((1 + HEAP_SHARE["cpu"]) * (meter.peak + held), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "switch"),
+    [("--lm_n_blocks 8", "--activation_checkpointing"), ("--lm_base_vocab_size 5000", "--loss_chunk_size 7")],
+)
+def test_what_is_computed_again_is_not_held(shape, switch):
+    shape += " --max_sample_length 120"
+    assert plan(f"{shape} {switch}").activations < 0.7 * plan(shape).activations
 
 
 @pytest.mark.parametrize("words", ["", "--lora_rank 4 --lora_vision false", "--lr_vision_backbone 0"])

@@ -101,6 +101,7 @@ def make_plan(model: nn.Module, settings: Settings, device: torch.device) -> Pla
 def _make_plan(model: nn.Module, settings: Settings, device: torch.device) -> Plan:
     cfg = settings.train
     setup.make_optimizer(model, cfg)  # freezes what has no learning rate
+    setup.spare_memory(model, cfg)
     components = find_components(model, settings.grades.target_components) if cfg.enable_grades else []
     present = [*model.parameters(), *model.buffers()]
     weights, gradients = _bytes(present), _bytes(p for p in model.parameters() if p.requires_grad)

@@ -90,8 +90,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, cfg: TrainCon
         group["lr"] = group["peak_lr"] * factor
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Let every block keep its input alone and compute the rest again in the backward pass; in place, names stay."""
+def spare_memory(model: nn.Module, cfg: TrainConfig) -> None:
+    """Compute again in the backward pass what activation_checkpointing and loss_chunk_size say; names stay."""
+    model.loss_chunk_size = cfg.loss_chunk_size
+    if not cfg.activation_checkpointing:
+        return
     for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
         block.forward = functools.partial(_recomputed, block.forward)
 
