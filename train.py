@@ -178,7 +178,9 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
         log.say(note)
     monitor = None
     if cfg.enable_grades:
-        monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say, parallel.on_round)
+        monitor = GradESMonitor(
+            settings.grades, model, optimizer, cfg.max_training_steps, log.say, parallel.on_round, parallel.agree
+        )
     if cfg.log_wandb and parallel.is_main:
         log.tracker = WandbTracker(
             cfg, settings.as_dict(), folder, log.say, None if start.is_new else state.get("wandb_id")

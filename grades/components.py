@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 
 import torch.nn as nn
 
+from grades.config import is_named
+
 TOWERS = ("vision", "language")
 # Words, between dots and underscores, of the path to a module. A path with a word of NEITHER_WORDS leads to what joins
 # the towers or to another sense; else the first word that names a tower decides, and without one it is language.
@@ -57,7 +59,7 @@ def find_components(model: nn.Module, targets: Sequence[str] = ()) -> list[Compo
     Linears, GPT-2's Conv1D, the fused input projection of nn.MultiheadAttention, and experts that are stacked in one
     parameter [E, ., .]. Norms, embeddings, convolutions, heads, routers, what joins the towers and audio towers are
     none. A module with trainable LoRA adapters (peft) is one component: their matrices A and B, adapter by adapter.
-    targets: only those whose name contains one of these. Raises ValueError where nothing is found.
+    targets: only those that one of these names; see `is_named`. Raises ValueError where nothing is found.
     """
     found: list[Component] = []
     seen: set[nn.Parameter] = set()
@@ -65,12 +67,12 @@ def find_components(model: nn.Module, targets: Sequence[str] = ()) -> list[Compo
         *path, kind = name.split(".")
         layers = [int(part) for part in path if part.isdigit()]
         tower = tower_of(name)
-        wanted = not targets or any(target in name for target in targets)
+        wanted = not targets or is_named(name, targets)
         if layers and tower and wanted and weights[0] not in seen and not ROUTER.search(name):
             seen.add(weights[0])
             found.append(Component(name, tower, kind, layers[0], weights, (*weights, *others)))
     if not found:
-        wish = f" whose name contains one of {', '.join(targets)}" if targets else ""
+        wish = f" named by {', '.join(targets)}" if targets else ""
         raise ValueError(f"no trainable projection matrix{wish}; the model's linear modules are: {_linears(model)}")
     return _tell_kinds_apart(found)
 

@@ -1,6 +1,8 @@
 """The settings of GradES and what they may be. Imports nothing heavy, so a wrong flag is reported at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,13 @@ class GradESConfig:
     alpha: float = doc("grace period as a share of all steps, in [0, 1): nothing freezes in it", 0.3)
     patience: int = doc("freeze after so many checks in a row below tau", 1)
     compute_interval: int = doc("optimizer steps between two checks", 1)
-    max_frozen_ratio: float = doc("stop the run when this share of the components is frozen, in (0, 1]", 1.0)
+    max_frozen_ratio: float = doc("stop the run when this share of all projection matrices is frozen, in (0, 1]", 1.0)
     freeze_vision: bool = doc("let vision components freeze; off: they are measured but train on", True)
     freeze_language: bool = doc("let language components freeze; off: they are measured but train on", True)
     target_components: list[str] = doc(
-        "only components whose name contains one of these; empty: every projection matrix of both towers", []
+        "watch only matrices that one of these names, a whole part of the dotted name (q_proj, mlp, blocks.0, *_proj); "
+        "empty: every projection matrix of both towers",
+        [],
     )
     freeze_prefix: bool = doc(
         "freeze whatever lies before the first unfrozen matrix (norms, embeddings, patch convolution) too, so that "
@@ -129,6 +133,14 @@ class GradESConfig:
         """Raise ValueError naming every impossible value at once."""
         if problems := self.problems():
             raise ValueError("\n".join(problems))
+
+
+def is_named(name: str, targets: Sequence[str]) -> bool:
+    """Whether one of the targets is a whole part of the dotted name: one word of it or several, with * and ?.
+
+    v_proj names blocks.0.attn.v_proj and not blocks.0.attn.qkv_proj; attn.* names all of an attention, *_proj both.
+    """
+    return any(fnmatchcase(f".{name}.", f"*.{target}.*") for target in targets)
 
 
 def _is_tau(value: float | str) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -58,13 +59,20 @@ class Freezer:
             self.apply()
 
     def _round_number(self) -> int:
-        return policy.round_number(len(self.decided), len(self.components), self.rounds)
+        towers = Counter(component.tower for component in self.components)
+        decided = Counter(self.by_name[name].tower for name in self.decided)
+        return policy.round_number([decided[tower] for tower in towers], list(towers.values()), self.rounds)
 
     def drop_gradients(self) -> None:
-        """After the backward pass: what was decided but not applied gets no update."""
+        """After the backward pass: what was decided but not applied gets no update.
+
+        Nothing waits where a run goes on without what it waited for, compilation or several processes.
+        """
         for name in self.decided - self.applied:
             for parameter in self.by_name[name].parameters:
                 parameter.grad = None
+        if self.decided != self.applied and not self.waits:
+            self.apply()
 
     def apply(self) -> None:
         """Flip requires_grad of what was decided, compiled blocks keeping to few patterns; and of the prefix."""

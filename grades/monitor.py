@@ -18,6 +18,7 @@ from grades.metrics import GradientNorm, make_metric
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 
 HISTORY_VERSION = 2
+Values = dict[str, float | None]  # by the component's name; None where nothing was measured
 
 
 class GradESMonitor:
@@ -36,18 +37,28 @@ class GradESMonitor:
         total_steps: int | None = None,
         log: Callable[[str], None] = print,
         on_round: Callable[[], None] | None = None,
+        agree: Callable[[Values], Values] | None = None,
     ) -> None:
         """total_steps: length of the run, which the grace period is a share of; may be set later, before step 1.
 
         optimizer: its state of frozen weights is freed. log: takes one line a freeze. on_round: called after
-        requires_grad has changed, where that asks for the model to be wrapped anew (DDP). Raises ValueError on
-        impossible settings and where the model has no component.
+        requires_grad has changed, where that asks for the model to be wrapped anew (DDP). agree: given a check's
+        numbers, returns those that every process goes by, rank 0's. Raises ValueError on impossible settings and
+        where the model has no component.
         """
         config.validate()
+        if config.unfreeze_factor is not None and on_round is not None:
+            raise ValueError(
+                f"--unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "
+                "cannot be probed; FSDP2 (--parallel fsdp) can"
+            )
         self.config = config
         self.log = log
+        self.agree = agree
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
+        # What target_components leaves out trains on, so that a run does not end for the lack of it.
+        self.num_matrices = len(find_components(model))
         self.total_steps = total_steps
         self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
         self.scale = make_scale(config, self.components, optimizer)
@@ -105,7 +116,8 @@ class GradESMonitor:
         return enough
 
     def enough_frozen(self) -> bool:
-        return policy.enough_frozen(len(self.frozen), len(self.components), self.config.max_frozen_ratio)
+        """Whether so many of the model's projection matrices, watched or not, are frozen that the run ends."""
+        return policy.enough_frozen(len(self.frozen), self.num_matrices, self.config.max_frozen_ratio)
 
     def frozen_share(self, tower: str | None = None) -> float | None:
         """Share of the components (of a tower) that are frozen; None where there are none."""
@@ -140,7 +152,7 @@ class GradESMonitor:
             what = f"metric {self.config.metric}" if self.metric.reads_gradients else "a compiled or distributed model"
             raise ValueError(f"{what} needs after_backward(step) between the backward pass and the clipping")
         if self.config.unfreeze_factor is not None and self.freezer.waits:
-            raise ValueError("unfreeze_factor: a compiled or distributed model cannot be probed; leave it out")
+            raise ValueError("unfreeze_factor: a compiled model cannot be probed; leave it out")
         if self.last_step == 0:
             self._check_grace()
 
@@ -154,7 +166,8 @@ class GradESMonitor:
             )
 
     def _measure(self, step: int) -> dict[str, float | None]:
-        values = self.scale.apply(self.metric.measure(self._live()))
+        values = self.metric.measure(self._live())
+        values = self.scale.apply(values if self.agree is None else self.agree(values))
         self.checks.append({"step": step, "values": [values.get(component.name) for component in self.components]})
         if not self.taus and step <= self.grace_steps:
             self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
@@ -251,6 +264,7 @@ class GradESMonitor:
             "frozen": dict(self.frozen),
             "streaks": dict(self.streaks),
             "taus": dict(self.taus),
+            "given": [c.name for c in self.components if self.config.tau_of(c.tower, c.part) != AUTO],
             "last_step": self.last_step,
             "checks": list(self.checks),
             "grace_checks": list(self.grace_checks),
@@ -282,6 +296,9 @@ class GradESMonitor:
         self.frozen, self.streaks = dict(state["frozen"]), dict(state["streaks"])
         if not self.taus:  # those that are still to be found; a number that is given now holds
             given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}
+            if state["taus"] and (fixed := [name for name in given if given[name] == AUTO and name in state["given"]]):
+                tower = self.by_name[fixed[0]].tower
+                raise ValueError(f"--{tower}_tau auto: must be a number, as in the saved run; its grace period is over")
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }

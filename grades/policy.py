@@ -42,9 +42,15 @@ def enough_frozen(frozen: int, total: int, max_frozen_ratio: float) -> bool:
     return 0 < frozen >= Decimal(repr(max_frozen_ratio)) * total
 
 
-def round_number(decided: int, total: int, rounds: int) -> int:
-    """The round, counted from 1, that so many decisions are enough for: round r waits for r / rounds of all."""
-    return decided * rounds // total
+def round_number(decided: Sequence[int], totals: Sequence[int], rounds: int) -> int:
+    """The round, counted from 1, that so many decisions in each tower are enough for.
+
+    The first of two towers to be decided whole is worth a round, as that spares the most; the other rounds come at
+    equal shares of all.
+    """
+    for_towers = min(len(totals), rounds) - 1
+    whole = sum(n == total for n, total in zip(decided, totals, strict=True))
+    return sum(decided) * (rounds - for_towers) // sum(totals) + min(whole, for_towers)
 
 
 def few_patterns(decided: Sequence[frozenset[str]], elements: Mapping[str, int], limit: int) -> list[frozenset[str]]:

@@ -247,7 +247,9 @@ class TrainConfig:
     lora_alpha: float = doc("LoRA: an adapter's output is scaled by lora_alpha / lora_rank", 16.0)
     lora_dropout: float = doc("LoRA: dropout of what goes into an adapter", 0.0)
     lora_targets: list[str] = doc(
-        "LoRA: adapt the matrices whose name contains one of these; empty: every projection matrix of both towers", []
+        "LoRA: adapt the matrices that one of these names, a whole part of the dotted name (q_proj, mlp, blocks.0, "
+        "*_proj); empty: every projection matrix of both towers",
+        [],
     )
     lora_vision: bool = doc("LoRA: adapt the vision tower too; off: it trains in full (as one from scratch must)", True)
     batch_size: int = doc("rows (images, with turns_per_image) in a micro-batch", 2)
@@ -392,6 +394,11 @@ def validate(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> None:
         found.append("--vit_cls_flag True: must be False; the projector takes the patches, not one CLS token")
     if vlm.lm_use_tokens:
         found.append("--lm_use_tokens True: must be False; the language model takes embeddings here")
+    if train.compile and train.enable_grades and grades.unfreeze_factor is not None:
+        found.append(
+            f"--unfreeze_factor {grades.unfreeze_factor:g}: must be left out with --compile: compiled blocks cannot be "
+            "probed"
+        )
     if train.packing and vlm.lm_max_length > vlm.lm_max_position_embeddings:
         found.append(
             f"--packing True: must be off where lm_max_length {vlm.lm_max_length} is more than "

@@ -7,6 +7,7 @@ scale * B A x with A [rank, in] and B [out, rank], zero at first; scale = lora_a
 import torch
 import torch.nn as nn
 
+from grades.config import is_named
 from models.config import TrainConfig
 
 ADAPTER = "default"  # peft's name for the only adapter
@@ -27,10 +28,10 @@ def inject_lora(model: nn.Module, cfg: TrainConfig) -> None:
         for name, module in model.named_modules()
         if name.startswith(f"{tower}.blocks.") and isinstance(module, nn.Linear)
     ]
-    targets = [name for name in matrices if not cfg.lora_targets or any(part in name for part in cfg.lora_targets)]
+    targets = [name for name in matrices if not cfg.lora_targets or is_named(name, cfg.lora_targets)]
     if not targets:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
-        raise ValueError(f"--lora_targets {' '.join(cfg.lora_targets)}: must be parts of the matrices' names: {kinds}")
+        raise ValueError(f"--lora_targets {' '.join(cfg.lora_targets)}: must name some of {kinds}")
     settings = LoraConfig(
         r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=targets
     )

@@ -1,13 +1,15 @@
-"""What freezing by each metric costs in accuracy when all of them save the same.
+"""What freezing by each metric costs in accuracy when all of them save the same work.
 
     python scripts/compare_metrics.py --seeds 3 -- --max_training_steps 800
 
-A run that freezes nothing gives each metric's curves, and from these follow the taus with which it would freeze
---saved of the weight updates in each tower (elements x steps). With these taus each metric then trains the other
-seeds. Two references: Full, and matrices drawn at random that freeze at the steps of the last metric. Writes
-metrics.md, results.json and metrics.png. Interrupted or failed, the same command goes on where it was.
+A run that freezes nothing gives each metric's curves, and from these follow the taus with which it would have saved
+--saved of the FLOPs, both towers sparing the same share of their weight updates. With these taus each metric then
+trains the other seeds. References: Full, and matrices drawn at random that freeze at the steps of two of the metrics.
+Writes metrics.md, results.json and metrics.png. Interrupted or failed, the same command goes on where it was.
 """
 
+import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -15,10 +17,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
+from grades import find_components
+from grades.freezing import Freezer
+from models.vision_language_model import VisionLanguageModel
 from scripts import runs
 from scripts.runs import Plan, Runs, cell
+from training.arguments import parse_arguments
+from training.flops import model_cost
+from training.plan import full_batch
 
-# Row -> label, flags. The last one's freezes are what the random control repeats.
+# Row -> label, flags.
 ROWS = {
     "weight_change": ("weight_change", "--metric weight_change"),
     "weight_relative": (
@@ -30,8 +40,8 @@ ROWS = {
     "gradient_change": ("gradient_change", "--metric gradient_change"),
     "gradient_rms": ("gradient_rms", "--metric gradient_rms"),
 }
-REPLAYED = "gradient_rms"
-REFERENCES = {"full": "Full", "random": "random, at gradient_rms' steps"}
+REPLAYED = ("weight_change", "gradient_rms")  # whose freezes a random control repeats
+REFERENCES = {"full": "Full"} | {f"random_{row}": f"random, at {row}'s steps" for row in REPLAYED}
 LABELS = {row: label for row, (label, _) in ROWS.items()} | REFERENCES
 CALIBRATION_SEED = 100
 NO_FREEZE = ("--freeze_vision", "false", "--freeze_language", "false")
@@ -40,7 +50,7 @@ TOWERS = ("vision", "language")
 
 def parse(argv: list[str] | None = None):
     parser = runs.parser(__doc__.splitlines()[0], prefix="metrics", seeds=3)
-    parser.add_argument("--saved", type=float, default=0.25, help="share of the weight updates to save (default: 0.25)")
+    parser.add_argument("--saved", type=float, default=0.12, help="share of Full's FLOPs to save (default: 0.12)")
     arguments = runs.read_arguments(parser, argv)
     if not 0 < arguments.saved < 1 - arguments.recipe.grades.alpha:
         parser.error(f"--saved {arguments.saved}: must be > 0 and less than 1 - alpha {arguments.recipe.grades.alpha}")
@@ -63,14 +73,15 @@ def make_plans(arguments) -> list[Plan]:
                     late_flags=lambda made, row=row: tau_flags(made, row, arguments.saved), late="the taus",
                 )
             )  # fmt: skip
-        needs = f"{REPLAYED}_seed{seed}"
-        plans.append(
-            Plan(
-                "random", LABELS["random"], seed, (*common, "--enable_grades", "--replay_seed", str(seed)), (needs,),
-                late_flags=lambda made, needs=needs: ["--replay_history", str(history_path(made, needs))],
-                late="the history to repeat",
-            )
-        )  # fmt: skip
+        for row in REPLAYED:
+            needs, flags = f"{row}_seed{seed}", (*common, "--enable_grades", "--replay_seed", str(seed))
+            plans.append(
+                Plan(
+                    f"random_{row}", LABELS[f"random_{row}"], seed, flags, (needs,),
+                    late_flags=lambda made, needs=needs: ["--replay_history", str(history_path(made, needs))],
+                    late="the history to repeat",
+                )
+            )  # fmt: skip
     return plans
 
 
@@ -83,8 +94,45 @@ def history_path(made: Runs, name: str) -> Path:
 
 
 def tau_flags(made: Runs, row: str, saved: float) -> list[str]:
-    history = json.loads(history_path(made, curves(row)).read_text())
-    return [word for tower in TOWERS for word in (f"--{tower}_tau", repr(find_tau(history, tower, saved)))]
+    (plan,) = (plan for plan in made.plans if plan.name == curves(row))
+    taus = find_taus(made.folder(plan.name), plan.flags, saved)
+    return [word for tower in TOWERS for word in (f"--{tower}_tau", repr(taus[tower]))]
+
+
+@functools.cache
+def find_taus(folder: Path, flags: tuple[str, ...], saved: float) -> dict[str, float]:
+    """The taus of both towers that would have saved that share of the FLOPs of the run in the folder."""
+    history, summary = (json.loads((folder / name).read_text()) for name in ("grades_history.json", "summary.json"))
+    low, high = 0.0, 1.0  # share of the weight updates
+    for _ in range(10):
+        share = (low + high) / 2
+        taus = {tower: find_tau(history, tower, share) for tower in TOWERS}
+        if saved_flops(history, summary, taus, flags) < saved:
+            low = share
+        else:
+            high = share
+    return {tower: find_tau(history, tower, high) for tower in TOWERS}
+
+
+def saved_flops(history: dict, summary: dict, taus: dict[str, float], flags: tuple[str, ...]) -> float:
+    """Share of the FLOPs of the steps that freezing at the first check below tau would have spared, the end of the run
+    where all is frozen among them. On rows of the run's mean length."""
+    settings = parse_arguments(list(flags))
+    with torch.device("meta"):
+        model = VisionLanguageModel(settings.vlm)
+    batch = full_batch(settings, torch.device("meta"))
+    tokens = summary["train_tokens"] / summary["steps"] / batch["input_ids"].shape[0]
+    train = dataclasses.replace(settings.train, max_sample_length=round(tokens))
+    batch = full_batch(dataclasses.replace(settings, train=train), torch.device("meta"))
+    components = find_components(model)
+    freezer = Freezer(model, components, None)
+    frozen = {name: step for tower in TOWERS for name, step in frozen_by_tau(history, tower, taus[tower]).items()}
+    whole, spent, begin = model_cost(model).of(batch), 0, 0
+    for step in sorted({*frozen.values(), history["total_steps"]}):
+        spent += (step - begin) * (model_cost(model).of(batch) if len(freezer.decided) < len(components) else 0)
+        freezer.freeze([name for name, at in frozen.items() if at == step])
+        begin = step
+    return 1 - spent / whole / history["total_steps"]
 
 
 def find_tau(history: dict, tower: str, saved: float) -> float:
@@ -111,13 +159,18 @@ def columns_of(history: dict, tower: str) -> list[int]:
 
 def saved_by_tau(history: dict, tower: str, tau: float) -> float:
     """Share of the tower's updates (elements x steps) that freezing at the first check below tau would spare."""
-    steps = {}
+    return saved_share(history, tower, frozen_by_tau(history, tower, tau))
+
+
+def frozen_by_tau(history: dict, tower: str, tau: float) -> dict[str, int]:
+    """The step at which each component would freeze, by name."""
+    steps: dict[str, int] = {}
     for check in history["checks"]:
         for i in columns_of(history, tower):
             value = check["values"][i]
             if check["step"] > history["grace_steps"] and value is not None and value < tau:
                 steps.setdefault(history["components"][i]["name"], check["step"])
-    return saved_share(history, tower, steps)
+    return steps
 
 
 def saved_share(history: dict, tower: str, steps: dict[str, int]) -> float:
@@ -213,7 +266,7 @@ def draw_costs(axis, found: dict[str, list[dict]]) -> None:
     axis.invert_yaxis()
     axis.axvline(0, color="0.6", linewidth=1)
     axis.set_xlabel("exact match below Full of the same seed, in points (dots: seeds; bars: means)")
-    axis.set_title("what freezing by each metric cost, all saving the same", loc="left", fontweight="bold")
+    axis.set_title("what freezing by each metric cost, at about the same FLOPs saved", loc="left", fontweight="bold")
     axis.grid(axis="x", color="0.92")
 
 

@@ -110,7 +110,9 @@ class Runs:
         """The command of a run; where what it needs has not finished, without the flags that follow from that."""
         late = plan.late_flags(self) if self.is_ready(plan) else []
         place = ["--output_dir", str(self.output / "runs"), "--run_name", plan.name]
-        return [sys.executable, str(ROOT / "train.py"), *plan.flags, *late, *place]
+        # One that was killed goes on; one that branches off another's checkpoint begins anew.
+        resume = [] if "--resume" in late else ["--resume", "auto"]
+        return [sys.executable, str(ROOT / "train.py"), *plan.flags, *late, *place, *resume]
 
     def run_all(self, after_each: Callable[[], None], jobs: int = 1) -> None:
         """Make the unfinished runs in order, up to `jobs` at once, with a line after each. Raises RunFailed."""
@@ -131,7 +133,10 @@ class Runs:
             for plan in [plan for plan in waiting if self.is_ready(plan)][: jobs - len(running)]:
                 waiting.remove(plan)
                 number = self.plans.index(plan) + 1
-                print(f"[{number}/{len(self.plans)}] {plan.label}, seed {plan.seed} ...", flush=True)
+                log = self.output / "logs" / f"{plan.name}.txt"
+                print(
+                    f"[{number}/{len(self.plans)}] {plan.label}, seed {plan.seed} ... (progress in {log})", flush=True
+                )
                 running[pool.submit(self.run, plan)] = plan
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 plan = running.pop(future)
@@ -148,8 +153,10 @@ class Runs:
     def run(self, plan: Plan) -> None:
         """Make one run and keep its result."""
         folder = self.folder(plan.name)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         command, log = self.command(plan), self.output / "logs" / f"{plan.name}.txt"
+        # A finished one is made anew where its checkpoint is missed.
+        if "auto" != command[-1] or (folder / "run.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         code = self.runner(command, log)
         if code != 0:
@@ -381,7 +388,10 @@ def run_script(
         print(f"{error}\nA run failed. The same command goes on from here.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here; the run under way starts again.", file=sys.stderr)
+        print(
+            "\nInterrupted. The same command goes on from here; as does the run under way from its last checkpoint.",
+            file=sys.stderr,
+        )
         return 130
     table = write_tables(made, arguments)
     draw(made, arguments)

@@ -39,6 +39,7 @@ def test_the_flags_people_know_work():
     ("words", "value"),
     [
         ("--compile", True), ("--compile False", False), ("--compile=true", True), ("--no_compile", False),
+        ("--compile on", True), ("--compile Off", False),
         ("--compile --no-compile", False), ("", False),
     ],
 )  # fmt: skip

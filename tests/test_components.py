@@ -383,5 +383,5 @@ def test_a_model_without_components_lists_its_linears_once_a_block_and_not_witho
     with pytest.raises(ValueError, match="and 970 more") as error:
         find_components(many)
     assert len(str(error.value)) < 1000
-    with pytest.raises(ValueError, match="contains one of proj_out"):
+    with pytest.raises(ValueError, match="named by proj_out"):
         find_components(build("llama"), ["proj_out"])

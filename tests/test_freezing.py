@@ -317,6 +317,39 @@ def test_a_last_norm_that_is_defined_before_the_blocks_is_not_before_them():
     assert not any("layers.0." in name for name in left)
 
 
+def test_a_tower_that_is_decided_whole_waits_for_no_share_of_the_other():
+    model = make_model(lm_n_blocks=30)
+    components = find_components(model)
+    freezer = Freezer(model, components, None, rounds=2, on_round=lambda: None)
+    vision = [c.name for c in components if c.tower == "vision"]
+    for name in vision[:-1]:
+        freezer.freeze([name])
+    assert not freezer.applied
+    freezer.freeze(vision[-1:])
+    assert freezer.applied == set(vision)
+    assert not trainable(model, "vision_encoder")
+
+
+def test_what_waited_for_a_round_is_applied_where_a_run_goes_on_without_rounds(model):
+    freezer = Freezer(model, find_components(model), None, rounds=1, on_round=lambda: None)
+    freezer.freeze([c.name for c in freezer.components if c.tower == "vision"])
+    assert not freezer.applied
+    again = make_model()
+    alone = Freezer(again, find_components(again), None, rounds=1)
+    alone.load_state_dict(freezer.state_dict())
+    loss_of(again).backward()
+    alone.drop_gradients()
+    assert alone.applied == freezer.decided
+    assert not trainable(again, "vision_encoder")
+    assert all(p.grad is None for p in again.vision_encoder.parameters())
+
+
+def test_ddp_cannot_be_probed_and_says_so_at_once(model):
+    config = GradESConfig(metric="gradient_norm", unfreeze_factor=2.0)
+    with pytest.raises(ValueError, match=r"--unfreeze_factor 2: .*--parallel fsdp"):
+        GradESMonitor(config, model, on_round=lambda: None)
+
+
 def test_thawing_takes_the_prefix_back_to_what_is_still_frozen(model):
     everything = trainable(model)
     freezer = freeze(model, "vision_encoder")

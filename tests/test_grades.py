@@ -47,7 +47,10 @@ def test_components_are_the_projection_matrices_of_both_towers(model):
 
 
 def test_target_components_and_frozen_towers_narrow_the_choice(model):
-    assert {c.kind for c in find_components(model, ["fc1", "q_proj"])} == {"fc1", "q_proj"}
+    assert {c.kind for c in find_components(model, ["fc1", "q_proj"])} == {"fc1", "q_proj"}  # and no qkv_proj
+    assert {c.kind for c in find_components(model, ["attn.?_proj"])} == {"q_proj", "k_proj", "v_proj"}
+    first = find_components(model, ["vision_encoder.blocks.0"])
+    assert {c.name for c in first} == {c.name for c in find_components(model) if c.tower == "vision" and c.layer == 0}
     model.vision_encoder.requires_grad_(False)
     assert {c.tower for c in find_components(model)} == {"language"}
 
@@ -126,6 +129,14 @@ def test_the_run_stops_at_max_frozen_ratio(model):
     assert monitor.last_step == 3
     assert monitor.enough_frozen()
     assert monitor.history()["stopped_early"] is True
+
+
+def test_a_run_goes_on_while_matrices_train_that_are_not_watched(model):
+    settings = {"target_components": ["fc1"], "vision_tau": 1e9, "language_tau": 1e9, "alpha": 0.2}
+    loop = Loop(model, GradESConfig(**settings), 8).run()
+    assert (loop.step, loop.monitor.frozen_share()) == (8, 1.0)
+    loop = Loop(make_model(), GradESConfig(max_frozen_ratio=0.09, **settings), 8).run()
+    assert (loop.step, len(loop.monitor.frozen)) == (3, 2)
 
 
 def test_total_steps_may_come_after_the_monitor_but_not_after_the_first_step(model):
@@ -318,6 +329,25 @@ def test_a_tau_that_is_given_goes_over_the_saved_one_and_auto_keeps_it(model):
     assert len(found) == len(taus) == 22
     for component in again.monitor.components:
         assert taus[component.name] == (3.0 if component.tower == "language" else found[component.name])
+
+
+def test_auto_after_a_number_is_refused(model):
+    state = Loop(model, GradESConfig(alpha=0.5, vision_tau="auto"), 8).run(5).save()
+    again = Loop(make_model(), GradESConfig(alpha=0.5, vision_tau="auto", language_tau="auto"), 8)
+    with pytest.raises(ValueError, match="--language_tau auto: must be a number"):
+        again.load(state)
+
+
+def test_every_process_goes_by_the_numbers_of_the_first(model):
+    """The second one's own would freeze everything at once."""
+    seen = []
+    second = Loop(model, GradESConfig(alpha=0, vision_tau=1.0, language_tau=1.0), 4)
+    second.monitor.agree = lambda values: seen.append(values) or dict.fromkeys(values, 2.0)
+    second.run()
+    assert len(seen) == 4
+    assert max(v for v in seen[-1].values() if v is not None) < 1.0
+    assert not second.monitor.frozen
+    assert set(second.monitor.latest.values()) == {2.0}
 
 
 @pytest.mark.filterwarnings("error")

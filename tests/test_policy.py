@@ -59,14 +59,20 @@ def test_the_run_ends_at_the_share_and_never_with_nothing_frozen(frozen, total, 
 @pytest.mark.parametrize("rounds", [1, 3, 8])
 @pytest.mark.parametrize("total", [1, 7, 22, 258])
 @pytest.mark.parametrize("at_once", [1, 5, 100])
-def test_never_more_rounds_than_asked_for_and_the_last_freezes_everything(rounds, total, at_once):
-    decided = number = done = applied = 0
-    while decided < total:
-        decided = min(total, decided + at_once)
-        if round_number(decided, total, rounds) > number:
-            done, number, applied = done + 1, round_number(decided, total, rounds), decided
+@pytest.mark.parametrize("vision_first", [True, False])
+def test_never_more_rounds_than_asked_for_and_the_last_freezes_everything(rounds, total, at_once, vision_first):
+    totals = [total // 3, total - total // 3] if total > 1 else [total]
+    decided, applied = [0] * len(totals), [0] * len(totals)
+    number = done = 0
+    order = range(len(totals)) if vision_first else reversed(range(len(totals)))
+    for tower in order:
+        while decided[tower] < totals[tower]:
+            decided[tower] = min(totals[tower], decided[tower] + at_once)
+            if round_number(decided, totals, rounds) > number:
+                done, number, applied = done + 1, round_number(decided, totals, rounds), list(decided)
+        assert applied[tower] == totals[tower] or rounds == 1, "a whole tower waits for nothing"
     assert 1 <= done <= rounds
-    assert applied == total
+    assert applied == totals
 
 
 EVENTS = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from grades.config import AUTO, GradESConfig
 from models.config import TrainConfig, VLMConfig, validate
@@ -85,6 +85,8 @@ class Parser(HfArgumentParser):
         for action in self._actions:
             if action.type in (dict[str, str], dict[str, float]):
                 action.type = json_mapping
+            if action.type is string_to_bool:
+                action.type = on_or_off
             if action.dest in ("vision_tau", "language_tau"):
                 action.type = number_or_auto
             if action.dest == "profile":
@@ -93,6 +95,10 @@ class Parser(HfArgumentParser):
     def error(self, message: str):
         """End with the message alone: a usage text of a hundred flags would hide it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def on_or_off(text: str) -> bool:
+    return string_to_bool({"on": "true", "off": "false"}.get(text.lower(), text))
 
 
 def number_or_auto(text: str) -> float | str:
@@ -149,7 +155,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
     parser = Parser(
         prog="train.py",
         description="Train a nanoVLM; --enable_grades freezes each weight matrix when it has converged. Booleans are "
-        "switched by --x, --x false and --no_x; every flag may be written with dashes. The defaults are the recipe's.",
+        "switched by --x, --x off (or false) and --no_x; dashes do as well as _. The defaults are the recipe's.",
         usage="train.py [--config RECIPE] [--enable_grades] [--FLAG VALUE ...]",
     )
     try:

@@ -154,15 +154,17 @@ class Parallel:
 
     @property
     def on_round(self) -> Callable[[], None] | None:
-        """What is to be called after requires_grad has changed."""
-        return None if self.is_alone else self.rewrap
+        """What is to be called after requires_grad has changed; None under FSDP2, which looks at it in every step."""
+        return self.rewrap if self.kind == "ddp" else None
 
     def rewrap(self) -> None:
-        """Let the next step wrap the model anew: DDP waits for the gradients of all that trained when it wrapped.
-
-        FSDP2 looks at requires_grad whenever it gathers a weight.
-        """
+        """Let the next step wrap the model anew: DDP waits for the gradients of all that trained when it wrapped."""
         self.ddp = None
+
+    @property
+    def agree(self) -> Callable[[T], T] | None:
+        """Gives every rank what rank 0 holds; None where the ranks hold the same for certain."""
+        return (lambda value: self.from_main(lambda: value)) if self.kind == "ddp" else None
 
     def accumulation(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """The context of one micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
