@@ -155,7 +155,7 @@ class Runs:
         folder = self.folder(plan.name)
         command, log = self.command(plan), self.output / "logs" / f"{plan.name}.txt"
         # A finished one is made anew where its checkpoint is missed.
-        if "auto" != command[-1] or (folder / "run.json").is_file():
+        if command[-1] != "auto" or (folder / "run.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         code = self.runner(command, log)
