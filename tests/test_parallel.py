@@ -36,7 +36,7 @@ FLAGS = TINY | {
 SPARSE = {"batch_size": 1, "gradient_accumulation_steps": 1, "enable_grades": False}
 # Its metric needs nothing of earlier steps: three processes measure at once what two would.
 THRICE = {"metric": "gradient_norm", "vision_tau": 3.5, "language_tau": 6.5}
-WOKEN = THRICE | {"unfreeze_factor": 1.01, "probe_interval": 2}
+WOKEN = {"metric": "gradient_norm", "vision_tau": 3, "language_tau": 5, "unfreeze_factor": 1.01, "probe_interval": 2}
 CHANGE = {"metric": "gradient_change", "vision_tau": "auto", "language_tau": "auto"}
 
 

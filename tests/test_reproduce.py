@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from grades import find_components
+from models.vision_language_model import VisionLanguageModel
 from scripts import compare_metrics, reproduce, runs, sweep
+from training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +50,8 @@ class Trainer:
         self.commands.append(command)
         folder = Path(value_of(command, "--output_dir")) / value_of(command, "--run_name")
         for step in (320, 640):
-            (folder / "checkpoints" / f"step_{step}").mkdir(parents=True)  # raises where train.py would: it exists
+            goes_on = value_of(command, "--resume") == "auto"  # else raises where train.py would: it exists
+            (folder / "checkpoints" / f"step_{step}").mkdir(parents=True, exist_ok=goes_on)
             (folder / "checkpoints" / f"step_{step}" / "manifest.json").write_text(json.dumps({"step": step}))
         log.write_text("\n".join(f"line {i}" for i in range(50)))
         if len(self.commands) == self.fails_at:
@@ -120,6 +125,7 @@ def test_an_interrupted_reproduction_goes_on_where_it_was(start, capsys):
     code, second, _ = start(reproduce, *rows)
     assert code == 0
     assert second.names[0] == "lora_es_seed0"
+    assert value_of(second.commands[0], "--resume") == "auto"  # from its own last checkpoint
     assert first.names[:3] + second.names == [f"{row}_seed{s}" for s in (0, 1) for row in ("lora_base", *rows[3:])]
     assert not list(out.glob("runs/*/checkpoints"))
     code, third, _ = start(reproduce, *rows)
@@ -250,7 +256,7 @@ def test_jobs_run_at_once_and_wait_for_what_they_need(tmp_path):
     together = threading.Barrier(2)  # a and b meet here, or it breaks
 
     def runner(command, log):
-        name = command[-1]
+        name = value_of(command, "--run_name")
         if name == "c_seed0":
             assert (tmp_path / "runs" / "a_seed0" / "run.json").exists()
         else:
@@ -302,8 +308,60 @@ def test_the_study_of_metrics_lists_runs_that_train_py_takes(start, capsys):
     assert start(compare_metrics, "--seeds", "2", "--list")[0] == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
     rows = len(compare_metrics.ROWS)
-    assert len(lines) == rows + 2 * (rows + 2)
-    assert "# random, at gradient_rms' steps, seed 1" in lines
+    assert len(lines) == rows + 2 * (rows + 3)
+    assert "# random, at gradient_rms's steps, seed 1" in lines
+
+
+def watched(freeze_at: dict[str, int], steps: int) -> tuple[dict, dict]:
+    """(history, summary) of a run of the quickstart's model that would freeze a tower's matrices after these steps."""
+    with torch.device("meta"):
+        components = find_components(VisionLanguageModel(parse_arguments([]).vlm))
+    checks = [
+        {"step": step, "values": [float(step < freeze_at[c.tower]) + 1 for c in components]}
+        for step in range(1, steps + 1)
+    ]
+    listed = [{"name": c.name, "tower": c.tower, "elements": c.elements} for c in components]
+    history = {"total_steps": steps, "grace_steps": 2, "components": listed, "checks": checks}
+    return history | {"events": []}, {"train_tokens": 96 * 40 * steps, "steps": steps}
+
+
+def test_flops_that_freezing_would_save():
+    def saved(vision: int, language: int, tau=1.5) -> float:
+        history, summary = watched({"vision": vision, "language": language}, 10)
+        return compare_metrics.saved_flops(history, summary, {"vision": tau, "language": tau}, ())
+
+    assert saved(4, 4) == pytest.approx(0.6)  # the run ends after step 4
+    assert saved(4, 4, tau=0.5) == 0
+    vision, language = saved(4, 99), saved(99, 4)
+    assert 0 < language < vision < 0.6  # only the vision tower is spared whole, with its backward pass
+
+
+def test_metrics_are_compared_at_equal_flops(start):
+    class Watched(Trainer):
+        """Every run that freezes nothing has curves of which the towers cross a tau after half and three quarters."""
+
+        def __call__(self, command, log):
+            code = super().__call__(command, log)
+            folder = Path(value_of(command, "--output_dir")) / value_of(command, "--run_name")
+            history, counts = watched({"vision": 4, "language": 6}, 8)
+            if "--enable_grades" in command and "--freeze_vision" not in command:
+                history["events"] = [{"name": c["name"], "step": 4} for c in history["components"][:12]]
+            (folder / "grades_history.json").write_text(json.dumps(history))
+            (folder / "summary.json").write_text(json.dumps(json.loads((folder / "summary.json").read_text()) | counts))
+            return code
+
+    code, trainer, out = start(compare_metrics, "--seeds", "1", "--saved", "0.2", trainer=Watched())
+    assert code == 0
+    by_name = dict(zip(trainer.names, trainer.commands, strict=True))
+    taus = [float(value_of(by_name["gradient_norm_seed0"], f"--{tower}_tau")) for tower in ("vision", "language")]
+    assert taus == [pytest.approx(1), pytest.approx(1)]
+    replayed = value_of(by_name["random_weight_change_seed0"], "--replay_history")
+    assert Path(replayed) == out / "runs" / "weight_change_seed0" / "grades_history.json"
+    found = json.loads((out / "results.json").read_text())["rows"]
+    assert found["gradient_norm"][0]["saved_vision"] == pytest.approx(0.5)
+    assert found["gradient_norm"][0]["saved_language"] == 0
+    assert "| 50 |" in (out / "metrics.md").read_text()
+    assert (out / "metrics.png").stat().st_size > 10_000
 
 
 def test_the_tau_that_saves_a_share_of_the_updates():
