@@ -6,7 +6,7 @@
 
 Prints seconds a step, tokens/s, achieved TFLOP/s, peak memory and what one check of GradES costs. Every flag of
 train.py works besides. Medians over the steps after warm-up; compare runs by their ratios. --switches makes a table
-instead: each switch on top of the flags that are given, in which packing, checkpointing and compile are off.
+instead: each switch on top of the flags that are given, all of which are off there.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training.arguments import Settings
 
 CHECKS = 5
 # Flags of train.py that change the step's speed, as fields of TrainConfig.
-OFF = {"packing": False, "activation_checkpointing": False, "compile": False}
+OFF = {"packing": False, "activation_checkpointing": False, "compile": False, "loss_chunk_size": 0}
 DOCUMENTS = 4  # in a row of --packing
 SWITCHES = {
     "none": {},
@@ -32,6 +32,7 @@ SWITCHES = {
     "--dtype bfloat16": {"dtype": "bfloat16"},
     "--packing": {"packing": True},
     "--activation_checkpointing": {"activation_checkpointing": True},
+    "--loss_chunk_size 128": {"loss_chunk_size": 128},
     "--compile": {"compile": True},
     "--packing --compile": {"packing": True, "compile": True},
 }
@@ -100,6 +101,7 @@ def switch_table(arguments: argparse.Namespace, settings: Settings) -> str:
             peak = f"{peak_memory_gib(bench.device):.2f}" if on_gpu else "-"
             speed = f"{tokens / step_s:,.0f}", f"{flop / step_s / 1e12:.3f}"
             lines.append([name, f"{length:,}", f"{step_s:.4f}", *speed, peak])
+            print(f"{length:,} tokens, {name}: {step_s:.4f} s", file=sys.stderr, flush=True)
     header = ["switch", "tokens a row", "step (s)", "tokens/s", "TFLOP/s", "peak (GiB)"]
     return "\n".join([*where, "", table(header, lines)])
 
