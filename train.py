@@ -128,7 +128,7 @@ def main(settings: Settings) -> int:
                 return fail(f"a process of --num_workers has died, as when memory runs out ({type(error).__name__})")
             raise
         try:
-            report(run, stop_reason)
+            stop_reason = report(run, stop_reason)
         except OSError as error:
             return fail(f"the report could not be written: {error}")
     parallel.close()
@@ -354,8 +354,9 @@ def save(run: Run, name: str | None = None) -> None:
     run.unread_since += seconds  # does not count into tokens/s
 
 
-def report(run: Run, stop_reason: str) -> None:
-    """Test accuracy, pictures and summary.json."""
+def report(run: Run, stop_reason: str) -> str:
+    """Test accuracy, pictures and summary.json. Returns why the run ended: a signal that cuts the test short
+    interrupts the run, and the one that goes on begins with the test."""
     loop_s = time.perf_counter() - run.started - run.startup_time_s
     run.train_time_s = loop_s - run.eval_time_s - run.save_time_s
     test: dict[str, float | None] = {}
@@ -370,10 +371,10 @@ def report(run: Run, stop_reason: str) -> None:
         run.test_time_s = time.perf_counter() - started
         run.eval_time_s += run.test_time_s
         if run.stop.requested:  # cut short
-            test = {}
+            test, stop_reason = {}, "interrupted"
     add_up_ranks(run)
     if not run.parallel.is_main:
-        return
+        return stop_reason
     pictures = draw_pictures(run.monitor, run.folder) if run.monitor is not None else []
     summary = make_summary(run, stop_reason, test, baseline, time.perf_counter() - run.started)
     write_json(run.folder / "summary.json", summary)
@@ -381,6 +382,7 @@ def report(run: Run, stop_reason: str) -> None:
         run.log.say(line)
     run.log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
     run.log.close()
+    return stop_reason
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A run that was ended and goes on is the run that was not: every weight, every number, bit for bit."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -213,6 +214,41 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(run, tmp_path, caps
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
     assert run("run", **flags | {"max_training_steps": 6}) == 0
     assert state(folder)["resumed_at"] == [4]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [({}, "max_training_steps"), ({"enable_grades": True, "vision_tau": 1e9, "language_tau": 1e9}, "frozen")],
+)
+def test_a_test_that_was_cut_short_is_all_that_is_left_to_do(run, tmp_path, monkeypatch, capsys, named, flags, reason):
+    def cut(evaluator, dataset, split):
+        if split == "test":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(evaluator, dataset, split)
+
+    folder, ask = tmp_path / "out" / "run", Evaluator.ask
+    assert run("whole", **flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "ask", cut)
+        assert run("run", **flags) == 143
+    before = files(folder / "checkpoints")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["stop_reason"], summary["test_cut_short"], summary["test_exact_match"]) == (
+        "interrupted",
+        True,
+        None,
+    )
+    assert line("the test was cut short", capsys)
+    assert run("run", **flags, resume=folder if named else "auto") == 0
+    assert files(folder / "checkpoints") == before  # no step was made
+    summary, whole = (json.loads((tmp_path / "out" / name / "summary.json").read_text()) for name in ("run", "whole"))
+    for key in ("steps", "test_exact_match", "test_exact_match_by_source", "train_flops"):
+        assert summary[key] == whole[key]
+    assert (summary["stop_reason"], summary["test_cut_short"]) == (reason, False)
+    assert summary["test_exact_match"] is not None
+    assert run("run", **flags, resume="auto") == 0
+    assert line("has finished", capsys)
 
 
 @pytest.mark.parametrize(
