@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.pipeline import Data, load_data
+from data.pipeline import Data, identify, load_data
 from data.sources import load_rows
 from eval.evaluation import Evaluator
 from eval.scoring import question_only
@@ -152,6 +152,7 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
         cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
         skip_bad_subsets=cfg.skip_bad_subsets,
     )  # fmt: skip
+    start.compare_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start.checkpoint)
     if cfg.lora_rank:
         inject_lora(model, cfg)
