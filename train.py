@@ -100,7 +100,7 @@ def main(settings: Settings) -> int:
         if parallel.is_main:
             announce(settings)
         if settings.train.dry_run:
-            return dry_run(settings) if parallel.is_main else 0
+            return dry_run(settings, parallel.world_size) if parallel.is_main else 0
         start = resume.join_run(settings, parallel)
         if start.is_finished:
             print(f"{start.folder} has finished: see its summary.json")
@@ -234,7 +234,7 @@ def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None
     return None
 
 
-def dry_run(settings: Settings) -> int:
+def dry_run(settings: Settings, processes: int) -> int:
     """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
     from training.plan import make_plan, plan_lines
 
@@ -243,7 +243,7 @@ def dry_run(settings: Settings) -> int:
         model = VisionLanguageModel(settings.vlm)
         if settings.train.lora_rank:
             inject_lora(model, settings.train)
-    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device()))))
+    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
     return 0
 
 
