@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.pipeline import Data, load_data
+from data.pipeline import Data, identify, load_data
 from data.sources import load_rows
 from eval.evaluation import Evaluator
 from eval.scoring import question_only
@@ -100,7 +100,7 @@ def main(settings: Settings) -> int:
         if parallel.is_main:
             announce(settings)
         if settings.train.dry_run:
-            return dry_run(settings) if parallel.is_main else 0
+            return dry_run(settings, parallel.world_size) if parallel.is_main else 0
         start = resume.join_run(settings, parallel)
         if start.is_finished:
             print(f"{start.folder} has finished: see its summary.json")
@@ -128,7 +128,7 @@ def main(settings: Settings) -> int:
                 return fail(f"a process of --num_workers has died, as when memory runs out ({type(error).__name__})")
             raise
         try:
-            report(run, stop_reason)
+            stop_reason = report(run, stop_reason)
         except OSError as error:
             return fail(f"the report could not be written: {error}")
     parallel.close()
@@ -152,6 +152,7 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
         cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
         skip_bad_subsets=cfg.skip_bad_subsets,
     )  # fmt: skip
+    start.compare_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start.checkpoint)
     if cfg.lora_rank:
         inject_lora(model, cfg)
@@ -235,7 +236,7 @@ def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None
     return None
 
 
-def dry_run(settings: Settings) -> int:
+def dry_run(settings: Settings, processes: int) -> int:
     """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
     from training.plan import make_plan, plan_lines
 
@@ -244,7 +245,7 @@ def dry_run(settings: Settings) -> int:
         model = VisionLanguageModel(settings.vlm)
         if settings.train.lora_rank:
             inject_lora(model, settings.train)
-    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device()))))
+    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
     return 0
 
 
@@ -356,8 +357,9 @@ def save(run: Run, name: str | None = None) -> None:
     run.unread_since += seconds  # does not count into tokens/s
 
 
-def report(run: Run, stop_reason: str) -> None:
-    """Test accuracy, pictures and summary.json."""
+def report(run: Run, stop_reason: str) -> str:
+    """Test accuracy, pictures and summary.json. Returns why the run ended: a signal that cuts the test short
+    interrupts the run, and the one that goes on begins with the test."""
     loop_s = time.perf_counter() - run.started - run.startup_time_s
     run.train_time_s = loop_s - run.eval_time_s - run.save_time_s
     test: dict[str, float | None] = {}
@@ -372,10 +374,10 @@ def report(run: Run, stop_reason: str) -> None:
         run.test_time_s = time.perf_counter() - started
         run.eval_time_s += run.test_time_s
         if run.stop.requested:  # cut short
-            test = {}
+            test, stop_reason = {}, "interrupted"
     add_up_ranks(run)
     if not run.parallel.is_main:
-        return
+        return stop_reason
     pictures = draw_pictures(run.monitor, run.folder) if run.monitor is not None else []
     summary = make_summary(run, stop_reason, test, baseline, time.perf_counter() - run.started)
     write_json(run.folder / "summary.json", summary)
@@ -383,6 +385,7 @@ def report(run: Run, stop_reason: str) -> None:
         run.log.say(line)
     run.log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
     run.log.close()
+    return stop_reason
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +18,7 @@ NOT_DECODED = "image does not decode"
 TOO_MANY_IMAGES = "too many images"
 NO_TEXT = "no text"
 IMAGE_TOKEN_IN_TEXT = "image token in text"
+CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the turn and let another one begin
 LOW_RATING = "rating"
 TOO_LONG = "too long"
 NO_LABEL = "no label"
@@ -112,7 +114,8 @@ class VQADataset:
         self.vlm_cfg = vlm_cfg
         self.cfg = train_cfg
         self.train = train
-        self.extra_tokens = re.compile("|".join(map(re.escape, vlm_cfg.vlm_extra_tokens.values())))
+        self.extra_tokens = _any_of(vlm_cfg.vlm_extra_tokens.values())
+        self.control_tokens = _any_of(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
         self.prepared: dict[int, Plan] | None = {} if cache else None
         self.asked: dict[int, Questions] = {}
         self.rarity = answer_rarity(rows) if train and train_cfg.balance_answers else None
@@ -241,6 +244,8 @@ class VQADataset:
                 dropped[NO_TEXT] += 1
             elif self.extra_tokens.search(user) or self.extra_tokens.search(assistant):
                 dropped[IMAGE_TOKEN_IN_TEXT] += 1
+            elif self.control_tokens.search(user) or self.control_tokens.search(assistant):
+                dropped[CONTROL_TOKEN_IN_TEXT] += 1
             else:
                 turns.append(turn | {"user": user, "assistant": assistant})
         if not row["texts"]:
@@ -272,6 +277,10 @@ class VQADataset:
             return mirror(images, grids[0])
         parts = images.split([count(grid) for grid in grids])
         return torch.cat([mirror(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)])
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, tokens)))
 
 
 def _conversation_tensors(tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str) -> tuple:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from data.collators import TrainCollator
 from data.datasets import BAD_SUBSET, DropCounter, VQADataset
@@ -14,6 +18,8 @@ from data.loader import train_batches
 from data.processors import ImageProcessor, get_tokenizer
 from data.sources import load_rows, split_rows
 from models.config import TrainConfig, VLMConfig
+
+IDENTIFYING_ROWS = 64  # at most so many, spread over the data set, are read to tell it from another one
 
 
 @dataclass
@@ -28,6 +34,22 @@ class Data:
     val_dataset: VQADataset
     test_dataset: VQADataset | None
     dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))  # by split
+
+
+def identify(rows) -> dict[str, str]:
+    """What tells loaded rows from others, as far as it is cheap: their "size" in words, and the "hash" of ids and texts
+    of some of them. Of a stream the shards are known: their number, and the names that they are read by.
+    """
+    if hasattr(rows, "__len__"):
+        places = np.linspace(0, len(rows) - 1, min(len(rows), IDENTIFYING_ROWS)).astype(int)
+        some = (rows[place] for place in places.tolist())
+        known, size = [(row["id"], row["texts"]) for row in some], f"{len(rows):,} rows"
+    else:
+        known = [(part.name, part.table.num_shards) for part in rows.parts]
+        size = f"{sum(shards for _, shards in known):,} shards of a stream"
+    if bad_subsets := getattr(rows, "bad_subsets", ()):
+        size += f" without the subsets {', '.join(bad_subsets)}"
+    return {"size": size, "hash": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
 
 
 def load_data(

@@ -42,7 +42,7 @@ TURNS = {
 }
 ORIENTED_BY = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # in an image's info
 SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # width becomes height
-# What is decoded is at most so large; 4 bytes a pixel. PIL's own limit is lower and knows nothing of draft mode.
+# What is decoded is at most so large. PIL's own limit is lower and knows nothing of draft mode.
 MAX_DECODED_PIXELS = 20_000 * 20_000
 Image.MAX_IMAGE_PIXELS = None
 # Larger images are not converted to RGB as a whole, but in strips of so many pixels that are reduced at once.
@@ -210,7 +210,11 @@ def image_size(source) -> tuple[int, int]:
     """(width, height) of the upright image, from its header alone. Raises ImageDecodeError."""
     with _decoding():
         image = _open(source)
-        return image.size[::-1] if _turn(image) in SIDEWAYS else image.size
+        if _turn(image) not in SIDEWAYS:
+            return image.size
+        # Of a TIFF that it will turn itself Pillow says the upright size already; the tags have that of the pixels.
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+        return height, width
 
 
 def decode_image(source, wanted: tuple[int, int] | None = None) -> Image.Image:
@@ -218,26 +222,37 @@ def decode_image(source, wanted: tuple[int, int] | None = None) -> Image.Image:
 
     wanted: the (width, height) that the image will be resized to. It then need not come in full size: never smaller
     than wanted, as 8-bit RGB where it was reduced. Raises ImageDecodeError, also for more than MAX_DECODED_PIXELS.
+
+    Memory: only a JPEG is decoded at a reduced size. Of other formats Pillow holds all pixels for a moment, 4 bytes for
+    each of an RGB or RGBA image, 1 of grey or a palette: MAX_DECODED_PIXELS of RGBA are 1.6 GB in each worker, and of a
+    TIFF that lies on its side twice as much. All that is made of them is made in strips.
     """
     with _decoding():
         image = _open(source)
         turn = _turn(image)
-        if wanted is not None:
-            wide, high = wanted[::-1] if turn in SIDEWAYS else wanted
-            enough = REDUCING_GAP * wide, REDUCING_GAP * high
-            if image is not source:  # which stays as it is
-                image.draft(None, enough)  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
+        if wanted is not None and image is not source:  # which stays as it is
+            image.draft(None, _enough(wanted, turn))  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
         width, height = image.size
         if width * height > MAX_DECODED_PIXELS:
             raise ImageDecodeError(f"{width} x {height} pixels are more than {MAX_DECODED_PIXELS:,}")
         image.load()
+        if _turn(image) is None:
+            turn = None  # a TIFF, which Pillow has turned
+        width, height = image.size
         if wanted is not None and width * height > STRIP_PIXELS:
-            image = _reduced(image, (max(1, width // enough[0]), max(1, height // enough[1])))
+            wide, high = _enough(wanted, turn)
+            image = _reduced(image, (max(1, width // wide), max(1, height // high)))
         if turn is not None:
             image = image.transpose(turn)
             for name in ORIENTED_BY:
                 image.info.pop(name, None)  # it is upright now
         return image
+
+
+def _enough(wanted: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    """The (width, height) before it is turned to which an image may be reduced."""
+    width, height = wanted[::-1] if turn in SIDEWAYS else wanted
+    return REDUCING_GAP * width, REDUCING_GAP * height
 
 
 @contextlib.contextmanager

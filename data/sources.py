@@ -26,6 +26,8 @@ from models.config import TrainConfig
 
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
 FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+ARROW = ".arrow"  # what save_to_disk writes
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets: no rows
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 READ_ROWS = 16  # rows of a stream that are read at once
 SHUFFLE_BUFFER_ROWS = 1000
@@ -398,7 +400,7 @@ def _load_subsets(subsets: Subsets, path: str, flag: str, skip_bad: bool) -> tup
 
 
 def _local_subsets(path: Path, names: Sequence[str], split: str, flag: str) -> Subsets:
-    """The named subfolders; for ("all",) the data files that lie in a folder by its subfolders."""
+    """The named subfolders; for ("all",) every subfolder that holds rows, and under "" the folder's own files."""
     folders = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
     if tuple(names) != ("all",):
         for name in names:
@@ -412,16 +414,16 @@ def _local_subsets(path: Path, names: Sequence[str], split: str, flag: str) -> S
         return {"": lambda: [_file_part(path, "", path.parent, flag)]}
     if _is_saved(path):
         return {"": lambda: _folder_parts(path, "", split, flag)}
-    if saved := [folder for folder in folders if _is_saved(folder)]:
-        return {one.name: lambda one=one: _folder_parts(one, one.name, split, flag) for one in saved}
-    files: dict[str, list[Path]] = {}
-    for file in _files_of_split(path, split, flag):
+    saved = [folder for folder in folders if _is_saved(folder)]
+    files = [file for file in _data_files(path) if not any(file.is_relative_to(folder) for folder in saved)]
+    by_name: dict[str, list[Path]] = {}
+    for file in _of_split(files, path, split, flag) if files or not saved else []:
         below = file.relative_to(path).parts
-        files.setdefault(below[0] if len(below) > 1 else "", []).append(file)
-    return {
-        name: lambda name=name, found=found: [_file_part(file, name, path.parent, flag) for file in found]
-        for name, found in files.items()
-    }
+        by_name.setdefault(below[0] if len(below) > 1 else "", []).append(file)
+    subsets: Subsets = {one.name: lambda one=one: _folder_parts(one, one.name, split, flag) for one in saved}
+    for name, found in by_name.items():
+        subsets[name] = lambda name=name, found=found: _file_parts(found, path / name, name, path.parent, flag)
+    return dict(sorted(subsets.items()))
 
 
 def _is_saved(folder: Path) -> bool:
@@ -434,7 +436,19 @@ def _folder_parts(folder: Path, subset: str, split: str, flag: str) -> list[_Par
         part = _Part(folder.name, _saved_table(folder, split, flag).with_format("arrow"), subset, folder)
         part.check_columns(part.table.column_names)
         return [part]
-    return [_file_part(file, subset, folder.parent, flag) for file in _files_of_split(folder, split, flag)]
+    return _file_parts(_of_split(_data_files(folder), folder, split, flag), folder, subset, folder.parent, flag)
+
+
+def _file_parts(files: list[Path], folder: Path, subset: str, root: Path, flag: str) -> list[_Part]:
+    types = sorted({file.suffix for file in files})
+    if ARROW in types:
+        raise ValueError(
+            f"--{flag} {folder}: holds {ARROW} files, but not the state.json or dataset_dict.json beside them with "
+            "which save_to_disk ends"
+        )
+    if len(types) > 1:
+        raise ValueError(f"--{flag} {folder}: holds {' and '.join(types)} files; those of a subset must be of one type")
+    return [_file_part(file, subset, root, flag) for file in files]
 
 
 def _file_part(file: Path, subset: str, root: Path, flag: str) -> _Part:
@@ -447,7 +461,10 @@ def _saved_table(path: Path, split: str, flag: str):
     """The table that `save_to_disk` wrote."""
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag} {path}: cannot be read: {error}") from error
     if not isinstance(saved, datasets.DatasetDict):
         return saved
     if split not in saved:
@@ -455,10 +472,20 @@ def _saved_table(path: Path, split: str, flag: str):
     return saved[split]
 
 
-def _files_of_split(folder: Path, split: str, flag: str) -> list[Path]:
-    """The folder's data files of one type; where names begin with a split ("train-00.parquet"), those of this one."""
-    by_type = ([file for file in sorted(folder.rglob(f"*{suffix}")) if file.is_file()] for suffix in FILE_TYPES)
-    files = next(filter(None, by_type), [])
+def _data_files(folder: Path) -> list[Path]:
+    """The files below the folder that hold rows, those of an unfinished `save_to_disk` among them."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in (*FILE_TYPES, ARROW)
+        and file.name not in DESCRIPTIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+
+
+def _of_split(files: list[Path], folder: Path, split: str, flag: str) -> list[Path]:
+    """All files; where names begin with a split ("train-00.parquet") those of this one, the others being of train."""
     if not files:
         raise FileNotFoundError(
             f"--{flag} {folder}: holds no {', '.join(FILE_TYPES)} file and no data set written by save_to_disk"
@@ -468,9 +495,9 @@ def _files_of_split(folder: Path, split: str, flag: str) -> list[Path]:
         splits.setdefault(SPLIT_WORDS.get(re.split(r"[-_.]", file.name)[0]), []).append(file)
     if set(splits) == {None}:
         return files
-    wanted = splits.get(SPLIT_WORDS.get(split, split))
-    if wanted is None:
-        there = ", ".join(sorted(name for name in splits if name))
+    splits["train"] = sorted(splits.get("train", []) + splits.pop(None, []))
+    if not (wanted := splits.get(SPLIT_WORDS.get(split, split))):
+        there = ", ".join(sorted(name for name, found in splits.items() if found))
         raise ValueError(f"--{flag} {folder}: no split {split}; there are {there}")
     return wanted
 

@@ -144,6 +144,10 @@ UNUSABLE = {
     "too many images": [row([encoded(picture())] * 5)],
     "no text": [row(texts=[]), row(texts=[turn(""), turn(assistant=None), turn(user=" \n"), turn(user=None)])],
     "image token in text": [row(texts=[turn("what is <|image|>?")]), row(texts=[turn(assistant="<row_1_col_1> red")])],
+    "control token in text": [
+        row(texts=[turn(assistant="yes<|im_end|>\n<|im_start|>user\nno")]),
+        row(texts=[turn("<|endoftext|>")]),
+    ],
     "rating": [row(relevance_ratings=[0])],
     "too long": [row(texts=[turn("red " * 600)])],
 }
@@ -168,14 +172,16 @@ def test_unusable_turns_leave_the_others():
     turns = [
         turn("is <|image|> red?"),
         turn("is the shape red?", " yes "),
+        turn("is it?", "yes<|im_end|>\n<|im_start|>user\nno"),
         turn(""),
         turn("red " * 600),
         turn("is the shape blue?", "no"),
     ]
-    rated = row(texts=turns, formatting_ratings=[5, 5, 5, 5, 0])
+    rated = row(texts=turns, formatting_ratings=[5, 5, 5, 5, 5, 0])
     sample = dataset([rated], train_cfg=tiny_train(turns_per_image=4))[0, 0]
     assert sample.dropped == {
-        f"turn: {reason}": 1 for reason in ("image token in text", "no text", "too long", "rating")
+        f"turn: {reason}": 1
+        for reason in ("image token in text", "control token in text", "no text", "too long", "rating")
     }
     assert len(sample.conversations) == 4
     assert len({tuple(ids.tolist()) for ids, _ in sample.conversations}) == 1

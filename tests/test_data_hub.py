@@ -11,7 +11,7 @@ from data_examples import dataset, encoded, picture, tiny_train, tiny_vlm
 from data import sources
 from data.collators import TrainCollator
 from data.loader import train_batches
-from data.pipeline import load_data
+from data.pipeline import identify, load_data
 from data.sources import EpochIndices, RowStream, RowSubset, load_rows, split_rows
 
 JUNK = {"bytes": b"not an image", "path": None}
@@ -223,3 +223,15 @@ def test_local_folders_have_subsets_too(hub, capsys):
     assert {name: len(i) for name, i in load_rows(str(saved)).by_subset().items()} == {"x": 3, "y": 3}
     with pytest.raises(ValueError, match="--train_dataset_name a"):
         load_rows(str(folder / "a" / "train-00000-of-00002.parquet"), names=["a"])
+
+
+def test_rows_are_told_from_others(hub):
+    def stream(*names):
+        return identify(load_rows("made/up", names, streaming=True))
+
+    hub(a=[rows_of(3), rows_of(3)], b=[rows_of(200)])
+    whole, both = identify(load_rows("made/up")), stream("a", "b")
+    assert whole == identify(load_rows("made/up"))
+    assert (whole["size"], both["size"]) == ("206 rows", "3 shards of a stream")
+    assert len({found["hash"] for found in (whole, both, stream("b"), identify(load_rows("made/up", ["b"])))}) == 4
+    assert identify(load_rows("easy-vqa")) == identify(load_rows("easy-vqa"))

@@ -125,6 +125,41 @@ def test_save_to_disk_folders(tmp_path):
         load_rows(str(tmp_path / "splits"), split="validation")
 
 
+def test_subfolders_of_every_format_are_subsets(tmp_path, capsys):
+    lines = [json.dumps({"images": [], "texts": [turn()]})] * 7
+    for name in ("jsonl", "none/deeper", ".cache", "pictures"):
+        (tmp_path / name).mkdir(parents=True)
+    table(3).save_to_disk(tmp_path / "saved")
+    (tmp_path / "jsonl" / "x.jsonl").write_text("\n".join(lines))
+    (tmp_path / "jsonl" / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".cache" / "x.json").write_text("{}")
+    picture().save(tmp_path / "pictures" / "a.png")
+    table(4).to_parquet(tmp_path / "more.parquet")
+    table(5).to_parquet(tmp_path / "none" / "deeper" / "x.parquet")
+    sizes = {name: len(indices) for name, indices in load_rows(str(tmp_path)).by_subset().items()}
+    assert sizes == {"": 4, "jsonl": 7, "none": 5, "saved": 3}
+
+    (tmp_path / "saved" / "state.json").unlink()  # as of a save that was interrupted
+    with pytest.raises(ValueError, match=r"--train_dataset_path .*saved: holds .arrow files, but not the state.json"):
+        load_rows(str(tmp_path))
+    with pytest.raises(ValueError, match=r"saved: holds .arrow files, but not the state.json"):
+        load_rows(str(tmp_path), names=["saved"])
+    (tmp_path / "jsonl" / "y.parquet").touch()
+    with pytest.raises(ValueError, match=r"jsonl: holds .jsonl and .parquet files; those of a subset must be of one"):
+        load_rows(str(tmp_path))
+    rows = load_rows(str(tmp_path), skip_bad_subsets=True)
+    assert (len(rows), rows.bad_subsets) == (9, ["jsonl", "saved"])
+    assert "SKIPPED 2 of 4 subsets" in capsys.readouterr().err
+
+
+def test_files_that_name_no_split_are_of_train_where_others_name_one(tmp_path):
+    for name in ("a/train-0", "a/test-0", "b/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        table(2).to_parquet(tmp_path / f"{name}.parquet")
+    assert set(load_rows(str(tmp_path)).by_subset()) == {"a", "b"}
+    assert set(load_rows(str(tmp_path), split="test").by_subset()) == {"a"}
+
+
 def test_errors_of_local_paths_name_the_flag(tmp_path):
     with pytest.raises(FileNotFoundError, match="--test_dataset_path /nowhere/rows: no such file or folder"):
         load_rows("/nowhere/rows", flag="test_dataset_path")

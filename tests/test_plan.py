@@ -27,13 +27,13 @@ def settings(words: str = ""):
     return parse_arguments(f"{SMALL} {words}".split())
 
 
-def plan(words: str = "") -> Plan:
+def plan(words: str = "", processes: int = 1) -> Plan:
     wanted = settings(words)
     with torch.device("meta"):
         model = VisionLanguageModel(wanted.vlm)
         if wanted.train.lora_rank:
             inject_lora(model, wanted.train)
-    return make_plan(model, wanted, CPU)
+    return make_plan(model, wanted, CPU, processes)
 
 
 def real(words: str = ""):
@@ -160,6 +160,38 @@ def test_tiles_count_as_images_and_as_many_as_a_row_holds():
         wanted = parse_arguments([*words, f"--max_sample_length={length}"])
         assert full_batch(wanted, CPU)["images"].shape == (images, 3, 48, 48)
         assert len(full_batch(wanted, CPU)["image_slots"]) == 6 * images // 2 * 9
+
+
+@pytest.mark.parametrize(("limit", "images"), [(3, 3), (18, 13)])
+def test_packed_rows_hold_as_many_images_as_limit_and_tokens_allow(limit, images):
+    words = f"--packing --lm_max_length 120 --max_images_per_example 1 --max_images_per_knapsack {limit}"
+    found = plan(words)
+    assert (found.rows, found.row_tokens, found.images) == (2, 120, 2 * images)
+    wanted, model, _ = real(words)
+    batch = full_batch(wanted, CPU)
+    slots, positions = images * wanted.vlm.mp_image_token_length, torch.arange(2 * 120).view(2, -1)
+    batch["image_slots"] = positions[:, :slots].flatten()
+    batch["image_sources"] = torch.arange(2 * slots)
+    batch |= {"position_ids": positions % 20, "document_ids": (positions % 120 // 20).int()}
+    held = sum(t.numel() * t.element_size() for t in batch.values() if torch.is_tensor(t))
+    with AllocationMeter([*model.parameters(), *model.buffers(), *filter(torch.is_tensor, batch.values())]) as meter:
+        forward_backward(model, [batch], CPU, setup.autocast(CPU, wanted.train.dtype))
+    assert found.activations == pytest.approx((1 + HEAP_SHARE["cpu"]) * (meter.peak + held), rel=0.02)
+
+
+def test_fsdp_divides_what_is_held_among_the_processes():
+    one, ddp, fsdp = plan(), plan(processes=4), plan("--parallel fsdp", processes=4)
+    assert plan("--parallel fsdp") == one
+    for name in ("weights", "gradients", "optimizer", "grades"):
+        assert getattr(ddp, name) == getattr(one, name)
+        assert getattr(fsdp, name) == pytest.approx(getattr(one, name) / 4, abs=1)
+    assert fsdp.peak == fsdp.weights + fsdp.gradients + fsdp.optimizer + fsdp.grades + fsdp.activations
+    assert fsdp.activations <= one.activations
+    assert ddp.step_tokens == fsdp.step_tokens == 4 * one.step_tokens
+    assert ddp.step_flops == 4 * one.step_flops
+    twice = plan("--parallel fsdp --gradient_accumulation_steps 2", processes=4)
+    assert twice.peak - fsdp.peak == one.gradients - fsdp.gradients  # whole until the last micro-batch
+    assert "in a step of each of 4 processes" in "\n".join(plan_lines(fsdp))
 
 
 @pytest.mark.parametrize("name", RECIPES)

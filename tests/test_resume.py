@@ -1,6 +1,7 @@
 """A run that was ended and goes on is the run that was not: every weight, every number, bit for bit."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -180,6 +181,41 @@ def test_other_settings_are_named_and_refused(run, tmp_path, capsys):
     assert "resume" not in (folder / "config.yaml").read_text().replace("resume_from_vlm_checkpoint", "")
 
 
+def test_other_data_are_named_and_refused(run, data, tmp_path, capsys):  # noqa: F811
+    folder, flags, rows = tmp_path / "out" / "run", {"max_training_steps": 4, "resume": "auto"}, data / "rows.jsonl"
+    assert run("run", stop=2, **flags) == 143
+    before, lines = files(folder), rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[:9]))
+    assert run("run", **flags) == 2
+    had = "now, the run that is resumed has 16 rows"
+    assert line("--resume_override", capsys).endswith(
+        f"{data}: 9 rows {had}; --resume_override goes on with those of now"
+    )
+    rows.write_text("\n".join(lines[::-1]))
+    assert run("run", **flags) == 2
+    assert f"{data}: 16 rows {had}, but other ones;" in line("--resume_override", capsys)
+    assert files(folder) == before
+    rows.write_text("\n".join(lines[:9]))
+    assert run("run", **flags, resume_override=True) == 0
+    assert f"{data}: 9 rows {had}\n" in (folder / "log.txt").read_text()
+    assert state(folder)["data"]["size"] == "9 rows"
+
+
+def test_a_subset_that_is_newly_skipped_is_noticed(run, data, tmp_path, capsys):  # noqa: F811
+    flags = {"max_training_steps": 4, "resume": "auto", "skip_bad_subsets": True}
+    flags["test_dataset_path"] = data / "rows.jsonl"
+    (data / "more").mkdir()
+    more = data / "more" / "more.jsonl"
+    more.write_text("".join((data / "rows.jsonl").read_text().splitlines(True)[2:3]))  # its image is not there
+    assert run("run", stop=2, **flags) == 143
+    more.write_text("{")
+    assert run("run", **flags) == 2
+    assert "16 rows without the subsets more now, the run that is resumed has 17 rows" in line("train.py:", capsys)
+    assert run("run", **flags, resume_override=True) == 0
+    summary = json.loads((tmp_path / "out" / "run" / "summary.json").read_text())
+    assert summary["dropped"]["train"]["subset that cannot be loaded"] == 1
+
+
 def test_workers_that_share_the_rows_must_stay_as_many(run, tmp_path, capsys):
     flags = CASES["packing"] | {"max_training_steps": 3, "resume": "auto"}
     assert run("run", stop=1, **flags) == 143
@@ -213,6 +249,41 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(run, tmp_path, caps
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
     assert run("run", **flags | {"max_training_steps": 6}) == 0
     assert state(folder)["resumed_at"] == [4]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [({}, "max_training_steps"), ({"enable_grades": True, "vision_tau": 1e9, "language_tau": 1e9}, "frozen")],
+)
+def test_a_test_that_was_cut_short_is_all_that_is_left_to_do(run, tmp_path, monkeypatch, capsys, named, flags, reason):
+    def cut(evaluator, dataset, split):
+        if split == "test":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(evaluator, dataset, split)
+
+    folder, ask = tmp_path / "out" / "run", Evaluator.ask
+    assert run("whole", **flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "ask", cut)
+        assert run("run", **flags) == 143
+    before = files(folder / "checkpoints")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["stop_reason"], summary["test_cut_short"], summary["test_exact_match"]) == (
+        "interrupted",
+        True,
+        None,
+    )
+    assert line("the test was cut short", capsys)
+    assert run("run", **flags, resume=folder if named else "auto") == 0
+    assert files(folder / "checkpoints") == before  # no step was made
+    summary, whole = (json.loads((tmp_path / "out" / name / "summary.json").read_text()) for name in ("run", "whole"))
+    for key in ("steps", "test_exact_match", "test_exact_match_by_source", "train_flops"):
+        assert summary[key] == whole[key]
+    assert (summary["stop_reason"], summary["test_cut_short"]) == (reason, False)
+    assert summary["test_exact_match"] is not None
+    assert run("run", **flags, resume="auto") == 0
+    assert line("has finished", capsys)
 
 
 @pytest.mark.parametrize(

@@ -68,16 +68,20 @@ class Part:
 
 @dataclass
 class Plan:
-    """Of steps whose rows have max_sample_length tokens and one image, as large as can be, and with nothing frozen."""
+    """Of steps whose rows have max_sample_length tokens and one image, as large as can be, and with nothing frozen.
+
+    With packing rows have lm_max_length tokens and as many images as fit. Sizes in memory are those of one process.
+    """
 
     device: str
+    processes: int
     parts: list[Part]
-    micro_batches: int  # in a step
+    micro_batches: int  # in a step of one process
     rows: int  # in a micro-batch
     row_tokens: int
     images: int  # in a micro-batch, tiles counted
     steps: int
-    step_flops: int
+    step_flops: int  # of all processes
     # Bytes. The peak is less than their sum where gradients grow only as activations go.
     weights: int
     gradients: int
@@ -88,33 +92,46 @@ class Plan:
 
     @property
     def step_tokens(self) -> int:
-        return self.micro_batches * self.rows * self.row_tokens
+        return self.processes * self.micro_batches * self.rows * self.row_tokens
 
 
-def make_plan(model: nn.Module, settings: Settings, device: torch.device) -> Plan:
-    """The plan of a run on the device. model: a VisionLanguageModel on the meta device with its adapters; used up."""
+def make_plan(model: nn.Module, settings: Settings, device: torch.device, processes: int = 1) -> Plan:
+    """The plan of a run on the device, or one device for each of its processes.
+
+    model: a VisionLanguageModel on the meta device with its adapters; used up.
+    """
     with FakeTensorMode():
         _pretend(model, device)
-        return _make_plan(model, settings, device)
+        return _make_plan(model, settings, device, processes)
 
 
-def _make_plan(model: nn.Module, settings: Settings, device: torch.device) -> Plan:
+def _make_plan(model: nn.Module, settings: Settings, device: torch.device, processes: int) -> Plan:
     cfg = settings.train
+    shards = processes if cfg.parallel == "fsdp" else 1
     setup.make_optimizer(model, cfg)  # freezes what has no learning rate
     setup.spare_memory(model, cfg)
     components = find_components(model, settings.grades.target_components) if cfg.enable_grades else []
     present = [*model.parameters(), *model.buffers()]
     weights, gradients = _bytes(present), _bytes(p for p in model.parameters() if p.requires_grad)
-    grades = _snapshot_bytes(components, settings.grades)
+    snapshots = _snapshot_bytes(components, settings.grades)
+    if shards > 1:  # a gradient is whole until it has been divided among the processes
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
 
     with AllocationMeter(present) as meter:
         batch = full_batch(settings, device)
         autocast = setup.autocast(device, cfg.dtype)
         forward_backward(model, [batch], device, autocast)
     activations = round(meter.peak * (1 + HEAP_SHARE.get(device.type, 0)))
-    before = gradients if cfg.gradient_accumulation_steps > 1 else 0  # of the micro-batches before
+    # Of the micro-batches before, which are not divided before the last one.
+    before = gradients if cfg.gradient_accumulation_steps > 1 else 0
+    held = [-(-size // shards) for size in (weights, gradients, 2 * gradients, snapshots)]
+    if shards > 1:
+        before = max(before, held[1])
     return Plan(
         device=device.type,
+        processes=processes,
         parts=[
             _part("vision", model.vision_encoder, components),
             _part("projector", model.MP, components),
@@ -125,29 +142,37 @@ def _make_plan(model: nn.Module, settings: Settings, device: torch.device) -> Pl
         row_tokens=batch["input_ids"].shape[1],
         images=batch["images"].shape[0],
         steps=cfg.max_training_steps,
-        step_flops=cfg.gradient_accumulation_steps * model_cost(model).of(batch),
-        weights=weights,
-        gradients=gradients,
-        optimizer=2 * gradients,  # AdamW's two moments
-        grades=grades,
+        step_flops=processes * cfg.gradient_accumulation_steps * model_cost(model).of(batch),
+        weights=held[0],
+        gradients=held[1],
+        optimizer=held[2],  # AdamW's two moments
+        grades=held[3],
         activations=activations,
-        peak=weights + 2 * gradients + grades + before + activations,
+        peak=held[0] + held[2] + held[3] + before + activations,
     )
 
 
 def full_batch(settings: Settings, device: torch.device) -> dict:
-    """A micro-batch in the shape of the collator's. With turns_per_image so many rows share an image."""
+    """A micro-batch in the shape of the collator's. With turns_per_image so many rows share an image; a packed row
+    holds as many images as max_images_per_knapsack and its tokens allow."""
     vlm, cfg = settings.vlm, settings.train
     side = vlm.max_img_size // vlm.vit_img_size
     tiles = side**2 + ("global_image_token" in vlm.vlm_extra_tokens) if side > 1 else 1
-    tiles = max(1, min(tiles, (cfg.max_sample_length - 1) // vlm.mp_image_token_length))
-    rows, length = cfg.batch_size * (cfg.turns_per_image or 1), cfg.max_sample_length
+    turns, length = cfg.turns_per_image or 1, cfg.max_sample_length
+    if cfg.packing:
+        turns, length = 1, vlm.lm_max_length
+        tiles *= max(cfg.max_images_per_knapsack, cfg.max_images_per_example)  # which has a row of its own
+    tiles = max(1, min(tiles, (length - 1) // vlm.mp_image_token_length))
+    rows = cfg.batch_size * turns
     slots, labels = rows * tiles * vlm.mp_image_token_length, rows * max(1, round(LABEL_SHARE * length))
 
     def indices(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.long, device=device)
 
-    return {
+    documents = {}
+    if cfg.packing and device.type != "cuda":  # there FlexAttention attends by blocks, which take next to nothing
+        documents = {"position_ids": indices(rows, length), "document_ids": indices(rows, length).int()}
+    return documents | {
         "input_ids": indices(rows, length),
         "targets": indices(rows, length),
         "images": torch.zeros(cfg.batch_size * tiles, 3, vlm.vit_img_size, vlm.vit_img_size, device=device),
@@ -169,6 +194,7 @@ def plan_lines(plan: Plan) -> list[str]:
         for p in [*plan.parts, everything]
     ]
     rows = f"{plan.rows:,} rows of at most {plan.row_tokens:,} tokens with {plan.images:,} images (or tiles)"
+    each = f" of each of {plan.processes:,} processes" if plan.processes > 1 else ""
     parts = {
         "weights": plan.weights,
         "gradients": plan.gradients,
@@ -178,13 +204,13 @@ def plan_lines(plan: Plan) -> list[str]:
     }
     return [
         *lines,
-        f"micro-batch {rows}; {plan.micro_batches:,} in a step",
+        f"micro-batch {rows}; {plan.micro_batches:,} in a step{each}",
         f"tokens      at most {plan.step_tokens:,} a step, {plan.step_tokens * plan.steps:,} in {plan.steps:,} steps",
         f"FLOPs       {_scaled(plan.step_flops)} a step, {_scaled(plan.step_flops * plan.steps)} the run "
         "(matrix products, nothing frozen)",
         "memory      " + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items()) + " GiB",
         f"peak        {_gib(plan.peak)} GiB in a step on {plan.device}; on top come Python with its libraries (0.8 GiB "
-        "on a CPU) and evaluation",
+        "on a CPU), evaluation, and under FSDP the weights of the layers at work",
     ]
 
 
@@ -208,6 +234,10 @@ def _part(name: str, module: nn.Module, components: list[Component]) -> Part:
 def _snapshot_bytes(components: list[Component], config: GradESConfig) -> int:
     reader = make_reader(config.monitor_sample)
     return SNAPSHOTS[config.metric] * sum(_bytes(reader.copy(component.weights)) for component in components)
+
+
+def _forget_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -61,6 +61,7 @@ def make_summary(run, stop_reason: str, test: dict, question_only: float | None,
         "steps": run.step,
         "resumed_at_steps": run.resumed_at,
         "stop_reason": stop_reason,
+        "test_cut_short": stop_reason == "interrupted" and None not in (run.stop_reason, run.data.test_rows),
         "stop_step": run.step if stop_reason in ("frozen", "early_stopping") else None,
         "train_flops": run.flops.done,
         "train_flops_unfrozen_per_step": run.flops.unfrozen / run.step if run.step else None,
@@ -87,6 +88,8 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     if summary["test_exact_match"] is not None:
         by_source = ", ".join(f"{k} {percent(v)}" for k, v in summary["test_exact_match_by_source"].items())
         lines.append(f"test exact match      {percent(summary['test_exact_match'])} ({by_source})")
+    if summary["test_cut_short"]:
+        lines.append("test exact match      the test was cut short; the run that goes on begins with it")
     if summary["question_only_exact_match"] is not None:
         unseen = percent(summary["question_only_exact_match"])
         lines.append(f"without the image     {unseen} (each question's usual answer)")

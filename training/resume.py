@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from models.config import TrainConfig
 from training.arguments import FREE_FIELDS, Settings
 from training.checkpoint import (
     MANIFEST,
@@ -73,6 +74,7 @@ class Start:
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)  # of the checkpoint; empty where the run starts at step 0
     notes: list[str] = field(default_factory=list)  # for the log, once it is open
+    data: dict = field(default_factory=dict)  # what tells the run's rows from others
 
     @property
     def is_finished(self) -> bool:
@@ -84,6 +86,19 @@ class Start:
         goes_on = found["stop_reason"] == "max_training_steps" and found["steps"] < self.requested["max_training_steps"]
         ended = found["stop_reason"] in ("frozen", "early_stopping", "max_training_steps") and not goes_on
         return ended and found["steps"] == self.state["step"]
+
+    def compare_data(self, data: dict, cfg: TrainConfig) -> None:
+        """Take what tells the training data set's rows from others. Raises ValueError where the checkpoint's run had
+        others, unless resume_override."""
+        self.data, before = data, self.state.get("data", data)
+        if data == before:
+            return
+        others = ", but other ones" if data["size"] == before["size"] else ""
+        line = f"--train_dataset_path {cfg.train_dataset_path}: {data['size']} now, the run that is resumed has "
+        line += before["size"] + others
+        if not cfg.resume_override:
+            raise ValueError(f"{line}; --resume_override goes on with those of now")
+        self.notes.append(line)
 
     def cut_off(self) -> None:
         """Undo in the run folder what came after the checkpoint."""
@@ -325,6 +340,7 @@ def progress(run) -> dict:
     now = time.perf_counter()
     return {name: copy.copy(getattr(run, name)) for name in FIELDS} | {
         "settings": run.start.requested,
+        "data": run.start.data,
         "kind": run.parallel.kind,
         "workers_share_rows": run.settings.train.packing or not hasattr(run.data.train_rows, "__len__"),  # a stream
         "elapsed_s": now - run.started,
@@ -353,8 +369,9 @@ def restore(run) -> None:
     run.started -= state["elapsed_s"]
     run.unread_since = -state["unread_s"]
     for split, counts in state["dropped"].items():
-        run.data.dropped[split].clear()  # of subsets that could not be loaded, which were counted then too
-        run.data.dropped[split].update(counts)
+        skipped = dict(run.data.dropped[split])  # subsets that cannot be loaded; most were counted then too
+        run.data.dropped[split].clear()
+        run.data.dropped[split].update(counts | skipped)
     run.flops.load_state_dict(state["flops"])
     for name, part in (("grades", run.monitor), ("early_stopping", run.early_stopping)):
         if part is not None and state[name] is not None:
