@@ -202,6 +202,7 @@ def plan_lines(plan: Plan) -> list[str]:
         "GradES": plan.grades,
         "activations": plan.activations,
     }
+    besides = ", with FSDP the weights of the layers at work," if plan.processes > 1 else ""
     return [
         *lines,
         f"micro-batch {rows}; {plan.micro_batches:,} in a step{each}",
@@ -210,7 +211,7 @@ def plan_lines(plan: Plan) -> list[str]:
         "(matrix products, nothing frozen)",
         "memory      " + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items()) + " GiB",
         f"peak        {_gib(plan.peak)} GiB in a step on {plan.device}; on top come Python with its libraries (0.8 GiB "
-        "on a CPU), evaluation, and under FSDP the weights of the layers at work",
+        f"on a CPU){besides} and evaluation",
     ]
 
 
