@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import DropCounter, Questions, Sample, VQADataset, nothing_usable
-from data.packing import PackedCollator, packed_batches
+from data.packing import PackedCollator, PackedReaders
+from data.readers import Patience, Place, Readers, as_it_is
 from data.sources import EpochIndices, RowStream
 from models.config import TrainConfig
 
@@ -34,14 +35,13 @@ def train_batches(
 
     The rows that do not fill a batch at the end of an epoch are left out, but where a batch is larger than the data
     set it goes on into the next epoch. A batch is smaller by its dropped rows, and a batch of dropped rows is skipped,
-    its counts going into the next. Of a stream each worker reads its own share, shuffled within a buffer.
-    start: go on after so many batches, skipped ones counted; each batch has this number as its `position`. That of a
-    stream also names its first epoch; it is read again up to there, with as many workers. With packing: see
-    packed_batches, which has positions of its own.
+    its counts going into the next. Of a stream, and with packing, each worker of each rank reads rows of its own: see
+    Readers, which have positions of their own.
+    start: go on after so many batches, skipped ones counted; each batch has this number as its `position`.
     rank, world_size: the ranks' batches of one number are together the batch that a single process with world_size
-    times batch_size would take; of a stream each worker of each rank reads its own share. So that all ranks make as
-    many steps, a rank whose rows are all dropped gets a batch without rows.
-    Raises ValueError if no row of an epoch can be used.
+    times batch_size would take. So that all ranks make as many steps, a rank whose rows are all dropped gets a batch
+    without rows.
+    Raises ValueError if no row can be used.
     """
     workers = train_cfg.num_workers
     options = {
@@ -54,13 +54,11 @@ def train_batches(
     }
     if train_cfg.packing:
         packed = PackedCollator(collator.pad_id, collator.vlm_cfg)
-        return packed_batches(dataset, packed, start or None, options, rank, world_size)
+        return PackedReaders(dataset, packed, start or None, rank, world_size).batches(options)
     blank = collator.blank() if world_size > 1 else None
     if isinstance(dataset.rows, RowStream):
-        start = start or {"first_epoch": 0, "batches": 0}
-        loader = DataLoader(_Stream(dataset, start, rank, world_size), batch_size=train_cfg.batch_size, **options)
-        batches = _used(loader, None, start["batches"], blank)
-        return (batch | {"position": start | {"batches": batch["position"]}} for batch in batches)
+        readers = StreamReaders(dataset, collator, start or None, rank, world_size)
+        return _used(readers.batches(options), None, 0, blank)
     visits = EpochIndices(dataset.rows, train_cfg.mixture_weights, train_cfg.seed)
     order = EpochOrder(len(dataset), train_cfg.batch_size * world_size, train_cfg.seed, start, visits)
     part = slice(rank * train_cfg.batch_size, (rank + 1) * train_cfg.batch_size)
@@ -68,9 +66,10 @@ def train_batches(
     return _used(loader, order.batches_per_epoch, start, blank)
 
 
-def _used(loader: DataLoader, batches_per_epoch: int | None, start: int, blank: dict | None) -> Iterator[dict]:
+def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, blank: dict | None) -> Iterator[dict]:
     """The batches that hold a row; each `dropped` includes those of the batches skipped before it.
 
+    batches_per_epoch: None of readers, which see to that themselves and whose batches have a position.
     blank: a batch without a row, which takes the place of skipped ones.
     """
     skipped, epoch = DropCounter(), DropCounter()  # counts since the last batch, and of the epoch
@@ -80,7 +79,7 @@ def _used(loader: DataLoader, batches_per_epoch: int | None, start: int, blank: 
         epoch.update(batch["dropped"])
         holds_a_row = batch["input_ids"] is not None
         if holds_a_row or blank is not None:
-            yield batch | (blank if not holds_a_row else {}) | {"dropped": dict(skipped), "position": number}
+            yield {"position": number} | batch | (blank if not holds_a_row else {}) | {"dropped": dict(skipped)}
             skipped, usable = DropCounter(), usable or holds_a_row
         if batches_per_epoch and number % batches_per_epoch == 0:
             if not usable:
@@ -122,32 +121,19 @@ class _PartOfEach:
         return (keys[self.part] for keys in self.order)
 
 
-class _Stream(IterableDataset):
-    """Endless samples of a RowStream from start's "first_epoch" on, after those of its "batches"."""
+class StreamReaders(Readers):
+    """Endless batches of a RowStream."""
 
-    def __init__(self, dataset: VQADataset, start: dict, rank: int = 0, world_size: int = 1):
-        self.dataset, self.rank, self.world_size = dataset, rank, world_size
-        self.first_epoch, self.start = start["first_epoch"], start["batches"]
-        dataset.rows.prepare(dataset.cfg.mixture_weights)
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker, cfg = get_worker_info(), self.dataset.cfg
-        readers = worker.num_workers if worker else 1
-        reader = (self.start + (worker.id if worker else 0)) % readers  # batches come from the workers in turn
-        to_skip = cfg.batch_size * len(range(reader, self.start, readers))
-        share, shares = self.rank * readers + reader, self.world_size * readers
-        for epoch in count(self.first_epoch):
-            dropped, usable = DropCounter(), False
-            for row in self.dataset.rows.epoch(f"{cfg.seed}/{epoch}", cfg.mixture_weights, share, shares):
-                if to_skip:
-                    to_skip, usable = to_skip - 1, True
-                    continue
+    def items(self, reader: int, place: Place) -> Iterator[tuple[Sample, Place]]:
+        first_epoch, offset, _ = place
+        patience = Patience()
+        for epoch in count(first_epoch):
+            for number, row in enumerate(self.stream(reader, epoch, offset), start=offset + 1):
                 sample = self.dataset.sample(row, f"{epoch}/{row['id']}")
-                dropped.update(sample.dropped)
-                usable = usable or bool(sample.conversations)
-                yield sample
-            if not usable:
-                raise nothing_usable(dropped)
+                patience.see([sample])
+                yield sample, (epoch, number, 0)
+            patience.end_epoch()
+            offset = 0
 
 
 def eval_batches(
@@ -198,11 +184,7 @@ def _in_order(dataset: VQADataset, workers: int, questions: bool) -> Iterator[Sa
     # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
     torch.multiprocessing.set_sharing_strategy("file_system")
     options = {"worker_init_fn": _init_worker, "generator": torch.Generator()}  # see train_batches
-    return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **options))
-
-
-def _as_it_is(row):
-    return row
+    return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, **options))
 
 
 def _counted(rows: Iterator[Sample | Questions], dropped: DropCounter | None) -> Iterator[Sample | Questions]:

@@ -1,26 +1,27 @@
 """Samples packed into rows of lm_max_length tokens, so that hardly a position is padding.
 
 A row is filled from a window of samples whose lengths are known from texts and image headers; its images are decoded
-when it is its turn. A window is packed by itself: what a row holds follows from the seed, the reader (one a worker
-process) and the place of the window in the epoch, so that a run can go on from any row.
+when it is its turn. A window is packed by itself: what a row holds follows from the seed, the reader (one in each
+worker process) and the place of the window in the epoch, so that a run can go on from any row.
 
 Shapes: B rows, T lm_max_length, K image slots, L labels.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import count, islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, count, islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.collators import TrainCollator
-from data.datasets import Plan, Sample, VQADataset, count_drops, nothing_usable
+from data.datasets import Plan, Sample, VQADataset, count_drops
+from data.readers import Patience, Place, Readers
 from data.sources import EpochIndices, RowStream
 
 WINDOW_ROWS = 128  # tokens of so many full rows are packed together; a row's worth of padding is what is left of them
@@ -28,14 +29,53 @@ PADDING = -1  # the document id of what follows the last document of a row
 
 
 def pack(lengths: list[int], images: list[int], capacity: int, max_images: int) -> list[list[int]]:
-    """Indices of the samples of each row: from the longest on, each into the fullest row that has room for it.
+    """Indices of the samples of each row, in as few rows as one of three ways comes to.
 
     lengths: tokens, at most capacity. images: of each sample; a row holds max_images or a single sample.
+    The longest first, each into the fullest row that has room; those with images first, about as many into each row,
+    so that text can fill up what the limit on images leaves; the fullest row that can be made, one after the other.
     """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    images_first = sorted(by_length, key=lambda i: images[i] == 0)
+    evenly = math.ceil(capacity * sum(images) / max(1, sum(lengths))) + 1  # in a full row; one more, as none is
+    evenly = min(max_images, max(evenly, *images, 0))
+    ways = [
+        _best_fit(by_length, lengths, images, capacity, max_images),
+        _best_fit(images_first, lengths, images, capacity, evenly),
+    ]
+    fullest = _fullest(by_length, lengths, capacity)
+    if all(len(row) == 1 or sum(images[i] for i in row) <= max_images for row in fullest):
+        ways.append(fullest)
+    return min(ways, key=len)
+
+
+def _fullest(order: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
+    """Row by row the first sample that is left, and those of the others that leave the least room."""
+    rows, left = [], order
+    while left:
+        first, *others = left
+        room = capacity - lengths[first]
+        reached = [1]  # bit t of entry n: some of the first n of the others have t tokens together
+        for sample in others:
+            reached.append((reached[-1] | reached[-1] << lengths[sample]) & ((1 << room + 1) - 1))
+        tokens, row = reached[-1].bit_length() - 1, [first]
+        for number in reversed(range(len(others))):
+            if not reached[number] >> tokens & 1:  # only with this one
+                row.append(others[number])
+                tokens -= lengths[others[number]]
+        rows.append(row)
+        left = [sample for sample in others if sample not in row]
+    return rows
+
+
+def _best_fit(
+    order: list[int], lengths: list[int], images: list[int], capacity: int, max_images: int
+) -> list[list[int]]:
+    """The samples in the given order, each into the fullest row that has room for it."""
     rows: list[list[int]] = []
     images_in: list[int] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), ascending
-    for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for sample in order:
         place = bisect_left(rooms, (lengths[sample], 0))
         while place < len(rooms) and images_in[rooms[place][1]] + images[sample] > max_images:
             place += 1
@@ -79,123 +119,145 @@ class PackedCollator(TrainCollator):
         }
 
 
-# Where a reader stands: epoch, samples of the epoch before its window, rows of the window that were given.
-Place = tuple[int, int, int]
+@dataclass
+class Piece:
+    """What of a sample lies in one row: some of its conversations, and all its images."""
+
+    plan: Plan
+    start: int  # of its conversations among the plan's
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.plan.conversations[self.start : self.stop])
+
+    @property
+    def images(self) -> int:
+        return len(self.plan.grids)
+
+    def split(self, room: int) -> tuple[Piece, Piece]:
+        """Its first conversations, as many as there is room for, and the rest; either may have none."""
+        lengths = (len(ids) for ids, _ in self.plan.conversations[self.start : self.stop])
+        stop = self.start + sum(end <= room for end in accumulate(lengths))
+        return replace(self, stop=stop), replace(self, start=stop)
 
 
-def packed_batches(
-    dataset: VQADataset, collator: PackedCollator, start: dict | None, options: dict, rank: int = 0, world_size: int = 1
-) -> Iterator[dict]:
-    """Endless batches of batch_size packed rows, as train_batches gives them.
+class PackedReaders(Readers):
+    """Endless batches of batch_size packed rows.
 
-    start: the `position` of the batch to go on after. options: of the DataLoader, with num_workers.
-    Each epoch every row of the data set comes once (or as --mixture_weights says), in one of the readers: worker
-    processes times ranks. Raises ValueError if no row of a reader's epoch can be used.
+    Each epoch every row of the data set comes once (or as --mixture_weights says), in one of the readers.
     """
-    readers = max(1, options["num_workers"])
-    start = start or {"places": [(0, 0, 0)] * readers, "turn": 0}
-    if len(start["places"]) != readers:
-        raise ValueError(
-            f"--num_workers {options['num_workers']}: must be {len(start['places'])} as in the run that goes on: with "
-            "--packing each worker fills rows of its own"
-        )
-    places, turn = list(start["places"]), start["turn"]
-    source = _PackedBatches(dataset, collator, places, turn, rank * readers, world_size * readers)
-    for batch, place in DataLoader(source, batch_size=None, **options | {"collate_fn": _as_it_is}):
-        places[turn] = place
-        turn = (turn + 1) % readers  # a loader takes from its workers in turn
-        yield batch | {"position": {"places": list(places), "turn": turn}}
-
-
-def _as_it_is(item):
-    return item
-
-
-class _PackedBatches(IterableDataset):
-    """Endless (batch, place after it) of the reader that asks."""
 
     def __init__(
-        self, dataset: VQADataset, collator: PackedCollator, places: list[Place], turn: int, first: int, readers: int
+        self, dataset: VQADataset, collator: PackedCollator, start: dict | None, rank: int = 0, world_size: int = 1
     ):
-        """places: where the readers of this process begin; turn: which of them comes first; first: the number of its
-        first reader among the `readers` of all ranks."""
-        self.dataset, self.collator, self.places, self.turn = dataset, collator, list(places), turn
-        self.first, self.readers = first, readers
-        rows, cfg = dataset.rows, dataset.cfg
-        if isinstance(rows, RowStream):
-            rows.prepare(cfg.mixture_weights)
-        else:
-            self.order = EpochIndices(rows, cfg.mixture_weights, cfg.seed)
+        super().__init__(dataset, collator, start, rank, world_size)
+        if not isinstance(dataset.rows, RowStream):
+            self.order = EpochIndices(dataset.rows, dataset.cfg.mixture_weights, dataset.cfg.seed)
 
-    def __iter__(self) -> Iterator[tuple[dict, Place]]:
-        worker = get_worker_info()
-        number = (self.turn + (worker.id if worker else 0)) % len(self.places)
-        rows = []
-        for row, place in self._rows(self.first + number, *self.places[number]):
-            rows.append(row)
-            if len(rows) == self.dataset.cfg.batch_size:
-                yield self.collator(rows), place
-                rows = []
-
-    def _rows(self, reader: int, first_epoch: int, offset: int, given: int) -> Iterator[tuple[list[Sample], Place]]:
-        """(samples of a row and those dropped before it, place after it) from a place on."""
+    def items(self, reader: int, place: Place) -> Iterator[tuple[list[Sample], Place]]:
+        """(samples of a row and those dropped before it, place after it)."""
+        first_epoch, offset, given = place
+        patience = Patience()
         dropped: list[Sample] = []  # since the last row
         for epoch in count(first_epoch):
-            usable = offset + given > 0
-            plans = self._plans(reader, epoch, offset)
-            while window := list(_window(plans, WINDOW_ROWS * self.collator.vlm_cfg.lm_max_length)):
+            for begin, window, rows in self.windows(reader, epoch, offset):
                 if given == 0:
-                    dropped += [self.dataset.decode(plan) for plan in window if not plan.conversations]
-                rows = self._packed(window, f"{self.dataset.cfg.seed}/{epoch}/{reader}/{offset}")
-                for number, plans_of_row in islice(enumerate(rows, start=1), given, None):
-                    samples = [self.dataset.decode(plan) for plan in plans_of_row]
-                    dropped += [sample for sample in samples if not sample.conversations]
+                    dropped += patience.see(self.dataset.decode(plan) for plan in window if not plan.conversations)
+                for number, pieces in islice(enumerate(rows, start=1), given, None):
+                    samples = [self._sample(piece) for piece in pieces]
+                    dropped += patience.see(samples)
                     if used := [sample for sample in samples if sample.conversations]:
-                        yield dropped + used, (epoch, offset, number)
-                        dropped, usable = [], True
-                offset, given = offset + len(window), 0
+                        yield dropped + used, (epoch, begin, number)
+                        dropped = []
+                given = 0
             offset = 0
-            if not usable:
-                raise nothing_usable(count_drops(dropped))
+            patience.end_epoch()
+
+    def windows(self, reader: int, epoch: int, offset: int) -> Iterator[tuple[int, list[Plan], list[list[Piece]]]]:
+        """(samples of the epoch before it, its plans, its rows) of each window after the first `offset` samples."""
+        plans = self._plans(reader, epoch, offset)
+        while window := list(_window(plans, WINDOW_ROWS * self.collator.vlm_cfg.lm_max_length)):
+            yield offset, window, self._packed(window, f"{self.dataset.cfg.seed}/{epoch}/{reader}/{offset}")
+            offset += len(window)
 
     def _plans(self, reader: int, epoch: int, offset: int) -> Iterator[Plan]:
         """The plans of the reader's rows of an epoch, after the first `offset` of them."""
-        dataset, cfg = self.dataset, self.dataset.cfg
+        dataset = self.dataset
         if isinstance(dataset.rows, RowStream):
-            rows = dataset.rows.epoch(f"{cfg.seed}/{epoch}", cfg.mixture_weights, reader, self.readers)
-            return (dataset.plan_row(row, f"{epoch}/{row['id']}") for row in islice(rows, offset, None))
-        mine = self.order[epoch][reader % len(self.order) :: self.readers]
+            return (dataset.plan_row(row, f"{epoch}/{row['id']}") for row in self.stream(reader, epoch, offset))
+        # Of fewer rows than readers not always the same readers have one.
+        mine = self.order[epoch][(reader + epoch) % self.readers :: self.readers]
         return (dataset.plan((epoch, index)) for index in mine[offset:].tolist())
 
-    def _packed(self, window: list[Plan], key: str) -> list[list[Plan]]:
+    def _packed(self, window: list[Plan], key: str) -> list[list[Piece]]:
         """The rows of a window, in an order drawn by `key`, as are the samples in each: not by their length."""
         capacity, limit = self.collator.vlm_cfg.lm_max_length, self.dataset.cfg.max_images_per_knapsack
         pieces = [piece for plan in window for piece in _pieces(plan, capacity)]
-        rows = pack([_tokens(piece) for piece in pieces], [len(piece.grids) for piece in pieces], capacity, limit)
+        rows = pack([piece.tokens for piece in pieces], [piece.images for piece in pieces], capacity, limit)
+        rows = _divide([[pieces[i] for i in row] for row in rows], capacity, limit)
         rng = random.Random(key)
         rng.shuffle(rows)
-        return [[pieces[i] for i in rng.sample(row, len(row))] for row in rows]
+        return [rng.sample(row, len(row)) for row in rows]
 
-
-def _tokens(plan: Plan) -> int:
-    return sum(len(ids) for ids, _ in plan.conversations)
+    def _sample(self, piece: Piece) -> Sample:
+        """What is dropped of a row counts in its first piece."""
+        sample = self.dataset.decode(
+            replace(piece.plan, conversations=piece.plan.conversations[piece.start : piece.stop])
+        )
+        return sample if piece.start == 0 else replace(sample, dropped={})
 
 
 def _window(plans: Iterator[Plan], tokens: int) -> Iterator[Plan]:
     """The next plans, until they have so many tokens."""
     while tokens > 0 and (plan := next(plans, None)) is not None:
-        tokens -= _tokens(plan)
+        tokens -= sum(len(ids) for ids, _ in plan.conversations)
         yield plan
 
 
-def _pieces(plan: Plan, capacity: int) -> list[Plan]:
-    """The plan, in parts where a row cannot hold all its conversations; each part has the images."""
-    pieces: list[Plan] = []
-    room = 0
-    for conversation in plan.conversations:
-        if len(conversation[0]) > room:
-            pieces.append(replace(plan, conversations=[], dropped={} if pieces else plan.dropped))
-            room = capacity
-        pieces[-1].conversations.append(conversation)
-        room -= len(conversation[0])
-    return pieces
+def _pieces(plan: Plan, capacity: int) -> Iterator[Piece]:
+    """The plan, in parts where a row cannot hold all its conversations."""
+    rest = Piece(plan, 0, len(plan.conversations))
+    while rest.start < rest.stop:
+        piece, rest = rest.split(capacity)
+        yield piece
+
+
+def _divide(rows: list[list[Piece]], capacity: int, max_images: int) -> list[list[Piece]]:
+    """Fewer rows, where the conversations of the emptiest go into the room that the others have.
+
+    A sample that is divided for it is seen as often as it has rows, with all its images: a few more images for a row
+    less. Samples of one conversation stay whole.
+    """
+    while len(rows) > 1:
+        emptiest = min(rows, key=_tokens)
+        spread = _spread(emptiest, [row for row in rows if row is not emptiest], capacity, max_images)
+        if spread is None:
+            break
+        rows = spread
+    return rows
+
+
+def _spread(pieces: list[Piece], rows: list[list[Piece]], capacity: int, max_images: int) -> list[list[Piece]] | None:
+    """The rows with the pieces in them, divided as need be; None if they do not fit."""
+    rows = [list(row) for row in rows]
+    rooms = [capacity - _tokens(row) for row in rows]
+    images = [max_images - sum(piece.images for piece in row) for row in rows]
+    if sum(rooms) < _tokens(pieces):
+        return None
+    for rest in pieces:
+        while rest.start < rest.stop:
+            # The fullest row that takes all of it, else the one that takes most.
+            places = [place for place in range(len(rows)) if images[place] >= rest.images]
+            place = min(places, key=lambda i: (rooms[i] < rest.tokens, abs(rooms[i] - rest.tokens)), default=None)
+            piece, rest = rest.split(0 if place is None else rooms[place])
+            if piece.start == piece.stop:
+                return None
+            rows[place].append(piece)
+            rooms[place] -= piece.tokens
+            images[place] -= piece.images
+    return rows
+
+
+def _tokens(row: list[Piece]) -> int:
+    return sum(piece.tokens for piece in row)

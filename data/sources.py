@@ -15,7 +15,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
@@ -260,7 +260,6 @@ class _Shard:
     part: _Part
     number: int
     skip: int = 0  # rows at its beginning that are left out
-    keep: float = 1.0  # share of its rows, drawn at random
 
     def records(self) -> Iterator[tuple[int, object]]:
         """(number in the shard, arrow table of one row) for each row; `row` converts it."""
@@ -274,6 +273,26 @@ class _Shard:
 
     def row(self, number: int, record) -> dict:
         return self.part.row(record, number, None if self.part.table.num_shards == 1 else self.number)
+
+
+@dataclass
+class _Visit:
+    """The rows that a reader takes of a shard: of those kept, from `first` on each `step`-th."""
+
+    shard: _Shard
+    first: int = 0
+    step: int = 1
+    keep: float = 1.0  # share of the shard's rows, drawn at random
+
+    def rows(self, key: str) -> Iterator[dict]:
+        """`key` draws those that are kept, the same for all readers."""
+        kept = (record for record in self.shard.records() if self._is_kept(f"{key}/{record[0]}"))
+        return (self.shard.row(*record) for record in islice(kept, self.first, None, self.step))
+
+    def _is_kept(self, key: str) -> bool:
+        if self.keep == 1.0:
+            return True
+        return random.Random(f"{self.shard.part.name}/{self.shard.number}/{key}").random() < self.keep
 
 
 class RowStream:
@@ -311,6 +330,9 @@ class RowStream:
 
         Of `shares` readers each gets other rows, all of them together each row once; with weights so many times as the
         weight of its subset says, what is left of a whole number being a share of its rows drawn anew every epoch.
+        Each reader gets equally many whole shards of a subset. The rest, less than a shard for each, all of them read
+        and take every `shares`-th row of. So their shares differ by a few rows, and by as much as shards do in length
+        (those with rows for validation are shorter).
         """
         assert self.stop is None, "a part of a stream can be read in its order alone"
         if multiprocessing.parent_process() is not None:
@@ -318,34 +340,22 @@ class RowStream:
 
             fsspec.asyn.reset_lock()  # a forked process has the lock of its parent, but not the thread that holds it
         rng = random.Random(key)
-        return _shuffled(self._drawn(key, weights, share, shares, rng), rng)
+        return _shuffled(_drawn(self._visits(weights, share, shares, rng), key, rng), rng)
 
-    def _drawn(self, key, weights: dict[str, float], share: int, shares: int, rng: random.Random) -> Iterator[dict]:
-        waiting = self._visits(weights)
-        rng.shuffle(waiting)
-        by_row = len(waiting) < shares  # too few to give each reader shards of its own
-        waiting = waiting if by_row else waiting[share::shares]
-        open_shards: list = []
-        while waiting or open_shards:
-            while waiting and len(open_shards) < OPEN_SHARDS:
-                shard = waiting.pop()
-                open_shards.append((shard, shard.records()))
-            place = rng.randrange(len(open_shards))
-            shard, records = open_shards[place]
-            number, record = next(records, (None, None))
-            if record is None:
-                del open_shards[place]
-            elif (not by_row or number % shares == share) and _is_kept(shard, number, key):
-                yield shard.row(number, record)
-
-    def _visits(self, weights: dict[str, float]) -> list[_Shard]:
-        """The shards as often as the weights say."""
+    def _visits(self, weights: dict[str, float], share: int, shares: int, rng: random.Random) -> list[_Visit]:
+        """What a reader reads of the shards, as often as the weights say."""
         visits = []
-        for shard in self.shards:
-            weight = weights.get(shard.part.subset, 1.0)
-            visits += [shard] * int(weight)
+        for part in self.parts:
+            shards = [shard for shard in self.shards if shard.part is part]
+            rng.shuffle(shards)
+            whole = len(shards) // shares * shares
+            mine = [_Visit(shard) for shard in shards[share:whole:shares]]
+            turn = share + rng.randrange(shares)  # not always the same readers have a row more than the others
+            mine += [_Visit(shard, (turn + i) % shares, shares) for i, shard in enumerate(shards[whole:])]
+            weight = weights.get(part.subset, 1.0)
+            visits += mine * int(weight)
             if weight % 1:
-                visits.append(_Shard(shard.part, shard.number, shard.skip, keep=weight % 1))
+                visits += [replace(visit, keep=weight % 1) for visit in mine]
         return visits
 
     def take(self, count: int) -> RowStream:
@@ -357,6 +367,21 @@ class RowStream:
     def skip(self, count: int) -> RowStream:
         """All but the first `count` rows."""
         return RowStream(self.parts, self.bad_subsets, self.start + count, self.stop)
+
+
+def _drawn(visits: list[_Visit], key: str, rng: random.Random) -> Iterator[dict]:
+    """The rows of the visits in a random order, each row from one of a few."""
+    rng.shuffle(visits)
+    opened: list[Iterator[dict]] = []
+    while visits or opened:
+        while visits and len(opened) < OPEN_SHARDS:
+            opened.append(visits.pop().rows(key))
+        place = rng.randrange(len(opened))
+        row = next(opened[place], None)
+        if row is None:
+            del opened[place]
+        else:
+            yield row
 
 
 def _shuffled(rows: Iterator[dict], rng: random.Random) -> Iterator[dict]:
@@ -371,10 +396,6 @@ def _shuffled(rows: Iterator[dict], rng: random.Random) -> Iterator[dict]:
         buffer[place] = row
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _is_kept(shard: _Shard, number: int, key: str) -> bool:
-    return shard.keep == 1.0 or random.Random(f"{key}/{shard.part.name}/{shard.number}/{number}").random() < shard.keep
 
 
 # The subsets of a data set that are still to be loaded: name -> what loads its parts.

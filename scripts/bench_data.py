@@ -4,8 +4,9 @@
     python scripts/bench_data.py --config configs/nanovlm_450m.yaml --random_rows 400 --num_workers 8 --step_s 0.5 \\
         --lm_tokenizer easy-vqa --lm_base_vocab_size 36
 
-Every flag of train.py works besides. With --random_rows nothing is read: photos of --image_size are made up, with
-questions of easy-VQA. A step is a sleep, as a GPU's would be for the CPU.
+Every flag of train.py works besides. With --random_rows nothing is read: photos of up to --image_size in many shapes
+are made up, with questions of easy-VQA, and a tenth of the rows has none. A step is a sleep, as a GPU's would be for
+the CPU.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from PIL import Image
 from data.collators import TrainCollator
 from data.datasets import VQADataset
 from data.loader import train_batches
+from data.packing import PackedCollator, PackedReaders
 from data.processors import ImageProcessor, get_tokenizer
 from data.sources import load_rows
 from training.arguments import Settings, parse_arguments
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__.splitlines()[0], allow_abbrev=False, epilog="and train.py's flags"
     )
     parser.add_argument("--random_rows", type=int, default=0, help="rows to make up; 0: the recipe's data set")
-    parser.add_argument("--image_size", type=int, nargs=2, default=(640, 480), help="width and height of their photos")
+    parser.add_argument("--image_size", type=int, nargs=2, default=(640, 480), help="their largest width and height")
     parser.add_argument("--micro_batches", type=int, default=32, help="timed without a pause")
     parser.add_argument("--steps", type=int, default=10, help="steps that are slept through")
     parser.add_argument("--step_s", type=float, default=0.5, help="seconds of a step on its own")
@@ -46,25 +48,33 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # as in a worker
     rows = random_rows(arguments) if arguments.random_rows else None
     started = time.perf_counter()
-    batches = batches_of(settings, rows)
+    dataset = make_dataset(settings, rows)
+    collator = TrainCollator(dataset.tokenizer.pad_token_id, settings.vlm)
+    batches = train_batches(dataset, collator, settings.train)
     next(batches)
     startup_s = time.perf_counter() - started
     print("\n".join([describe(settings), f"first micro-batch    after {startup_s:.2f} s"]))
     print("\n".join(time_throughput(batches, arguments.micro_batches)), flush=True)
+    if settings.train.packing:
+        dataset.prepared = None  # no image is decoded for a plan
+        print(time_packer(PackedReaders(dataset, PackedCollator(collator.pad_id, settings.vlm), None)), flush=True)
     accumulated = settings.train.gradient_accumulation_steps
     print("\n".join(time_waits(batches, arguments.steps, arguments.step_s, accumulated)))
 
 
 def random_rows(arguments: argparse.Namespace) -> list[dict]:
-    """Rows of one photo, up to four questions and answers of one to forty words; a few photos, used again."""
+    """Rows of a photo or none, up to four questions, answers of a few to 400 words; a few photos, used again."""
     rng = random.Random(0)
-    photos = [jpeg(seed, tuple(arguments.image_size)) for seed in range(min(16, arguments.random_rows))]
+    sizes = [tuple(round(side * rng.uniform(0.3, 1)) for side in arguments.image_size) for _ in range(16)]
+    photos = [jpeg(seed, size) for seed, size in enumerate(sizes[: arguments.random_rows])]
     words = ["the", "red", "circle", "is", "a", "blue", "shape", "in", "image"]
     rows = []
     for number in range(arguments.random_rows):
-        answers = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(rng.randint(1, 4))]
+        lengths = [min(400, 1 + int(rng.lognormvariate(2.5, 1))) for _ in range(rng.randint(1, 4))]
+        answers = [" ".join(rng.choices(words, k=length)) for length in lengths]
         turns = [{"user": "what is in the image?", "assistant": answer, "source": None} for answer in answers]
-        rows.append({"images": [photos[number % len(photos)]], "texts": turns, "id": str(number)})
+        images = [] if number % 10 == 9 else [photos[number % len(photos)]]
+        rows.append({"images": images, "texts": turns, "id": str(number)})
     return rows
 
 
@@ -76,16 +86,15 @@ def jpeg(seed: int, size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-def batches_of(settings: Settings, rows) -> Iterator[dict]:
+def make_dataset(settings: Settings, rows) -> VQADataset:
+    """Of the given rows, or of the recipe's."""
     vlm, cfg = settings.vlm, settings.train
     if rows is None:
         rows = load_rows(
             cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
             skip_bad_subsets=cfg.skip_bad_subsets,
         )  # fmt: skip
-    tokenizer = get_tokenizer(vlm)
-    dataset = VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=True, cache=cfg.cache_rows)
-    return train_batches(dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg)
+    return VQADataset(rows, get_tokenizer(vlm), ImageProcessor(vlm), vlm, cfg, train=True, cache=cfg.cache_rows)
 
 
 def describe(settings: Settings) -> str:
@@ -110,6 +119,13 @@ def time_throughput(batches: Iterator[dict], count: int) -> list[str]:
         f"tokens/s             {tokens / seconds:,.0f}",
         f"fill rate            {tokens / positions:.2%} of the positions are tokens",
     ]
+
+
+def time_packer(readers: PackedReaders) -> str:
+    """Samples of two windows that one reader plans and packs in a second, without the decoding of their images."""
+    started = time.perf_counter()
+    samples = sum(len(window) for _, window, _ in itertools.islice(readers.windows(0, 0, 0), 2))
+    return f"packer samples/s     {samples / (time.perf_counter() - started):,.0f}, nothing decoded"
 
 
 def measures(batch: dict) -> tuple[int, int, int, int, int]:

@@ -8,7 +8,7 @@ import pytest
 
 from grades import find_components
 from grades.config import METRICS
-from scripts import bench_freeze, bench_monitor, bench_step
+from scripts import bench_data, bench_freeze, bench_monitor, bench_step
 from scripts.bench_common import Bench, parse, parser, table, time_checks
 
 TINY = {
@@ -65,6 +65,30 @@ def test_a_switch_is_on_in_the_benchmark(name, monkeypatch):
     assert (documents is not None and documents.unique().tolist() == [0, 1, 2, 3]) == ("--packing" in name)
     assert bool(compiled) == ("--compile" in name)
     assert bool(recomputed) == ("checkpointing" in name)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_data(capsys, packing):
+    given = ["--packing", "--lm_max_length=256", "--max_sample_length=256"] if packing else ["--no_packing"]
+    given += ["--random_rows=60", "--image_size", "24", "16", "--micro_batches=4", "--steps=2", "--step_s=0.001"]
+    bench_data.main([flag for flag in flags("--gradient_accumulation_steps=2", *given) if "--device" not in flag])
+    found = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    number = {
+        name: float(re.match(r"[\d.,]+", text)[0].replace(",", "")) for name, text in found.items() if "/s" in name
+    }
+    assert ("packer samples/s" in number) == packing
+    assert all(value > 0 for value in number.values())
+    fill = float(found["fill rate"].split("%")[0]) / 100
+    assert (0.5 if packing else 0) < fill <= 1
+    samples_a_row = float(found["samples/s"].split(", ")[1].removesuffix(" a row"))
+    assert samples_a_row == pytest.approx(number["samples/s"] / number["rows/s"], rel=0.1)
+    assert samples_a_row > 2 if packing else samples_a_row == 1
+    if packing:  # 256 positions a row
+        assert number["tokens/s"] == pytest.approx(fill * 256 * number["rows/s"], rel=0.1)
+    mean_ms, longest_ms = re.match(r"mean ([\d.]+) ms, longest ([\d.]+) ms", found["wait a step"]).groups()
+    assert 0 < float(mean_ms) <= float(longest_ms)
+    waiting = float(re.search(r"\(([\d.]+)%", found["data is"])[1]) / 100
+    assert waiting == pytest.approx(float(mean_ms) / (float(mean_ms) + 1), abs=0.02)
 
 
 def test_monitor_costs(capsys):

@@ -132,6 +132,23 @@ def test_readers_share_a_stream_without_loss_or_repetition(hub, shares):
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.parametrize("shares", [2, 3, 4])
+def test_readers_have_equal_shares_of_equal_shards(hub, shares):
+    """Of 4 shards whole ones where they can be divided, of the rest each so many rows."""
+    hub(a=[rows_of(6)] * 4, b=[rows_of(13)])
+    stream = load_rows("made/up", streaming=True)
+    found = [[row["id"].removeprefix("made/up/") for row in stream.epoch("0/0", {}, i, shares)] for i in range(shares)]
+    of_a = [Counter(name[:4] for name in names if name[0] == "a") for names in found]
+    assert all(sum(counts.values()) == 24 // shares for counts in of_a)
+    whole = 4 // shares
+    assert all(sorted(counts.values())[-whole:] == [6] * whole for counts in of_a)
+    assert {sum(name[0] == "b" for name in names) for names in found} <= {13 // shares, -(-13 // shares)}
+    halves = [
+        [row["id"] for row in stream.epoch("0/0", {"b": 0.5}, i, shares) if "/b#" in row["id"]] for i in range(shares)
+    ]
+    assert max(map(len, halves)) - min(map(len, halves)) <= 1
+
+
 def test_a_stream_mixes_its_subsets_by_their_weights(hub):
     hub(a=[rows_of(30), rows_of(30)], b=[rows_of(40)], c=[rows_of(10)])
     rows = load_rows("made/up", streaming=True)

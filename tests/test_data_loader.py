@@ -189,17 +189,63 @@ def test_stream_is_shuffled_and_endless():
     assert names[:10] != names[10:]
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_workers_share_a_stream(workers):
-    """By its two shards, or row by row where workers are more; each goes through its share in every epoch."""
+def unequal(*sizes: int) -> RowStream:
+    """A stream of a subset of one shard for each size."""
+    image = {"bytes": encoded(picture()), "path": None}
+    tables = [datasets.Dataset.from_list([{"images": [image], "texts": [turn()]}] * size) for size in sizes]
+    parts = [(f"s{i}", table.to_iterable_dataset().with_format("arrow")) for i, table in enumerate(tables)]
+    return RowStream([_Part(name, table, name) for name, table in parts])
+
+
+@pytest.mark.parametrize(("rows", "workers"), [(stream(10), 2), (stream(10), 5), (unequal(40, 4), 2)])
+def test_workers_share_every_epoch_of_a_stream(rows, workers):
+    """By its two shards, or row by row where they are too few for each to have as many."""
+    size = len(list(rows))
     config = tiny_train(batch_size=1, num_workers=workers)
-    batches = train_batches(dataset(stream(10), SMALL, config), train_collator(), config)
-    names = [name for batch in islice(batches, 10 * workers) for name in batch["ids"]]
-    readers = [names[reader::workers] for reader in range(workers)]
-    shares = [sorted(set(seen)) for seen in readers]
-    assert sorted(name for share in shares for name in share) == STREAM_OF_10
-    for seen, share in zip(readers, shares, strict=True):
-        assert sorted(seen[: len(share)]) == sorted(seen[len(share) : 2 * len(share)]) == share
+    batches = train_batches(dataset(rows, SMALL, config), train_collator(), config)
+    names = [name for batch in islice(batches, 3 * size) for name in batch["ids"]]
+    epochs = [names[start : start + size] for start in (0, size, 2 * size)]
+    assert all(sorted(epoch) == sorted(one["id"] for one in rows) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_share_may_be_empty_for_many_epochs(packing):
+    config = tiny_train(batch_size=1, num_workers=2, mixture_weights={"s0": 0.1}, packing=packing)
+    batches = train_batches(dataset(unequal(2), SMALL, config), train_collator(), config)
+    assert {name for batch in islice(batches, 10) for name in batch["ids"]} == {"s0#0", "s0#1"}
+
+
+def test_a_share_of_bad_rows_is_not_the_end():
+    """Of three readers two have no other row in most epochs."""
+    rows = [row([b"junk"])] * 2 + [row(name="good")]
+    for rank in range(3):
+        config = tiny_train(batch_size=1, packing=True)
+        batches = train_batches(dataset(rows, SMALL, config), train_collator(), config, 0, rank, 3)
+        assert [batch["ids"] for batch in islice(batches, 3)] == [["good"]] * 3
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_another_batch_size_goes_on_after_the_same_rows(packing):
+    def first(count: int, size: int, start=0) -> list[dict]:
+        config = tiny_train(batch_size=size, num_workers=2, packing=packing, max_images_per_knapsack=2)
+        return list(islice(train_batches(dataset(stream(24), SMALL, config), train_collator(), config, start), count))
+
+    def names(batches: list[dict], worker: int) -> list[str]:
+        return [name for batch in batches[worker::2] for name in batch["ids"]]
+
+    whole, begun = first(12, 1), first(2, 2)
+    rest = first(8, 1, begun[-1]["position"])
+    assert all(names(begun, worker) + names(rest, worker) == names(whole, worker) for worker in (0, 1))
+
+
+def test_a_position_of_an_older_version_begins_an_epoch():
+    config = tiny_train(batch_size=2)
+    old = {"first_epoch": 1, "batches": 3}
+    batches = train_batches(dataset(stream(10), SMALL, config), train_collator(), config, old)
+    found = list(islice(batches, 5))
+    assert sorted(name for batch in found for name in batch["ids"]) == STREAM_OF_10
+    assert [batch["position"]["places"] for batch in found] == [[(7, n, 0)] for n in (2, 4, 6, 8, 10)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,7 +13,7 @@ from test_data_loader import some_rows, stream
 import models.language_model
 from data.collators import TrainCollator
 from data.loader import train_batches
-from data.packing import PADDING, PackedCollator, pack
+from data.packing import PADDING, PackedCollator, PackedReaders, pack
 from data.sources import load_rows
 from models.attention import attend_flex, document_block_mask, takes_flex_attention
 from models.config import TrainConfig, VLMConfig, validate
@@ -64,15 +64,57 @@ def test_a_limit_on_images_is_all_that_keeps_samples_apart():
     assert len(pack([10] * 6, [0] * 6, 60, max_images=1)) == 1
 
 
-def fill_rate(rows, length: int, count: int) -> float:
+def test_images_are_paired_with_text():
+    """Half of the rows would have room that the limit closes."""
+    lengths, images = [10] * 40 + [30] * 20, [1] * 40 + [0] * 20
+    rows = pack(lengths, images, 100, max_images=4)
+    assert len(rows) == 10
+    assert all(sum(images[i] for i in one) == 4 for one in rows)
+
+
+def test_a_row_is_filled_by_the_samples_that_together_leave_least():
+    assert len(pack([60, 50, 40, 30, 20], [1] * 5, 100, max_images=3)) == 2
+    lengths = [44, 24, 24, 22, 21, 17, 8, 8, 6, 6, 20]  # the best fits, one by one, need a third row
+    assert sum(lengths) == 200
+    assert len(pack(lengths, [0] * 11, 100, max_images=3)) == 2
+
+
+def photos_and_texts(rng: random.Random) -> tuple[int, int]:
+    """(tokens, images) at the 450M recipe's sizes: photos of 5, 9, 13 or 17 tiles, a tenth text alone."""
+    tiles = 1 + 4 * rng.randint(1, 4) if rng.random() > 0.1 else 0
+    return 65 * tiles + 20 + min(2000, int(rng.lognormvariate(4.5, 1))), int(tiles > 0)
+
+
+def short_answers_and_texts(rng: random.Random) -> tuple[int, int]:
+    """So many short samples with an image that the limit closes rows, and texts that there is room for beside them."""
+    return (rng.randint(70, 110), 1) if rng.random() < 0.78 else (rng.randint(300, 900), 0)
+
+
+@pytest.mark.parametrize(("kind", "count"), [(photos_and_texts, 600), (short_answers_and_texts, 2000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_mixed_lengths_with_images_are_nearly_full(kind, count, seed):
+    rng = random.Random(seed)
+    lengths, images = zip(*(kind(rng) for _ in range(count)), strict=True)
+    rows = pack(lengths, images, 4096, 18)
+    assert sum(lengths) / (4096 * len(rows)) > 0.97
+    assert all(sum(images[i] for i in one) <= 18 for one in rows)
+
+
+def fill_rate(rows, length: int, count: int, **changes) -> float:
     """Of the first `count` packed rows."""
     vlm = small(length, vlm_extra_tokens={"image_token": "<|image|>"}, max_img_size=16)
-    found = list(islice(batches(rows, vlm, packing(length, batch_size=1)), count))
+    found = list(islice(batches(rows, vlm, packing(length, batch_size=1, **changes)), count))
     return sum(batch["num_tokens"] for batch in found) / sum(batch["input_ids"].numel() for batch in found)
 
 
 def test_rows_of_easy_vqa_are_nearly_full():
     assert fill_rate(load_rows("easy-vqa")[:400], 1024, 50) > 0.97
+
+
+def test_rows_of_short_samples_with_images_and_texts_are_nearly_full():
+    short = [row(None, [turn("is " + "the " * (i % 7))], f"image{i}") for i in range(900)]
+    texts = [row([], [turn("is " + "the " * (60 + i % 150))], f"text{i}") for i in range(375)]
+    assert fill_rate([*short, *texts], 1024, 60, max_images_per_knapsack=16) > 0.97
 
 
 def test_rows_of_mixed_lengths_are_nearly_full():
@@ -179,6 +221,37 @@ def test_a_sample_longer_than_a_row_is_divided_between_its_conversations():
     batch = next(batches([row(texts=texts)], small(64), packing(64, turns_per_image=8, batch_size=4)))
     assert (batch["document_ids"].amax(1) + 1).tolist() == [2, 2, 2, 2]
     assert len(batch["images"]) == 4  # each row has the image that its conversations share
+
+
+def test_a_row_less_where_conversations_fit_into_the_others():
+    """A sample leaves room for one of its three conversations, so that three rows take all of a fourth sample."""
+    texts = [turn("is " + "the " * 12 + f"{color}?") for color in ("red", "blue", "green")]
+    half = encoded(picture())[:200]  # decodes only in part
+    rows = [row(texts=texts, name=f"row{i}") for i in range(23)] + [row([half], texts, "bad")]
+    vlm, cfg = small(128), packing(batch_size=1, turns_per_image=3)
+    data = dataset(rows, vlm, cfg)
+    (window,) = PackedReaders(data, PackedCollator(PAD, vlm), None).windows(0, 0, 0)
+    _, plans, packed = window
+    (tokens,) = {sum(len(ids) for ids, _ in plan.conversations) for plan in plans if plan.conversations}
+    assert 64 < tokens < 128 - tokens / 3
+    assert len(packed) == 18
+    for one in packed:
+        assert sum(piece.tokens for piece in one) <= 128
+    given = Counter((piece.plan.id, i) for one in packed for piece in one for i in range(piece.start, piece.stop))
+    assert given == {(one["id"], i): 1 for one in rows for i in range(3)}
+    dropped: Counter = Counter()
+    found = batches(rows, vlm, cfg)
+    while (batch := next(found))["position"]["places"][0][0] < 3:
+        dropped.update(batch["dropped"])
+    assert abs(dropped["image does not decode"] - 3) <= 1  # once an epoch, though several rows have a part of it
+
+
+def test_of_fewer_rows_than_readers_each_gets_one_in_time():
+    cfg = packing(batch_size=1)
+    for reader in range(5):
+        found = train_batches(dataset(some_rows(2), small(), cfg), TrainCollator(PAD, small()), cfg, 0, reader, 5)
+        places = [batch["position"]["places"][0] for batch in islice(found, 4)]
+        assert [epoch for epoch, *_ in places] == [e for e in range(20) if (reader + e) % 5 < 2][:4]
 
 
 # What the model makes of them
