@@ -21,21 +21,14 @@ class Readers(IterableDataset):
     """Endless (batch, place after it) of the reader that asks; `items` says what a batch holds."""
 
     def __init__(self, dataset: VQADataset, collator, start: dict | None, rank: int = 0, world_size: int = 1):
-        """start: the `position` of the batch to go on after. Of another batch_size it is the same rows.
-
-        An older version counted the batches of a stream from "first_epoch" on, of which there were more than epochs:
-        an epoch begins that no reader has been in.
-        """
+        """start: the `position` of the batch to go on after. Of another batch_size it is the same rows."""
         cfg = dataset.cfg
         mine = max(1, cfg.num_workers)
         start = start or {"places": [(0, 0, 0)] * mine, "turn": 0}
-        if "places" not in start:
-            epoch = start["first_epoch"] + start["batches"] * cfg.batch_size
-            start = {"places": [(epoch, 0, 0)] * mine, "turn": 0}
         if len(start["places"]) != mine:
             raise ValueError(
-                f"--num_workers {cfg.num_workers}: must be {len(start['places'])} as in the run that goes on: of a "
-                "stream, and with --packing, each worker reads rows of its own"
+                f"--num_workers {cfg.num_workers}: must be {len(start['places'])} as in the run that goes on, or "
+                "--resume_override given: of a stream, and with --packing, each worker reads rows of its own"
             )
         self.dataset, self.collator = dataset, collator
         self.places, self.turn = list(start["places"]), start["turn"]  # of this rank, and whose batch comes next
@@ -45,7 +38,7 @@ class Readers(IterableDataset):
 
     def items(self, reader: int, place: Place) -> Iterator[tuple[object, Place]]:
         """(item, place after it) of one of all `self.readers`, from a place on."""
-        raise NotImplementedError
+        raise AssertionError("a subclass reads")
 
     def __iter__(self) -> Iterator[tuple[dict, Place]]:
         worker = get_worker_info()

@@ -239,15 +239,6 @@ def test_another_batch_size_goes_on_after_the_same_rows(packing):
     assert all(names(begun, worker) + names(rest, worker) == names(whole, worker) for worker in (0, 1))
 
 
-def test_a_position_of_an_older_version_begins_an_epoch():
-    config = tiny_train(batch_size=2)
-    old = {"first_epoch": 1, "batches": 3}
-    batches = train_batches(dataset(stream(10), SMALL, config), train_collator(), config, old)
-    found = list(islice(batches, 5))
-    assert sorted(name for batch in found for name in batch["ids"]) == STREAM_OF_10
-    assert [batch["position"]["places"] for batch in found] == [[(7, n, 0)] for n in (2, 4, 6, 8, 10)]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_go_on_after_any_of_them(workers):
     """Of more rows than a batch holds and of fewer, and of a stream; batches of dropped rows count as well."""

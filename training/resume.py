@@ -202,14 +202,12 @@ def _position(state: dict, saved: list[int | dict], settings: Settings, processe
     batch_size, cfg = state["settings"]["batch_size"], settings.train
     if not state["workers_share_rows"]:  # position counts the batches of all ranks together
         return saved[0] * (batch_size * len(saved)) // (cfg.batch_size * processes)
-    if len(saved) == processes or saved[0] == 0:
+    workers = max(1, cfg.num_workers)
+    if saved[0] == 0 or (len(saved) == processes and (len(saved[0]["places"]) == workers or not cfg.resume_override)):
         return state["position"]
-    # What each rank has read of its share says nothing about other shares: an epoch begins that no rank has been in.
-    if "places" in saved[0]:
-        epoch = 1 + max(place[0] for position in saved for place in position["places"])
-        return {"places": [(epoch, 0, 0)] * max(1, cfg.num_workers), "turn": 0}
-    # There were no more epochs than rows, as each has one for every rank.
-    return {"first_epoch": saved[0]["first_epoch"] + saved[0]["batches"] * batch_size, "batches": 0}
+    # What a reader has read of its share says nothing about other shares: an epoch begins that none has been in.
+    epoch = 1 + max(place[0] for position in saved for place in position["places"])
+    return {"places": [(epoch, 0, 0)] * workers, "turn": 0}
 
 
 def _flat(settings: Settings) -> dict:
@@ -292,7 +290,7 @@ def _newest_whole(folder: Path, notes: list[str]) -> Path | None:
 def load_state(checkpoint: Path) -> dict:
     """training_state.pt, on the CPU: tensors and plain values, nothing that could run code."""
     state = _load(checkpoint / STATE)
-    if "ranks" not in state:
+    if "data" not in state:
         raise ValueError(f"--resume {checkpoint}: an older version wrote it; this one can take its weights alone")
     return state
 
