@@ -120,6 +120,7 @@ CASES = {
     "gradient_rms": WATCHED | {"metric": "gradient_rms", "language_attention_tau": 0.95},
     "lora": WATCHED | {"lora_rank": 2, "lora_dropout": 0.1},
     "packing": {"packing": True, "num_workers": 2, "lm_max_length": 24, "max_sample_length": 24, "batch_size": 1},
+    "stream": {"stream_dataset": True, "num_workers": 2, "gradient_accumulation_steps": 2},
 }  # fmt: skip
 # Steps: a signal before and one after freezing began, SIGKILL, and a signal in the last evaluation.
 ENDS = {"gradient_change": (2, 5, 10, 12)}
