@@ -5,21 +5,13 @@ All of a check's sums are made on the device and fetched together: one host sync
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from grades.components import Component
-
-# Elements that are worked on at a time: on a CPU so few that they stay in the cache from the first operation to the
-# last, so that each tensor comes from memory once; on a GPU so many that launches do not count.
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
-# A sample is made of runs of this many neighbouring elements. Memory gives a cache line, 16 of float32, at the least,
-# but runs of 8 halve the error at the same N: in a gradient neighbours are alike.
-RUN_ELEMENTS = 8
-# Sampling less than this of a matrix would save nothing and cost precision.
-MIN_SAMPLE_ELEMENTS = 4096
+from grades.reading import make_reader, stack
 
 
 class Metric:
@@ -210,130 +202,6 @@ def gradients_of(component: Component) -> list[torch.Tensor]:
     return gradients if len(gradients) == len(component.weights) else []
 
 
-class Exact:
-    """L1 sums over all elements of each tensor: float32, one number a tensor, left on the device."""
-
-    def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """into: earlier copies of the same tensors, whose memory is used again."""
-        if into is not None:
-            return [old.copy_(local(x).detach()) for x, old in zip(tensors, into, strict=True)]
-        return [local(x).detach().clone(memory_format=torch.contiguous_format) for x in tensors]
-
-    def change(
-        self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
-    ) -> torch.Tensor:
-        """The sums of |x - kept|; then kept is x. Without update it holds nothing of use."""
-        pairs = zip(tensors, kept, strict=True)
-        return stack([_change(local(x).detach().flatten(), old.view(-1), update) for x, old in pairs])
-
-    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sums of |x|."""
-        return stack([_norm(local(x).detach().flatten()) for x in tensors])
-
-    def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sums of sqrt(x)."""
-        return stack([_sum(torch.sqrt, local(x).detach().flatten()) for x in tensors])
-
-
-def _change(x: torch.Tensor, kept: torch.Tensor, update: bool) -> torch.Tensor:
-    chunk = _chunk_elements(kept)
-    total = torch.zeros((), device=kept.device)
-    for new, old in zip(x.split(chunk), kept.split(chunk), strict=True):
-        # In place: a buffer for the differences would go through the cache besides.
-        total += old.sub_(new).abs_().sum() if old.dtype == torch.float32 else (new.float() - old).abs_().sum()
-        if update:
-            old.copy_(new)
-    return total
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    # PyTorch's L1 norm takes three times as long on a CPU.
-    return _sum(torch.abs, x) if x.device.type == "cpu" else torch.linalg.vector_norm(x, 1, dtype=torch.float32)
-
-
-def _sum(function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The sum of function(x), worked out in a buffer that stays in the cache."""
-    chunk = min(_chunk_elements(x), x.numel())
-    buffer, total = torch.empty(chunk, device=x.device), torch.zeros((), device=x.device)
-    for piece in x.split(chunk) if chunk else ():
-        part = buffer[: piece.numel()]
-        total += function(part.copy_(piece) if piece.dtype != torch.float32 else piece, out=part).sum()
-    return total
-
-
-class Sampled(Exact):
-    """The same over a sample of 1/N of the elements, scaled up to all of them.
-
-    A matrix lies in memory as runs of RUN_ELEMENTS; the sample is one run at a random place of each of as many equal
-    stretches of them, so that each run is as likely as any other. A stride instead would meet the same columns again
-    and again wherever it and the row length have a common divisor, and columns differ more than elements do.
-    """
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.chosen: dict[tuple[int, torch.device], torch.Tensor] = {}  # indices of runs, by their number and device
-
-    def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        runs = [_runs(x) for x in tensors]
-        places = [None] * len(runs) if into is None else into
-        return [torch.index_select(x, 0, self._choose(x), out=old) for x, old in zip(runs, places, strict=True)]
-
-    def change(
-        self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
-    ) -> torch.Tensor:
-        new = self.copy(tensors)
-        sums = self._scaled(
-            tensors,
-            [a.float().sub_(b) if a.dtype != torch.float32 else b.sub_(a) for a, b in zip(new, kept, strict=True)],
-        )
-        if update:
-            for old, fresh in zip(kept, new, strict=True):
-                old.copy_(fresh)
-        return sums
-
-    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._scaled(tensors, self.copy(tensors))
-
-    def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._scaled(tensors, [part.float().sqrt_() for part in self.copy(tensors)])
-
-    @staticmethod
-    def _scaled(tensors: Sequence[torch.Tensor], taken: Sequence[torch.Tensor]) -> torch.Tensor:
-        # A rank's part of a small sharded matrix may be empty.
-        factors = [local(x).numel() / max(1, part.numel()) for x, part in zip(tensors, taken, strict=True)]
-        sums = stack([part.abs_().sum(dtype=torch.float32) for part in taken])
-        return sums * torch.tensor(factors).to(sums.device, non_blocking=True)
-
-    def _choose(self, runs: torch.Tensor) -> torch.Tensor:
-        """Indices of the chosen runs [k]: the same for all matrices of as many runs, after a resume and on any rank."""
-        key = (runs.shape[0], runs.device)
-        if key not in self.chosen:
-            total, width = runs.shape
-            count = min(total, max(-(-total // self.n), MIN_SAMPLE_ELEMENTS // width))
-            generator = torch.Generator().manual_seed(total)
-            # The stretches are of total / count runs, whole or not: were they rounded, some runs would be likelier.
-            places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
-            self.chosen[key] = (places * total / count).clamp_(max=total - 1).int().to(runs.device)
-        return self.chosen[key]
-
-
-def make_reader(sample: int) -> Exact:
-    """Of 1/sample of the elements."""
-    return Sampled(sample) if sample > 1 else Exact()
-
-
-def _runs(x: torch.Tensor) -> torch.Tensor:
-    """The elements as [runs, RUN_ELEMENTS] without a last incomplete run; of small matrices as runs of one."""
-    x = local(x).detach().flatten()
-    width = RUN_ELEMENTS if x.numel() >= MIN_SAMPLE_ELEMENTS else 1
-    return x[: x.numel() // width * width].view(-1, width)
-
-
-def stack(sums: list[torch.Tensor]) -> torch.Tensor:
-    """In one tensor, though a model's layers may lie on several devices."""
-    return torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.empty(0)
-
-
 def fetch(
     sums: torch.Tensor, measured: Sequence[Component], components: Sequence[Component]
 ) -> dict[str, float | None]:
@@ -362,12 +230,3 @@ def _reduce_shards(sums: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch
         if placement.is_shard():
             torch.distributed.all_reduce(part, group=weight.device_mesh.get_group(dim))
     return sums.index_copy(0, index, part)
-
-
-def local(x: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor (DTensor), else the tensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def _chunk_elements(x: torch.Tensor) -> int:
-    return CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from grades_examples import Loop, make_model, same_weights
 
-from grades import GradESConfig, GradESMonitor, find_components, metrics
+from grades import GradESConfig, GradESMonitor, find_components, reading
 from grades.config import METRICS
 from grades.plots import convergence, draw, freezing
 
@@ -28,7 +28,7 @@ def model():
 @pytest.fixture
 def small_scale(monkeypatch):
     """Small matrices sampled too, where sampling is asked for."""
-    monkeypatch.setattr(metrics, "MIN_SAMPLE_ELEMENTS", 64)
+    monkeypatch.setattr(reading, "MIN_SAMPLE_ELEMENTS", 64)
 
 
 def test_components_are_the_projection_matrices_of_both_towers(model):

@@ -1,13 +1,16 @@
 """The metrics: what each measures, what a sample of it is worth, and what is held for it."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn as nn
 from grades_examples import Loop, make_model, same_weights
 
-from grades import GradESConfig, GradESMonitor, find_components, metrics
+from grades import GradESConfig, GradESMonitor, find_components, reading
 from grades.config import METRICS
-from grades.metrics import Exact, Sampled, WeightChange
+from grades.metrics import WeightChange
+from grades.reading import Exact, Sampled
 
 
 class LoRALinear(nn.Module):
@@ -27,7 +30,7 @@ class LoRALinear(nn.Module):
 @pytest.fixture
 def sampling(monkeypatch):
     """Sample matrices of the tiny model, which else are so small that they are measured whole."""
-    monkeypatch.setattr(metrics, "MIN_SAMPLE_ELEMENTS", 64)
+    monkeypatch.setattr(reading, "MIN_SAMPLE_ELEMENTS", 64)
 
 
 class Recorder:
@@ -91,7 +94,7 @@ def test_each_metric_is_what_its_definition_says(metric, interval, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_more_than_one_chunk(dtype, monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
+    monkeypatch.setattr(reading, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
     generator = torch.Generator().manual_seed(0)
     weight, before = (torch.randn(70, 130, generator=generator).to(dtype) for _ in range(2))
     snapshot = before.clone()
@@ -99,6 +102,32 @@ def test_sums_over_more_than_one_chunk(dtype, monkeypatch):
     assert Exact().change([weight], [snapshot]).tolist() == pytest.approx([expected], rel=1e-5)
     assert torch.equal(snapshot, weight)
     assert Exact().norm([weight.T]).tolist() == pytest.approx([weight.double().abs().sum().item()], rel=1e-5)
+
+
+@pytest.mark.parametrize("reader", [Exact(), Sampled(4)])
+def test_sums_are_the_same_on_any_number_of_threads(reader):
+    """And whoever trains keeps the threads that PyTorch had."""
+
+    def sums() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(70 * i, 130, generator=generator) for i in range(1, 8)]
+        kept = reader.copy(tensors)
+        changed = [x + 0.1 * i for i, x in enumerate(tensors)]
+        found = [reader.norm(tensors), reader.root([x.abs() for x in tensors]), reader.change(changed, kept)]
+        return [*found, *kept, *reader.copy(tensors, kept)]
+
+    before, elsewhere = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        expected = sums()
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, sums(), expected))
+        thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (torch.get_num_threads(), elsewhere) == (3, [3])
+    finally:
+        torch.set_num_threads(before)
 
 
 STRUCTURES = {

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from grades import GradESConfig, find_components
 from grades.components import Component
-from grades.metrics import make_reader
+from grades.reading import make_reader
 from training import setup
 from training.arguments import Settings
 from training.flops import model_cost

@@ -1,0 +1,201 @@
+"""Sums over the elements of tensors, all of them or a sample, each made in one pass.
+
+float32 whatever the dtype, left on the device.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+# Elements that are worked on at a time: on a CPU so few that they stay in the cache from the first operation to the
+# last, so that each tensor comes from memory once; on a GPU so many that launches do not count.
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+# A sample is made of runs of this many neighbouring elements. Memory gives a cache line, 16 of float32, at the least,
+# but runs of 8 halve the error at the same N: in a gradient neighbours are alike.
+RUN_ELEMENTS = 8
+MAX_THREADS = 8  # that work side by side on a CPU: more of them would wait for Python and for the memory
+# Sampling less than this of a matrix would save nothing and cost precision.
+MIN_SAMPLE_ELEMENTS = 4096
+
+
+class Exact:
+    """L1 sums over all elements of each tensor: float32, one number a tensor, left on the device."""
+
+    def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """into: earlier copies of the same tensors, whose memory is used again."""
+        if into is not None:
+            return side_by_side(lambda x, old: old.copy_(local(x).detach()), tensors, into)
+        return [local(x).detach().clone(memory_format=torch.contiguous_format) for x in tensors]
+
+    def change(
+        self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
+    ) -> torch.Tensor:
+        """The sums of |x - kept|; then kept is x. Without update it holds nothing of use."""
+        return stack(
+            side_by_side(lambda x, old: _change(local(x).detach().flatten(), old.view(-1), update), tensors, kept)
+        )
+
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sums of |x|."""
+        return stack(side_by_side(lambda x: _norm(local(x).detach().flatten()), tensors))
+
+    def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sums of sqrt(x)."""
+        return stack(side_by_side(lambda x: _sum(torch.sqrt, local(x).detach().flatten()), tensors))
+
+
+def side_by_side(function: Callable[..., torch.Tensor], *sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """[function(*items) for items in zip(*sequences)]; on a CPU in several threads, a tensor in one of them.
+
+    PyTorch would divide each of a thousand short operations among its threads and wait for all of them after each. And
+    so the sums are the same to the last bit on any number of threads.
+    """
+    threads = min(torch.get_num_threads(), MAX_THREADS, len(sequences[0]))
+    if threads <= 1 or sequences[0][0].device.type != "cpu":
+        return [function(*items) for items in zip(*sequences, strict=True)]
+    results: list[Any] = [None] * len(sequences[0])
+
+    @torch.no_grad()  # which holds for a thread
+    def work(first: int) -> None:
+        for i in range(first, len(results), threads):
+            results[i] = function(*(sequence[i] for sequence in sequences))
+
+    list(_pool(threads, os.getpid()).map(work, range(threads)))
+    return results
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads in each of which PyTorch uses that one alone. A forked process has none of its parent's."""
+    before, ready = torch.get_num_threads(), threading.Barrier(threads)
+
+    def prepare(_: int) -> None:
+        torch.get_num_threads()  # a thread's first use of PyTorch sets its number to that of all
+        torch.set_num_threads(1)  # its own, and that of all that begin later
+        ready.wait()  # so that each of the threads is prepared
+
+    pool = ThreadPoolExecutor(threads)
+    list(pool.map(prepare, range(threads)))
+    torch.set_num_threads(before)
+    return pool
+
+
+def _change(x: torch.Tensor, kept: torch.Tensor, update: bool) -> torch.Tensor:
+    chunk = _chunk_elements(kept)
+    total = torch.zeros((), device=kept.device)
+    for new, old in zip(x.split(chunk), kept.split(chunk), strict=True):
+        # In place: a buffer for the differences would go through the cache besides.
+        total += old.sub_(new).abs_().sum() if old.dtype == torch.float32 else (new.float() - old).abs_().sum()
+        if update:
+            old.copy_(new)
+    return total
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    # PyTorch's L1 norm takes three times as long on a CPU.
+    return _sum(torch.abs, x) if x.device.type == "cpu" else torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+
+
+def _sum(function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The sum of function(x), worked out in a buffer that stays in the cache."""
+    chunk = min(_chunk_elements(x), x.numel())
+    buffer, total = torch.empty(chunk, device=x.device), torch.zeros((), device=x.device)
+    for piece in x.split(chunk) if chunk else ():
+        part = buffer[: piece.numel()]
+        total += function(part.copy_(piece) if piece.dtype != torch.float32 else piece, out=part).sum()
+    return total
+
+
+class Sampled(Exact):
+    """The same over a sample of 1/N of the elements, scaled up to all of them.
+
+    A matrix lies in memory as runs of RUN_ELEMENTS; the sample is one run at a random place of each of as many equal
+    stretches of them, so that each run is as likely as any other. A stride instead would meet the same columns again
+    and again wherever it and the row length have a common divisor, and columns differ more than elements do.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.chosen: dict[tuple[int, torch.device], torch.Tensor] = {}  # indices of runs, by their number and device
+
+    def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        if into is not None:
+            return side_by_side(self._take, tensors, into)
+        return side_by_side(self._take, tensors)
+
+    def change(
+        self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
+    ) -> torch.Tensor:
+        def of_one(x: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+            new = self._take(x)
+            difference = new.float().sub_(old) if new.dtype != torch.float32 else old.sub_(new)
+            total = difference.abs_().sum(dtype=torch.float32)
+            if update:
+                old.copy_(new)
+            return total
+
+        return self._scaled(tensors, side_by_side(of_one, tensors, kept))
+
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        sums = side_by_side(lambda x: self._take(x).abs_().sum(dtype=torch.float32), tensors)
+        return self._scaled(tensors, sums)
+
+    def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._scaled(tensors, side_by_side(lambda x: self._take(x).float().sqrt_().sum(), tensors))
+
+    def _take(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sample of x [k, RUN_ELEMENTS]."""
+        runs = _runs(x)
+        return torch.index_select(runs, 0, self._choose(runs), out=out)
+
+    def _scaled(self, tensors: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> torch.Tensor:
+        factors = []
+        for x in tensors:
+            runs = _runs(x)
+            taken = self._choose(runs).numel() * runs.shape[1]
+            factors.append(local(x).numel() / max(1, taken))  # a rank's part of a small sharded matrix may be empty
+        total = stack(sums)
+        return total * torch.tensor(factors).to(total.device, non_blocking=True)
+
+    def _choose(self, runs: torch.Tensor) -> torch.Tensor:
+        """Indices of the chosen runs [k]: the same for all matrices of as many runs, after a resume and on any rank."""
+        key = (runs.shape[0], runs.device)
+        if key not in self.chosen:
+            total, width = runs.shape
+            count = min(total, max(-(-total // self.n), MIN_SAMPLE_ELEMENTS // width))
+            generator = torch.Generator().manual_seed(total)
+            # The stretches are of total / count runs, whole or not: were they rounded, some runs would be likelier.
+            places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
+            self.chosen[key] = (places * total / count).clamp_(max=total - 1).int().to(runs.device)
+        return self.chosen[key]
+
+
+def make_reader(sample: int) -> Exact:
+    """Of 1/sample of the elements."""
+    return Sampled(sample) if sample > 1 else Exact()
+
+
+def _runs(x: torch.Tensor) -> torch.Tensor:
+    """The elements as [runs, RUN_ELEMENTS] without a last incomplete run; of small matrices as runs of one."""
+    x = local(x).detach().flatten()
+    width = RUN_ELEMENTS if x.numel() >= MIN_SAMPLE_ELEMENTS else 1
+    return x[: x.numel() // width * width].view(-1, width)
+
+
+def stack(sums: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In one tensor, though a model's layers may lie on several devices."""
+    return torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.empty(0)
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor (DTensor), else the tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _chunk_elements(x: torch.Tensor) -> int:
+    return CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
