@@ -3,22 +3,16 @@
 float32 whatever the dtype, left on the device.
 """
 
-import functools
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
 # Elements that are worked on at a time: on a CPU so few that they stay in the cache from the first operation to the
 # last, so that each tensor comes from memory once; on a GPU so many that launches do not count.
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 # A sample is made of runs of this many neighbouring elements. Memory gives a cache line, 16 of float32, at the least,
 # but runs of 8 halve the error at the same N: in a gradient neighbours are alike.
 RUN_ELEMENTS = 8
-MAX_THREADS = 8  # that work side by side on a CPU: more of them would wait for Python and for the memory
 # Sampling less than this of a matrix would save nothing and cost precision.
 MIN_SAMPLE_ELEMENTS = 4096
 
@@ -29,60 +23,23 @@ class Exact:
     def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """into: earlier copies of the same tensors, whose memory is used again."""
         if into is not None:
-            return side_by_side(lambda x, old: old.copy_(local(x).detach()), tensors, into)
+            return [old.copy_(local(x).detach()) for x, old in zip(tensors, into, strict=True)]
         return [local(x).detach().clone(memory_format=torch.contiguous_format) for x in tensors]
 
     def change(
         self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
     ) -> torch.Tensor:
         """The sums of |x - kept|; then kept is x. Without update it holds nothing of use."""
-        return stack(
-            side_by_side(lambda x, old: _change(local(x).detach().flatten(), old.view(-1), update), tensors, kept)
-        )
+        pairs = zip(tensors, kept, strict=True)
+        return stack([_change(local(x).detach().flatten(), old.view(-1), update) for x, old in pairs])
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sums of |x|."""
-        return stack(side_by_side(lambda x: _norm(local(x).detach().flatten()), tensors))
+        return stack([_norm(local(x).detach().flatten()) for x in tensors])
 
     def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sums of sqrt(x)."""
-        return stack(side_by_side(lambda x: _sum(torch.sqrt, local(x).detach().flatten()), tensors))
-
-
-def side_by_side(function: Callable[..., torch.Tensor], *sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """[function(*items) for items in zip(*sequences)]; on a CPU in several threads, a tensor in one of them.
-
-    PyTorch would divide each of a thousand short operations among its threads and wait for all of them after each. And
-    so the sums are the same to the last bit on any number of threads.
-    """
-    threads = min(torch.get_num_threads(), MAX_THREADS, len(sequences[0]))
-    if threads <= 1 or sequences[0][0].device.type != "cpu":
-        return [function(*items) for items in zip(*sequences, strict=True)]
-    results: list[Any] = [None] * len(sequences[0])
-
-    @torch.no_grad()  # which holds for a thread
-    def work(first: int) -> None:
-        for i in range(first, len(results), threads):
-            results[i] = function(*(sequence[i] for sequence in sequences))
-
-    list(_pool(threads, os.getpid()).map(work, range(threads)))
-    return results
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads in each of which PyTorch uses that one alone. A forked process has none of its parent's."""
-    before, ready = torch.get_num_threads(), threading.Barrier(threads)
-
-    def prepare(_: int) -> None:
-        torch.get_num_threads()  # a thread's first use of PyTorch sets its number to that of all
-        torch.set_num_threads(1)  # its own, and that of all that begin later
-        ready.wait()  # so that each of the threads is prepared
-
-    pool = ThreadPoolExecutor(threads)
-    list(pool.map(prepare, range(threads)))
-    torch.set_num_threads(before)
-    return pool
+        return stack([_sum(torch.sqrt, local(x).detach().flatten()) for x in tensors])
 
 
 def _change(x: torch.Tensor, kept: torch.Tensor, update: bool) -> torch.Tensor:
@@ -124,29 +81,26 @@ class Sampled(Exact):
         self.chosen: dict[tuple[int, torch.device], torch.Tensor] = {}  # indices of runs, by their number and device
 
     def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        if into is not None:
-            return side_by_side(self._take, tensors, into)
-        return side_by_side(self._take, tensors)
+        places = [None] * len(tensors) if into is None else into
+        return [self._take(x, old) for x, old in zip(tensors, places, strict=True)]
 
     def change(
         self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
     ) -> torch.Tensor:
-        def of_one(x: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        sums = []
+        for x, old in zip(tensors, kept, strict=True):
             new = self._take(x)
             difference = new.float().sub_(old) if new.dtype != torch.float32 else old.sub_(new)
-            total = difference.abs_().sum(dtype=torch.float32)
+            sums.append(difference.abs_().sum(dtype=torch.float32))
             if update:
                 old.copy_(new)
-            return total
-
-        return self._scaled(tensors, side_by_side(of_one, tensors, kept))
-
-    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        sums = side_by_side(lambda x: self._take(x).abs_().sum(dtype=torch.float32), tensors)
         return self._scaled(tensors, sums)
 
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._scaled(tensors, [self._take(x).abs_().sum(dtype=torch.float32) for x in tensors])
+
     def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._scaled(tensors, side_by_side(lambda x: self._take(x).float().sqrt_().sum(), tensors))
+        return self._scaled(tensors, [self._take(x).float().sqrt_().sum() for x in tensors])
 
     def _take(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sample of x [k, RUN_ELEMENTS]."""

@@ -1,7 +1,5 @@
 """The metrics: what each measures, what a sample of it is worth, and what is held for it."""
 
-import threading
-
 import pytest
 import torch
 import torch.nn as nn
@@ -102,32 +100,6 @@ def test_sums_over_more_than_one_chunk(dtype, monkeypatch):
     assert Exact().change([weight], [snapshot]).tolist() == pytest.approx([expected], rel=1e-5)
     assert torch.equal(snapshot, weight)
     assert Exact().norm([weight.T]).tolist() == pytest.approx([weight.double().abs().sum().item()], rel=1e-5)
-
-
-@pytest.mark.parametrize("reader", [Exact(), Sampled(4)])
-def test_sums_are_the_same_on_any_number_of_threads(reader):
-    """And whoever trains keeps the threads that PyTorch had."""
-
-    def sums() -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        tensors = [torch.randn(70 * i, 130, generator=generator) for i in range(1, 8)]
-        kept = reader.copy(tensors)
-        changed = [x + 0.1 * i for i, x in enumerate(tensors)]
-        found = [reader.norm(tensors), reader.root([x.abs() for x in tensors]), reader.change(changed, kept)]
-        return [*found, *kept, *reader.copy(tensors, kept)]
-
-    before, elsewhere = torch.get_num_threads(), []
-    try:
-        torch.set_num_threads(1)
-        expected = sums()
-        torch.set_num_threads(3)
-        assert all(map(torch.equal, sums(), expected))
-        thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert (torch.get_num_threads(), elsewhere) == (3, [3])
-    finally:
-        torch.set_num_threads(before)
 
 
 STRUCTURES = {
