@@ -58,7 +58,7 @@ class GradESMonitor:
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
         # What target_components leaves out trains on, so that a run does not end for the lack of it.
-        self.num_matrices = len(find_components(model))
+        self.num_matrices = len(find_components(model) if config.target_components else self.components)
         self.total_steps = total_steps
         self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
         self.scale = make_scale(config, self.components, optimizer)

@@ -81,40 +81,35 @@ class Sampled(Exact):
         self.chosen: dict[tuple[int, torch.device], torch.Tensor] = {}  # indices of runs, by their number and device
 
     def copy(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        places = [None] * len(tensors) if into is None else into
-        return [self._take(x, old) for x, old in zip(tensors, places, strict=True)]
+        runs = [_runs(x) for x in tensors]
+        places = [None] * len(runs) if into is None else into
+        return [torch.index_select(x, 0, self._choose(x), out=old) for x, old in zip(runs, places, strict=True)]
 
     def change(
         self, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], update: bool = True
     ) -> torch.Tensor:
-        sums = []
-        for x, old in zip(tensors, kept, strict=True):
-            new = self._take(x)
-            difference = new.float().sub_(old) if new.dtype != torch.float32 else old.sub_(new)
-            sums.append(difference.abs_().sum(dtype=torch.float32))
-            if update:
-                old.copy_(new)
-        return self._scaled(tensors, sums)
+        new = self.copy(tensors)
+        sums = self._scaled(
+            tensors,
+            [a.float().sub_(b) if a.dtype != torch.float32 else b.sub_(a) for a, b in zip(new, kept, strict=True)],
+        )
+        if update:
+            for old, fresh in zip(kept, new, strict=True):
+                old.copy_(fresh)
+        return sums
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._scaled(tensors, [self._take(x).abs_().sum(dtype=torch.float32) for x in tensors])
+        return self._scaled(tensors, self.copy(tensors))
 
     def root(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._scaled(tensors, [self._take(x).float().sqrt_().sum() for x in tensors])
+        return self._scaled(tensors, [part.float().sqrt_() for part in self.copy(tensors)])
 
-    def _take(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The sample of x [k, RUN_ELEMENTS]."""
-        runs = _runs(x)
-        return torch.index_select(runs, 0, self._choose(runs), out=out)
-
-    def _scaled(self, tensors: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> torch.Tensor:
-        factors = []
-        for x in tensors:
-            runs = _runs(x)
-            taken = self._choose(runs).numel() * runs.shape[1]
-            factors.append(local(x).numel() / max(1, taken))  # a rank's part of a small sharded matrix may be empty
-        total = stack(sums)
-        return total * torch.tensor(factors).to(total.device, non_blocking=True)
+    @staticmethod
+    def _scaled(tensors: Sequence[torch.Tensor], taken: Sequence[torch.Tensor]) -> torch.Tensor:
+        # A rank's part of a small sharded matrix may be empty.
+        factors = [local(x).numel() / max(1, part.numel()) for x, part in zip(tensors, taken, strict=True)]
+        sums = stack([part.abs_().sum(dtype=torch.float32) for part in taken])
+        return sums * torch.tensor(factors).to(sums.device, non_blocking=True)
 
     def _choose(self, runs: torch.Tensor) -> torch.Tensor:
         """Indices of the chosen runs [k]: the same for all matrices of as many runs, after a resume and on any rank."""
@@ -141,7 +136,7 @@ def _runs(x: torch.Tensor) -> torch.Tensor:
     return x[: x.numel() // width * width].view(-1, width)
 
 
-def stack(sums: Sequence[torch.Tensor]) -> torch.Tensor:
+def stack(sums: list[torch.Tensor]) -> torch.Tensor:
     """In one tensor, though a model's layers may lie on several devices."""
     return torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.empty(0)
 
