@@ -10,7 +10,7 @@ import torch._dynamo
 import torch._inductor.config
 import torch.nn as nn
 from functorch.compile import make_boxed_func
-from grades_examples import batch, make_model
+from tiny.grades import batch, make_model
 from torch._dynamo.backends.common import aot_autograd
 
 from eval.evaluation import evaluating, mean_loss

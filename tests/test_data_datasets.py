@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_examples import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 from PIL import Image
+from tiny.data import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 
 from data.datasets import DropCounter, answer_rarity, draw_turns, turn_weights
 from data.processors import decode_image

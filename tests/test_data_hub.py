@@ -6,7 +6,7 @@ from itertools import islice
 import datasets
 import numpy as np
 import pytest
-from data_examples import dataset, encoded, picture, tiny_train, tiny_vlm
+from tiny.data import dataset, encoded, picture, tiny_train, tiny_vlm
 
 from data import sources
 from data.collators import TrainCollator

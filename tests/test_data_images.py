@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_examples import dataset, encoded, picture, row, tiny_vlm
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
+from tiny.data import dataset, encoded, picture, row, tiny_vlm
 
 from data import processors
 from data.processors import ImageDecodeError, ImageProcessor, decode_image, image_size, to_rgb
@@ -37,7 +37,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
-from data_examples import tiny_vlm
+from tiny.data import tiny_vlm
 from data.processors import ImageProcessor
 
 def peak_mib():  # not getrusage: that remembers the process before the fork

@@ -3,7 +3,18 @@ from itertools import islice
 import datasets
 import pytest
 import torch
-from data_examples import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
+from tiny.data import (
+    STREAM_OF_10,
+    dataset,
+    encoded,
+    picture,
+    row,
+    some_rows,
+    stream,
+    tiny_train,
+    tiny_vlm,
+    turn,
+)
 
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import DropCounter
@@ -12,19 +23,6 @@ from data.sources import RowStream, _Part
 
 SMALL = tiny_vlm(resize_to_max_side_len=False)
 PAD = 1
-COLORS = ["red", "blue", "green", "gray", "teal", "black", "brown", "yellow"]
-
-
-def some_rows(count: int) -> list[dict]:
-    """Rows of 0, 1 or 2 images and 1 to 4 turns."""
-    return [
-        row(
-            [encoded(picture(16 + 16 * (i % 2), 16, seed=i))] * (i % 3),
-            [turn("is " + "the " * t + f"{COLORS[(i + t) % 8]}?", COLORS[t], "color") for t in range(1 + i % 4)],
-            name=f"row{i}",
-        )
-        for i in range(count)
-    ]
 
 
 def train_collator(vlm=SMALL) -> TrainCollator:
@@ -167,18 +165,6 @@ def test_nothing_usable_is_an_error_with_counts(workers):
 
 
 # Streams
-
-
-def stream(count: int, junk: bool = False) -> RowStream:
-    rows = [
-        {"images": [{"bytes": b"junk" if junk else encoded(picture(seed=i)), "path": None}], "texts": [turn()]}
-        for i in range(count)
-    ]
-    table = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
-    return RowStream([_Part("stream", table.with_format("arrow"))])
-
-
-STREAM_OF_10 = [f"stream[{shard}]#{i}" for shard in (0, 1) for i in range(5)]
 
 
 def test_stream_is_shuffled_and_endless():

@@ -3,8 +3,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from data_examples import TILE_TOKENS, byte_level_tokenizer, encoded, picture, tiny_vlm, turn
 from PIL import Image, ImageOps
+from tiny.data import TILE_TOKENS, byte_level_tokenizer, encoded, picture, tiny_vlm, turn
 
 from data.processors import (
     EASY_VQA_VOCAB_SIZE,

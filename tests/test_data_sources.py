@@ -5,7 +5,7 @@ import time
 
 import datasets
 import pytest
-from data_examples import encoded, picture, row, tiny_train, turn
+from tiny.data import encoded, picture, row, tiny_train, turn
 
 from data import sources
 from data.sources import RowStream, filter_turns, load_rows, split_rows

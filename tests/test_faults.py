@@ -22,8 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm
-from test_resume import assert_same, state
-from test_train import ROOT, arguments, data  # noqa: F401  (a fixture)
+from tiny.runs import ROOT, arguments, assert_same, state
 
 import train
 from training.arguments import parse_arguments
@@ -64,7 +63,7 @@ class Child:
 
 
 @pytest.fixture
-def start(data, tmp_path, monkeypatch):  # noqa: F811
+def start(data, tmp_path, monkeypatch):
     """start(name, before_step, **flags) -> Child."""
     monkeypatch.setattr("grades.plots.draw", lambda history: [])
     # What a run imports late is imported here, so that the forks need not.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from grades_examples import Loop, batch, make_model, make_optimizer, same_weights
+from tiny.grades import Loop, batch, make_model, make_optimizer, same_weights
 
 from grades import GradESConfig, GradESMonitor, find_components
 from grades.freezing import Freezer

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn as nn
-from grades_examples import Loop, make_model, same_weights
+from tiny.grades import Loop, make_model, same_weights
 
 from grades import GradESConfig, GradESMonitor, find_components, reading
 from grades.config import METRICS

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_examples import encoded, picture
 from safetensors import safe_open
+from tiny.data import encoded, picture
 
 import train
 from grades import find_components

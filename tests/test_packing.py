@@ -7,8 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from data_examples import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
-from test_data_loader import some_rows, stream
+from tiny.data import dataset, encoded, picture, row, some_rows, stream, tiny_train, tiny_vlm, turn
 
 import models.language_model
 from data.collators import TrainCollator

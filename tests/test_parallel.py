@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_examples import dataset, encoded, picture, tiny_train, tiny_vlm, turn
 from safetensors.torch import load_file
-from test_data_loader import STREAM_OF_10, stream
-from test_train import TINY
+from tiny.data import STREAM_OF_10, dataset, encoded, picture, stream, tiny_train, tiny_vlm, turn
+from tiny.runs import TINY
 
 import train
 from data.collators import TrainCollator

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from test_train import arguments, data  # noqa: F401  (a fixture)
+from tiny.runs import arguments
 
 import train
 from training.arguments import parse_arguments
 from training.profiling import OPERATORS, TRACE, WARMUP_STEPS
 
 
-def profiled(data, tmp_path, **flags) -> tuple[dict | None, list[str]]:  # noqa: F811
+def profiled(data, tmp_path, **flags) -> tuple[dict | None, list[str]]:
     """The trace, and the lines of log.txt."""
     given = {"eval_interval": 100, "log_interval": 1} | flags
     assert train.main(parse_arguments(arguments(data, tmp_path, "run", **given))) == 0
@@ -19,7 +19,7 @@ def profiled(data, tmp_path, **flags) -> tuple[dict | None, list[str]]:  # noqa:
     return trace, (folder / "log.txt").read_text().splitlines()
 
 
-def test_the_steps_after_warm_up_are_profiled(data, tmp_path):  # noqa: F811
+def test_the_steps_after_warm_up_are_profiled(data, tmp_path):
     trace, log = profiled(data, tmp_path, profile=2, max_training_steps=WARMUP_STEPS + 3)
     names = {event.get("name") for event in trace["traceEvents"]}
     steps = {name for name in names if str(name).startswith("ProfilerStep")}
@@ -36,7 +36,7 @@ def test_the_steps_after_warm_up_are_profiled(data, tmp_path):  # noqa: F811
     assert log[header + 2 + OPERATORS].startswith(f"written {tmp_path}")
 
 
-def test_a_run_that_ends_early_shows_what_it_has(data, tmp_path):  # noqa: F811
+def test_a_run_that_ends_early_shows_what_it_has(data, tmp_path):
     trace, log = profiled(data, tmp_path, profile=9, max_training_steps=WARMUP_STEPS + 1)
     assert any(line.startswith("CPU time of 1 steps") for line in log)
     assert trace is not None
@@ -49,7 +49,7 @@ def test_the_number_of_steps_can_be_left_out():
         parse_arguments(["--profile=-1"])
 
 
-def test_a_run_that_ends_before_says_so(data, tmp_path):  # noqa: F811
+def test_a_run_that_ends_before_says_so(data, tmp_path):
     trace, log = profiled(data, tmp_path, profile=1, max_training_steps=2)
     assert trace is None
     assert f"--profile: nothing to show; it begins after {WARMUP_STEPS} steps" in log

@@ -1,6 +1,6 @@
 """What `python -m grades report` says of a run of train.py or of a loop of one's own."""
 
-from grades_examples import Loop, make_model
+from tiny.grades import Loop, make_model
 
 from grades import GradESConfig
 from grades.__main__ import main

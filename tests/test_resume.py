@@ -7,19 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_train import arguments, data  # noqa: F401  (a fixture)
+from tiny.runs import arguments, assert_same, numbers, state
 
 import train
 from eval.evaluation import Evaluator
 from training import resume
 from training.arguments import parse_arguments
-from training.checkpoint import STATE, damage, find_checkpoint
+from training.checkpoint import damage, find_checkpoint
 from training.logging import NoTracker
 
 STEPS = 12
-# Times differ, and what of the settings may.
-UNEQUAL = {"settings", "logs", "elapsed_s", "unread_s", "resumed_at", "startup_time_s", "eval_time_s", "save_time_s"}
 
 
 class Killed(BaseException):
@@ -27,7 +24,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def run(data, tmp_path, monkeypatch):  # noqa: F811
+def run(data, tmp_path, monkeypatch):
     """run(name, stop=step, kill=step, cut=step, **flags) -> exit code, None where it was killed.
 
     stop: a signal comes in that step; cut: in the evaluation after that step; kill: the step ends the process.
@@ -59,50 +56,6 @@ def run(data, tmp_path, monkeypatch):  # noqa: F811
             return None
 
     return start
-
-
-def state(folder: Path, name: str = "last") -> dict:
-    return torch.load(folder / "checkpoints" / name / STATE, weights_only=True)
-
-
-def numbers(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(("_per_s", "time_s"))} for line in lines]
-
-
-def same(one, other) -> bool:
-    """Equal to the last bit."""
-    if isinstance(one, dict):
-        keys = one.keys() - UNEQUAL
-        return keys == other.keys() - UNEQUAL and all(same(one[key], other[key]) for key in keys)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return one == other or (one != one and other != other)
-
-
-def assert_same(folder: Path, whole: Path) -> None:
-    """Two runs with all that they have left."""
-    ours, theirs = state(folder), state(whole)
-    assert ours.keys() == theirs.keys()
-    for key in ours.keys() - UNEQUAL:
-        assert same(ours[key], theirs[key]), key
-    for name in ("last", "best"):
-        ours, theirs = (load_file(root / "checkpoints" / name / "model.safetensors") for root in (folder, whole))
-        assert same(ours, theirs)
-    assert numbers(folder) == numbers(whole)
-    histories = [root / "grades_history.json" for root in (folder, whole)]
-    assert [path.exists() for path in histories] in ([False] * 2, [True] * 2)
-    if histories[0].exists():
-        ours, theirs = (json.loads(path.read_text()) for path in histories)
-        assert ours == theirs
-    ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (folder, whole))
-    for key in ours:
-        assert ours[key] == theirs[key] or key.endswith("_time_s") or key == "resumed_at_steps", key
-    frozen = [line for line in (folder / "log.txt").read_text().splitlines() if ": froze " in line]
-    assert frozen == [line for line in (whole / "log.txt").read_text().splitlines() if ": froze " in line]
 
 
 # The vision tower freezes early, the attention of the language model late, its MLP never.
@@ -182,7 +135,7 @@ def test_other_settings_are_named_and_refused(run, tmp_path, capsys):
     assert "resume" not in (folder / "config.yaml").read_text().replace("resume_from_vlm_checkpoint", "")
 
 
-def test_other_data_are_named_and_refused(run, data, tmp_path, capsys):  # noqa: F811
+def test_other_data_are_named_and_refused(run, data, tmp_path, capsys):
     folder, flags, rows = tmp_path / "out" / "run", {"max_training_steps": 4, "resume": "auto"}, data / "rows.jsonl"
     assert run("run", stop=2, **flags) == 143
     before, lines = files(folder), rows.read_text().splitlines()
@@ -202,7 +155,7 @@ def test_other_data_are_named_and_refused(run, data, tmp_path, capsys):  # noqa:
     assert state(folder)["data"]["size"] == "9 rows"
 
 
-def test_a_subset_that_is_newly_skipped_is_noticed(run, data, tmp_path, capsys):  # noqa: F811
+def test_a_subset_that_is_newly_skipped_is_noticed(run, data, tmp_path, capsys):
     flags = {"max_training_steps": 4, "resume": "auto", "skip_bad_subsets": True}
     flags["test_dataset_path"] = data / "rows.jsonl"
     (data / "more").mkdir()

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from grades_examples import LR, Loop, make_model
+from tiny.grades import LR, Loop, make_model
 
 from grades import GradESConfig, find_components
 from grades.config import METRICS

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_examples import encoded, picture
+from tiny.data import picture
+from tiny.runs import ROOT, TINY, arguments
 
 import train
 from data.processors import ImageProcessor, encode_prompt, get_tokenizer, image_string
@@ -18,31 +19,6 @@ from training.arguments import parse_arguments
 from training.checkpoint import CheckpointError, damage, find_checkpoint, save_checkpoint, step_folder
 from training.setup import lr_factor, make_optimizer
 from training.step import forward_backward
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = {
-    "vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "vit_hidden_dim": 16, "vit_inter_dim": 32,
-    "vit_n_blocks": 1, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "lm_hidden_dim": 16,
-    "lm_inter_dim": 32, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1, "dtype": "float32", "batch_size": 4,
-    "max_training_steps": 8, "eval_interval": 4, "log_interval": 2, "val_size": 4, "compute_interval": 1,
-}  # fmt: skip
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Sixteen rows in the_cauldron's shape, one of which holds no image that decodes."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    lines = []
-    for i in range(16):
-        (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
-        texts = [
-            {"user": "is there a red shape?", "assistant": "yes" if i % 2 else "no"},
-            {"user": "what?", "assistant": "red"},
-        ]
-        lines.append(json.dumps({"images": [f"{i}.png"], "texts": texts}))
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture
@@ -56,11 +32,6 @@ def start(data, tmp_path):
         return code, folder, json.loads(summary.read_text()) if summary.exists() else {}
 
     return run
-
-
-def arguments(data: Path, tmp_path: Path, name: str, **flags) -> list[str]:
-    given = {"train_dataset_path": data, "test_dataset_path": data, "output_dir": tmp_path / "out", "run_name": name}
-    return [f"--{key}={value}" for key, value in (TINY | given | flags).items()]
 
 
 def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:

@@ -2,11 +2,13 @@
 
 import io
 
+import datasets
 import numpy as np
 from PIL import Image
 
 from data.datasets import VQADataset
 from data.processors import EASY_VQA_VOCAB_SIZE, ImageProcessor, get_tokenizer
+from data.sources import RowStream, _Part
 from models.config import TrainConfig, VLMConfig
 
 TILE_TOKENS = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"} | {
@@ -78,3 +80,30 @@ def byte_level_tokenizer(folder) -> int:
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return tokenizer.get_vocab_size()
+
+
+COLORS = ["red", "blue", "green", "gray", "teal", "black", "brown", "yellow"]
+
+
+def some_rows(count: int) -> list[dict]:
+    """Rows of 0, 1 or 2 images and 1 to 4 turns."""
+    return [
+        row(
+            [encoded(picture(16 + 16 * (i % 2), 16, seed=i))] * (i % 3),
+            [turn("is " + "the " * t + f"{COLORS[(i + t) % 8]}?", COLORS[t], "color") for t in range(1 + i % 4)],
+            name=f"row{i}",
+        )
+        for i in range(count)
+    ]
+
+
+def stream(count: int, junk: bool = False) -> RowStream:
+    rows = [
+        {"images": [{"bytes": b"junk" if junk else encoded(picture(seed=i)), "path": None}], "texts": [turn()]}
+        for i in range(count)
+    ]
+    table = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+    return RowStream([_Part("stream", table.with_format("arrow"))])
+
+
+STREAM_OF_10 = [f"stream[{shard}]#{i}" for shard in (0, 1) for i in range(5)]

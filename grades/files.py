@@ -1,0 +1,33 @@
+"""Writing files that are whole at every moment: beside their name first, then renamed."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Within this context write to the path it gives, which has the same ending and lies in the same folder.
+
+    At the end that file takes the place of `path` at once. After an exception `path` is as it was before.
+    """
+    beside = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the text as UTF-8."""
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the value as indented JSON with a final line break."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
