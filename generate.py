@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     from data.processors import ImageProcessor, decode_image, encode_prompt, get_tokenizer, image_string
     from models.backbones import checkpoint_folder
     from models.vision_language_model import VisionLanguageModel
-    from training.checkpoint import find_checkpoint
+    from training.checkpoint_folder import find_checkpoint
     from training.setup import pick_device, prepare_backend
 
     device = pick_device()

@@ -110,3 +110,8 @@ def _image_inputs(
         "image_slots": torch.from_numpy(image_slots),
         "image_sources": None if natural else torch.from_numpy(image_sources),
     }
+
+
+def to_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch's tensors, which are the model's arguments; the copies overlap with what the device still computes."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}

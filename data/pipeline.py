@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,10 +29,65 @@ class Data:
     train_rows: object
     val_rows: object
     test_rows: object | None
-    train: Iterator[dict]
+    open: object
     val_dataset: VQADataset
     test_dataset: VQADataset | None
+    cfg: TrainConfig
+    rank: int
+    world_size: int
     dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))  # by split
+    position: int | dict = 0
+
+    def start(self) -> None:
+        batches = self.open(self.position)
+        first: list[dict] = []
+        while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later
+            first.append(next(batches))
+        self.batches = itertools.chain(first, batches)
+
+    def __next__(self):
+        return next(self.batches)
+
+    def used(self, batches):
+        self.position = batches[-1]["position"]
+        for batch in batches:
+            self.dropped["train"].update(batch["dropped"])
+
+    def add_up_ranks(self, gather):
+        for counts in gather(dict(self.dropped["train"]))[1:]:
+            self.dropped["train"].update(counts)
+
+    def state_dict(self):
+        return {
+            "position": self.position,
+            "dropped": {s: dict(c) for s, c in self.dropped.items()},
+            "batch_size": self.cfg.batch_size,
+            "workers_share_rows": self.cfg.packing or not hasattr(self.train_rows, "__len__"),
+        }
+
+    def load_rank_states(self, states):
+        same = len(states) == self.world_size
+        state = states[self.rank if same else 0]
+        saved = [s["position"] for s in states]
+        if not state["workers_share_rows"]:
+            self.position = saved[0] * (state["batch_size"] * len(states)) // (self.cfg.batch_size * self.world_size)
+        elif saved[0] == 0 or (
+            same and (len(saved[0]["places"]) == max(1, self.cfg.num_workers) or not self.cfg.resume_override)
+        ):
+            self.position = state["position"]
+        else:
+            epoch = 1 + max(place[0] for position in saved for place in position["places"])
+            self.position = {"places": [(epoch, 0, 0)] * max(1, self.cfg.num_workers), "turn": 0}
+        skipped = {split: dict(c) for split, c in self.dropped.items()}
+        for split, counts in state["dropped"].items():
+            self.dropped[split].clear()
+            self.dropped[split].update(counts)
+            self.dropped[split].update({k: v for k, v in skipped.get(split, {}).items() if k not in counts})
+        if not same:
+            self.dropped["train"].clear()
+            if self.rank == 0:
+                for s in states:
+                    self.dropped["train"].update(s["dropped"].get("train", {}))
 
 
 def identify(rows) -> dict[str, str]:
@@ -53,7 +107,7 @@ def identify(rows) -> dict[str, str]:
 
 
 def load_data(
-    rows, vlm: VLMConfig, cfg: TrainConfig, checkpoint: Path | None, start: int = 0, rank: int = 0, world_size: int = 1
+    rows, vlm: VLMConfig, cfg: TrainConfig, checkpoint: Path | None, rank: int = 0, world_size: int = 1
 ) -> Data:
     """rows: of the training data set, loaded. checkpoint: a folder whose tokenizer goes before vlm.lm_tokenizer.
     start: training goes on after so many batches; rank, world_size: whose batches they are (see train_batches).
@@ -69,22 +123,24 @@ def load_data(
     def dataset(rows, train: bool) -> VQADataset:
         return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
 
-    batches = train_batches(
-        dataset(train_rows, train=True), TrainCollator(tokenizer.pad_token_id, vlm), cfg, start, rank, world_size
-    )
+    train_dataset = dataset(train_rows, train=True)
+
+    def open(position):
+        return train_batches(train_dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg, position, rank, world_size)
+
     dropped = defaultdict(DropCounter)
     bad_subsets = getattr(rows, "bad_subsets", ())
     if bad_subsets and rank == 0:
         dropped["train"][BAD_SUBSET] = len(bad_subsets)
-    first: list[dict] = []
-    while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later
-        first.append(next(batches))
     return Data(
         tokenizer=tokenizer,
         train_rows=train_rows,
         val_rows=val_rows,
         test_rows=test_rows,
-        train=itertools.chain(first, batches),
+        open=open,
+        cfg=cfg,
+        rank=rank,
+        world_size=world_size,
         val_dataset=dataset(val_rows, train=False),
         test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
         dropped=dropped,

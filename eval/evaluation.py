@@ -3,43 +3,46 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from data.collators import PromptCollator, TrainCollator
-from data.datasets import DropCounter, VQADataset
+from data.collators import PromptCollator, TrainCollator, to_device
+from data.datasets import DropCounter
 from data.loader import eval_batches, prompt_batches
 from data.pipeline import Data
 from eval.scoring import score
 from models.config import TrainConfig
+from models.vision_language_model import VisionLanguageModel
+
+Autocast = contextlib.AbstractContextManager
 
 
 @dataclass
 class Evaluator:
-    """Measures the model on the validation and test rows of a run's data."""
+    """Measures the model on the validation and test rows of a run's data.
 
-    model: torch.nn.Module
+    Draws no random numbers and leaves every weight as it is, so that a run with an evaluation more is the same run.
+    """
+
+    model: VisionLanguageModel
     data: Data
     cfg: TrainConfig
     device: torch.device
-    autocast: contextlib.AbstractContextManager
+    autocast: Autocast
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
 
-    def validate(self, loss: float | None = None) -> dict[str, float | None]:
-        """val/loss, measured where it is not given, and val/exact_match over all and by source."""
-        loss = self.loss() if loss is None else loss
-        return {"val/loss": loss, **self.ask(self.data.val_dataset, "val")}
-
     def loss(self) -> float | None:
-        """Mean loss over the label tokens of the validation rows, in nats."""
+        """Mean loss over the label tokens of the validation rows, in nats; None where there is none."""
         self.data.dropped["val"] = DropCounter()
         collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
         batches = eval_batches(self.data.val_dataset, collator, self.cfg, self.data.dropped["val"])
         return mean_loss(self.model, self.until(batches), self.device, self.autocast)
 
-    def ask(self, dataset: VQADataset, split: str) -> dict[str, float | None]:
-        """Exact match of the greedy answers to the dataset's questions, over all and by source."""
-        tokenizer = self.data.tokenizer
+    def answers(self, split: str = "val") -> dict[str, float | None]:
+        """{split}/exact_match of the greedy answers to the questions of "val" or "test", and {split}/exact_match/SOURCE
+        of each source of questions: shares in [0, 1], None where there is no question."""
+        tokenizer, dataset = self.data.tokenizer, self.data.val_dataset if split == "val" else self.data.test_dataset
         # The validation rows' drops are counted by their loss already.
         counter = self.data.dropped.setdefault("test", DropCounter()) if split == "test" else None
         batches = prompt_batches(dataset, PromptCollator(tokenizer.pad_token_id, self.model.cfg), self.cfg, counter)
@@ -49,13 +52,8 @@ class Evaluator:
         return {f"{split}/exact_match" + ("" if key == "all" else f"/{key}"): value for key, value in scores.items()}
 
 
-def on_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch's tensors, which are the model's arguments, on its device."""
-    return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
-
-
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module):
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Without dropout, and compiled blocks in eager mode: the changing lengths of answers would recompile them."""
     model.eval()
     with torch.compiler.set_stance("force_eager"):
@@ -64,26 +62,28 @@ def evaluating(model: torch.nn.Module):
 
 
 @torch.no_grad()
-def mean_loss(model, batches: Iterable[dict], device: torch.device, autocast: contextlib.AbstractContextManager):
+def mean_loss(
+    model: VisionLanguageModel, batches: Iterable[dict], device: torch.device, autocast: Autocast
+) -> float | None:
     """Mean loss over the label tokens of the batches, in nats; None where there is none."""
     total, labels = torch.zeros((), device=device), 0
     with evaluating(model):
         for batch in batches:
             with autocast:
-                total += model(**on_device(batch, device))
+                total += model(**to_device(batch, device))
             labels += batch["num_labels"]
     return total.item() / labels if labels else None
 
 
 def exact_match(
-    model,
-    tokenizer,
+    model: VisionLanguageModel,
+    tokenizer: Any,
     batches: Iterable[tuple[dict, list[str], list[str | None], list[str]]],
     max_new_tokens: int,
     device: torch.device,
-    autocast: contextlib.AbstractContextManager,
+    autocast: Autocast,
 ) -> dict[str, float | None]:
-    """Share of the questions whose greedy answer is the expected one: "all" and one entry a source.
+    """Share of the questions whose greedy answer is the expected one: "all" and one entry per source.
 
     batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
     """
@@ -92,7 +92,7 @@ def exact_match(
     with evaluating(model):
         for batch, expected, sources, _ in batches:
             with autocast:
-                new_ids = model.generate(**on_device(batch, device), **options)
+                new_ids = model.generate(**to_device(batch, device), **options)
             answers = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
             pairs += zip(answers, expected, sources, strict=True)
     return score(pairs)

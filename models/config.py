@@ -308,6 +308,7 @@ class TrainConfig:
     resume_override: bool = doc("resume although settings differ from the run's; each is named", False)
     run_name: str | None = doc("folder of the run; by default made from the config and the time", None)
     output_dir: str = doc("where run folders go", "grades_output")
+    log_with: str | None = doc("wandb, tensorboard or trackio", None)
     log_wandb: bool = doc("log to Weights & Biases; offline where there is no account", False)
     wandb_project: str = doc("project in Weights & Biases", "nanovlm-grades")
     wandb_entity: str | None = doc("account or team in Weights & Biases", None)

@@ -27,8 +27,8 @@ from data.sources import load_rows
 from grades import GradESMonitor
 from grades.metrics import METRICS
 from scripts.bench_common import Bench, Watcher, make_monitor, parse, parser, table, time_checks
-from training import setup
 from training.arguments import Settings
+from training.schedule import set_learning_rate
 
 Key = tuple[str, str]  # metric, how it is read
 
@@ -114,7 +114,7 @@ def train_watched(bench: Bench, monitors: list[GradESMonitor]) -> None:
     data = load_data(load_rows("easy-vqa"), bench.settings.vlm, bench.cfg, None)
     for step in range(1, bench.cfg.max_training_steps + 1):
         bench.micro_batches = [next(data.train) for _ in bench.micro_batches]
-        setup.set_learning_rate(bench.optimizer, step, bench.cfg)
+        set_learning_rate(bench.optimizer, step, bench.cfg)
         bench.backward()
         for monitor in monitors:
             monitor.after_backward(step)

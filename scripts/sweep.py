@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grades.policy import grace_steps
 from scripts import runs
 from scripts.runs import Plan, Runs, cell, compare
-from training.checkpoint import step_folders, step_of
+from training.checkpoint_folder import step_folders, step_of
 
 CHECKPOINTS = 20  # of Full
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm
-from tiny.runs import ROOT, arguments, assert_same, state
+from tiny.runs import ROOT, arguments, assert_same, before_steps, state
 
 import train
 from training.arguments import parse_arguments
-from training.checkpoint import STATE, damage, step_folders, write_manifest
+from training.checkpoint_folder import STATE, damage, step_folders, write_manifest
 
 tqdm.tqdm.monitor_interval = 0  # no thread that a fork would lose
 STEPS = 12
@@ -36,7 +36,7 @@ class Child:
     """A process that runs train.py's main; what it prints is in `printed`."""
 
     def __init__(self, flags: list[str], output: Path, before_step=None):
-        """before_step(run): called in it before each step."""
+        """before_step(step): called in it before each step, counted from 1."""
         self.output, self.ended = output, False
         self.pid = os.fork()
         if self.pid == 0:
@@ -44,9 +44,11 @@ class Child:
             with output.open("w", buffering=1) as sys.stdout:
                 sys.stderr = sys.stdout
                 try:
-                    take_step = train.take_step
-                    train.take_step = lambda run: (before_step and before_step(run), take_step(run))
+                    if before_step is not None:
+                        before_steps(before_step)
                     code = train.main(parse_arguments(flags))
+                except SystemExit as ended:
+                    code = ended.code
                 except BaseException:
                     traceback.print_exc()
             os._exit(code)
@@ -101,8 +103,8 @@ def until(condition) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_and_the_run_goes_on(start, out, number):
-    def signalled(run):
-        if run.step == 6:
+    def signalled(step):
+        if step == 7:
             os.kill(os.getpid(), number)
 
     assert start("whole").wait() == 0
@@ -164,10 +166,10 @@ def fill(path: Path) -> None:
 def test_a_full_disk_is_said_and_survived(start, out, recovers):
     with small_disk(out, 2):
 
-        def crowded(run):
-            if run.step == 6:
+        def crowded(step):
+            if step == 7:
                 fill(out / "ballast")
-            if run.step == 10 and recovers:
+            if step == 11 and recovers:
                 (out / "ballast").unlink()
 
         assert start("whole").wait() == 0
@@ -190,8 +192,8 @@ def test_a_full_disk_is_said_and_survived(start, out, recovers):
 def test_a_file_that_cannot_grow_is_said_and_survived(start, out):
     """As on a full disk, where nothing may be mounted: the weights cannot be written, the log can."""
 
-    def limited(run):
-        size = 20_000 if 6 <= run.step < 10 else resource.RLIM_INFINITY
+    def limited(step):
+        size = 20_000 if 7 <= step < 11 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     assert start("whole").wait() == 0
@@ -227,14 +229,14 @@ def shorten(path: Path) -> None:
 )
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(start, out, name, spoil, what):
     assert start("whole").wait() == 0
-    stopped = start(before_step=lambda run: run.step == 9 and os.kill(os.getpid(), signal.SIGTERM))
+    stopped = start(before_step=lambda step: step == 10 and os.kill(os.getpid(), signal.SIGTERM))
     assert stopped.wait() == 143
     newest = out / "run" / "checkpoints" / "step_00000010"
     spoil(newest / name)
     child = start()
     assert child.wait() == 0
     assert f"step_00000010 is damaged ({what}" in child.printed
-    assert "going on from" in child.printed
+    assert "resuming from" in child.printed
     assert "after step 8" in child.printed
     assert_same(out / "run", out / "whole")
     assert newest.with_suffix(".damaged").is_dir()
@@ -243,13 +245,13 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(start, out, 
     (out / "run" / "summary.json").unlink()
     child = start()
     assert child.wait() == 2
-    assert "no checkpoint to go on from: step_00000012 is damaged" in child.printed
+    assert "no checkpoint to resume from: step_00000012 is damaged" in child.printed
     assert "step_00000008 is damaged" in child.printed
 
 
 def test_a_worker_that_dies_is_named_and_nothing_is_lost(start, out):
-    def kills(run):
-        if run.step == 6:
+    def kills(step):
+        if step == 7:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
 
@@ -265,7 +267,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(start, out):
 
 
 def test_two_runs_do_not_share_a_folder(start, out):
-    first = start(before_step=lambda run: time.sleep(60 * (run.step == 5)), num_workers=1)
+    first = start(before_step=lambda step: time.sleep(60 * (step == 6)), num_workers=1)
     until(lambda: (out / "run" / "checkpoints" / "last").exists())
     second = start()
     assert second.wait() == 2
@@ -287,10 +289,10 @@ class Trap:
 
 
 def test_a_checkpoint_cannot_run_code(start, out, tmp_path):
-    stopped = start(before_step=lambda run: run.step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    stopped = start(before_step=lambda step: step == 6 and os.kill(os.getpid(), signal.SIGTERM))
     assert stopped.wait() == 143
     newest, trap = step_folders(out / "run")[0], tmp_path / "trap"
-    torch.save(state(out / "run") | {"val": Trap(trap)}, newest / STATE)
+    torch.save(state(out / "run") | {"kind": Trap(trap)}, newest / STATE)
     write_manifest(newest, 6)
     child = start()
     assert child.wait() == 2

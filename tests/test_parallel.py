@@ -21,8 +21,7 @@ from data.collators import TrainCollator
 from data.loader import train_batches
 from grades import GradESConfig
 from training.arguments import Settings, parse_arguments
-from training.checkpoint import damage
-from training.resume import _position
+from training.checkpoint_folder import damage
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "parallel_worker.py"
@@ -197,7 +196,7 @@ def test_each_process_writes_its_part_of_the_optimizer(two, tmp_path):
     assert [part[name].shape for part in parts] == [(16, 16)] * 2
     saved = torch.load(folder / "training_state.pt", weights_only=True)
     assert saved["optimizer"].keys() == {"param_groups"}
-    assert {path.name for path in folder.iterdir()} >= {"metric_0.pt", "metric_1.pt"}
+    assert {path.name for path in folder.iterdir()} >= {"shard_0.pt", "shard_1.pt"}
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sum(file.startswith("optimizer/") for file in files) == 2
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
@@ -255,11 +254,11 @@ def test_another_global_batch_is_another_run(two, capsys):
     assert train.main(parse_arguments(arguments(rows, "alone", resume=step_4(two / "fsdp"), parallel="fsdp"))) == 2
     said = capsys.readouterr().err
     assert "--batch_size 2, processes 1: the run that is resumed has 2 processes; the product must be 4" in said
-    assert "--resume_override goes on" in said
+    assert "--resume_override continues" in said
     assert not (two / "alone").exists()
     folder = goes_on(two, "alone", "fsdp", parallel="fsdp", resume_override=True)
     state = torch.load(step_4(folder).with_name("step_00000006") / "training_state.pt", weights_only=True)
-    assert state["position"] == 2 * (4 * 2) + 2 * 2  # in half as large batches, two a step
+    assert state["states"]["data"][0]["position"] == 2 * (4 * 2) + 2 * 2  # in half as large batches, two a step
 
 
 def test_three_processes_share_rows_that_do_not_divide_evenly(two, tmp_path):
@@ -314,7 +313,7 @@ def test_a_signal_ends_all_processes_with_everything_saved(tmp_path):
     assert summary["stop_reason"] == "interrupted"
     state = torch.load(tmp_path / "run" / "checkpoints" / "last" / "training_state.pt", weights_only=True)
     assert state["step"] == summary["steps"] > 0
-    assert [own["position"] for own in state["ranks"]] == [state["position"]] * 2
+    assert len({own["position"] for own in state["states"]["data"]}) == 1
 
 
 SMALL = tiny_vlm()
@@ -358,7 +357,7 @@ def test_other_ranks_begin_an_epoch_of_a_stream_or_of_packed_rows(packing):
     before = [batches_of(stream(10), rank, 3, 12, **flags)[-1]["position"] for rank in range(3)]
     settings = Settings(SMALL, tiny_train(**flags), GradESConfig(), ROOT, frozenset())
     state = {"settings": {"batch_size": 1}, "workers_share_rows": True, "position": before[0]}
-    assert _position(state, before, settings, 3) == before[0]
+    assert _pos(state, before, settings, 3) == before[0]
     start = _position(state, before, settings, 2)
     found = [batches_of(stream(10), rank, 2, 1 if packing else 5, start, **flags) for rank in (0, 1)]
     assert sorted(row for batches in found for batch in batches for row in batch["ids"]) == STREAM_OF_10

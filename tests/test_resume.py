@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny.runs import arguments, assert_same, numbers, state
+from tiny.runs import arguments, assert_same, before_steps, numbers, state
 
 import train
 from eval.evaluation import Evaluator
 from training import resume
 from training.arguments import parse_arguments
-from training.checkpoint import damage, find_checkpoint
-from training.logging import NoTracker
+from training.checkpoint_folder import damage, find_checkpoint
+from training.trackers import NoTracker
 
 STEPS = 12
 
@@ -30,24 +30,24 @@ def run(data, tmp_path, monkeypatch):
     stop: a signal comes in that step; cut: in the evaluation after that step; kill: the step ends the process.
     """
     monkeypatch.setattr("grades.plots.draw", lambda history: [])
-    take_step, mean_loss = train.take_step, Evaluator.loss
+    monkeypatch.setattr(train, "set_learning_rate", train.set_learning_rate)  # put back at the end
+    mean_loss = Evaluator.loss
 
     def start(name: str, stop: int = 0, kill: int = 0, cut: int = 0, **flags) -> int | None:
-        def step(run):
-            take_step(run)
-            if run.step == kill:
+        def before(step):
+            if step == kill:
                 raise Killed
-            if run.step == stop:
-                run.stop.signal = signal.SIGTERM
-            now.append(run)
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            now.append(step)
 
         def loss(evaluator):
-            if now and now[-1].step == cut:
-                now[-1].stop.signal = signal.SIGTERM
+            if now and now[-1] == cut:
+                os.kill(os.getpid(), signal.SIGTERM)
             return mean_loss(evaluator)
 
         now: list = []
-        monkeypatch.setattr(train, "take_step", step)
+        before_steps(before)
         monkeypatch.setattr(Evaluator, "loss", loss)
         given = {"max_training_steps": STEPS, "eval_interval": 4, "keep_checkpoints": 9} | flags
         try:
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case):
     begun = state(parts)["step"]
     assert begun < killed
     assert run("parts", cut=last, **flags, resume="auto") == 143
-    assert state(parts)["evaluation_due"]
+    assert state(parts)["states"]["loop"]["evaluated_step"] < last
     assert run("parts", **flags, resume="auto") == 0
     assert_same(parts, whole)
     assert json.loads((parts / "summary.json").read_text())["resumed_at_steps"] == [before, after, begun, last]
@@ -143,7 +143,7 @@ def test_other_data_are_named_and_refused(run, data, tmp_path, capsys):
     assert run("run", **flags) == 2
     had = "now, the run that is resumed has 16 rows"
     assert line("--resume_override", capsys).endswith(
-        f"{data}: 9 rows {had}; --resume_override goes on with those of now"
+        f"{data}: 9 rows {had}; --resume_override continues with those of now"
     )
     rows.write_text("\n".join(lines[::-1]))
     assert run("run", **flags) == 2
@@ -185,7 +185,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases_too(run, monkeypatch):
             asked.append(run_id)
 
     asked: list = []
-    monkeypatch.setattr(train, "WandbTracker", Tracker)
+    monkeypatch.setattr("training.trackers.WandbTracker", Tracker)
     assert run("run", stop=1, log_wandb=True, max_training_steps=2) == 143
     assert run("run", log_wandb=True, max_training_steps=2, resume="auto") == 0
     assert asked == [None, "as wandb named it"]
@@ -202,7 +202,7 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(run, tmp_path, caps
     assert [line["step"] for line in numbers(folder) if "val/loss" in line] == [2, 4, 6]
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
     assert run("run", **flags | {"max_training_steps": 6}) == 0
-    assert state(folder)["resumed_at"] == [4]
+    assert state(folder)["states"]["loop"]["resumed_at"] == [4]
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -211,15 +211,15 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(run, tmp_path, caps
     [({}, "max_training_steps"), ({"enable_grades": True, "vision_tau": 1e9, "language_tau": 1e9}, "frozen")],
 )
 def test_a_test_that_was_cut_short_is_all_that_is_left_to_do(run, tmp_path, monkeypatch, capsys, named, flags, reason):
-    def cut(evaluator, dataset, split):
+    def cut(evaluator, split="val"):
         if split == "test":
             os.kill(os.getpid(), signal.SIGTERM)
-        return ask(evaluator, dataset, split)
+        return answers(evaluator, split)
 
-    folder, ask = tmp_path / "out" / "run", Evaluator.ask
+    folder, answers = tmp_path / "out" / "run", Evaluator.answers
     assert run("whole", **flags) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "ask", cut)
+        patch.setattr(Evaluator, "answers", cut)
         assert run("run", **flags) == 143
     before = files(folder / "checkpoints")
     summary = json.loads((folder / "summary.json").read_text())
@@ -265,7 +265,7 @@ def test_another_run_can_begin_at_any_checkpoint(run, tmp_path, capsys):
     before = files(out / "run")
     older = out / "run" / "checkpoints" / "step_00000004"
     assert run("run", resume=older) == 2
-    assert "gone on to step_00000012" in line("--resume", capsys)
+    assert "has reached step_00000012" in line("--resume", capsys)
     assert run("new", resume=older) == 0
     assert_same(out / "new", out / "run")
     assert run("run", resume=out / "absent") == 2
@@ -279,7 +279,7 @@ def test_another_run_can_begin_at_any_checkpoint(run, tmp_path, capsys):
 
 def test_the_latest_checkpoints_and_the_best_are_kept_once(run, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(Evaluator, "validate", lambda *_: {"val/loss": next(losses), "val/exact_match": 0.0})
+    monkeypatch.setattr("eval.evaluation.mean_loss", lambda *_: next(losses))
     assert run("run", eval_interval=2, keep_checkpoints=2) == 0
     checkpoints = tmp_path / "out" / "run" / "checkpoints"
     kept = ["step_00000004", "step_00000010", "step_00000012"]
@@ -313,5 +313,5 @@ def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, 
 
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
     torch.save({"step": 1}, tmp_path / "training_state.pt")
-    with pytest.raises(ValueError, match=r"--resume .*: an older version wrote it"):
+    with pytest.raises(ValueError, match=r"--resume .*: another version"):
         resume.load_state(tmp_path)

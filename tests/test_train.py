@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from tiny.data import picture
-from tiny.runs import ROOT, TINY, arguments
+from tiny.runs import ROOT, TINY, arguments, same
 
 import train
 from data.processors import ImageProcessor, encode_prompt, get_tokenizer, image_string
 from models.vision_language_model import VisionLanguageModel
+from training import setup
 from training.arguments import parse_arguments
-from training.checkpoint import CheckpointError, damage, find_checkpoint, save_checkpoint, step_folder
-from training.setup import lr_factor, make_optimizer
+from training.checkpoint_folder import CheckpointError, begin, damage, find_checkpoint, finishing, step_folder
+from training.evaluation import Evaluation
+from training.schedule import lr_factor
+from training.setup import freeze_untrained, make_optimizer
 from training.step import forward_backward
 
 
@@ -93,10 +96,10 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(start):
     assert summary["test_exact_match"] is not None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], "val/exact_match" in line) for line in lines if "val/loss" in line]
-    assert losses == [(2, False), (4, False), (6, False), (6, True)]  # the exact match only at the end
-    assert lines[-1]["val/loss"] == summary["val_loss"] == lines[-2]["val/loss"]
+    assert losses == [(2, False), (4, False), (6, True)]  # the exact match only at the end
+    assert lines[-1]["val/loss"] == summary["val_loss"]
     state = torch.load(folder / "checkpoints" / "last" / "training_state.pt", weights_only=True)
-    assert state["early_stopping"] == {"best": pytest.approx(lines[1]["val/loss"]), "bad": 2}
+    assert state["states"]["evaluation"] == {"best": pytest.approx(lines[1]["val/loss"]), "bad": 2}
 
 
 def test_early_stopping_that_never_stops_changes_nothing(start):
@@ -107,11 +110,29 @@ def test_early_stopping_that_never_stops_changes_nothing(start):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_evaluation_changes_neither_weights_nor_random_numbers(start, monkeypatch, num_workers):
+    def everything(evaluation):
+        weights = {name: value.clone() for name, value in evaluation.evaluator.model.state_dict().items()}
+        mode = [module.training for module in evaluation.evaluator.model.modules()]
+        return weights, mode, setup.RandomState(torch.device("cpu")).state_dict()
+
+    def watched(evaluation, state):
+        before = everything(evaluation)
+        run(evaluation, state)
+        found.append(same(everything(evaluation), before) and state.evaluated_step == state.step)
+
+    run, found = Evaluation.run, []
+    monkeypatch.setattr(Evaluation, "run", watched)
+    assert start(num_workers=num_workers, lm_dropout=0.1, early_stopping=True, es_interval=0.25)[0] == 0
+    assert found == [True] * 4
+
+
 def test_the_summary_says_where_time_and_flops_went(start):
     _, _, summary = start(enable_grades=True, vision_tau=1e9, language_tau=1e-9, alpha=0.5, compute_interval=4)
     parts = [summary[f"{part}_time_s"] for part in ("startup", "train", "eval", "save")]
     assert min(parts) > 0
-    assert sum(parts) < summary["total_time_s"]
+    assert sum(parts) == pytest.approx(summary["total_time_s"])
     assert 0 < summary["test_time_s"] < summary["eval_time_s"]
     unfrozen = summary["train_flops_unfrozen_per_step"] * summary["steps"]
     assert 0.5 * unfrozen < summary["train_flops"] <= unfrozen
@@ -197,7 +218,7 @@ def test_a_signal_ends_the_run_with_everything_saved(data, tmp_path, number):
     assert (folder / "convergence.png").exists()
     state = torch.load(folder / "checkpoints" / "last" / "training_state.pt", weights_only=True)
     assert state["step"] == summary["steps"] > 0
-    assert state["grades"]["last_step"] == state["step"]
+    assert state["states"]["grades"]["last_step"] == state["step"]
     assert weights(folder)
 
 
@@ -294,6 +315,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
 def test_each_part_has_its_own_peak_learning_rate():
     settings = parse_arguments([f"--{k}={v}" for k, v in TINY.items()] + ["--lr_mp=0.3", "--lr_vision_backbone=0"])
     model = VisionLanguageModel(settings.vlm)
+    freeze_untrained(model, settings.train)
     optimizer = make_optimizer(model, settings.train)
     assert {group["name"]: group["peak_lr"] for group in optimizer.param_groups} == {
         "projector": 0.3,
@@ -304,32 +326,22 @@ def test_each_part_has_its_own_peak_learning_rate():
     assert grouped == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-class Saved:
-    """Something to put into a checkpoint."""
-
-    def __init__(self, text: str, fails: bool = False):
-        self.text, self.fails = text, fails
-
-    def save_pretrained(self, folder):
-        Path(folder).mkdir(exist_ok=True, parents=True)
-        for name in ("config.json", "model.safetensors"):
-            (Path(folder) / name).write_text(self.text)
-        if self.fails:
+def write(folder: Path, text: str, fails: bool = False) -> None:
+    """A checkpoint of one file."""
+    with finishing(folder, 3) as beside:
+        begin(folder)
+        (beside / "model.safetensors").write_text(text)
+        if fails:
             raise OSError("No space left on device")
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
     place = step_folder(tmp_path, 3)
-    save_checkpoint(place, Saved("first"), Saved("first"))
+    write(place, "first")
     with pytest.raises(CheckpointError, match="No space"):
-        save_checkpoint(place, Saved("second", fails=True), Saved("second"))
+        write(place, "second", fails=True)
     assert (place / "model.safetensors").read_text() == "first"
-    assert [path.name for path in place.parent.iterdir()] == [place.name]
-    save_checkpoint(place, Saved("third"), Saved("third"), {"step": 3})
+    write(place, "third")
     assert (place / "model.safetensors").read_text() == "third"
-    assert [path.name for path in place.parent.iterdir()] == [place.name]
     assert damage(place) is None
-    place.rename(place.with_name(place.name + ".old"))  # killed between the two renames
-    assert find_checkpoint(tmp_path) == place.with_name(place.name + ".old")
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        find_checkpoint(tmp_path / "checkpoints")
+    assert [path.name for path in place.parent.iterdir()] == [place.name]

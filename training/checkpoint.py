@@ -1,175 +1,238 @@
-"""Checkpoints that a crash at any moment leaves whole: written beside their place, then renamed, under checksums.
+"""Checkpoints of a run: the model in nanoVLM's format, the optimizer, and the state of whatever has state."""
 
-A run's folder `checkpoints` holds one folder a step (step_00000400), the links `last` and `best` to two of them, and
-`crash` where the run has ended in an error. A name that ends in .tmp is unfinished, in .old about to be replaced.
-"""
-
-import hashlib
-import json
-import os
-import re
+import contextlib
+import multiprocessing
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-MANIFEST = "manifest.json"
-STATE = "training_state.pt"
+from grades import GradESMonitor
+from models.lora import lora_state_dict
+from models.vision_language_model import VisionLanguageModel
+from training.checkpoint_folder import (
+    OPTIMIZER,
+    SHARD,
+    STATE,
+    CheckpointError,
+    begin,
+    finishing,
+    point,
+    prune,
+    step_folder,
+    unfinished,
+)
+from training.logging import RunLog
+from training.parallel import Parallel
+from training.resume import FORMAT, RunStart, load_file
+from training.state import LoopState
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be written."""
+class Stateful(Protocol):
+    """What a checkpoint can hold. Where each rank has a state of its own there is `load_rank_states(states)` in place
+    of load_state_dict: it gets those of all ranks of the saved run, which may have had another number of ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
-def begin_checkpoint(folder: Path) -> Path:
-    """Make the empty folder beside, where parts of the checkpoint are written before save_checkpoint is called."""
-    beside = unfinished(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    return beside
+class MonitorState:
+    """GradES in a checkpoint of sharded weights: what its metric compares with is, on each rank, of its own shards."""
+
+    def __init__(self, monitor: GradESMonitor):
+        self.monitor = monitor
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.monitor.state_dict() | {"metric": None}
+
+    def shard_state_dict(self) -> Any:
+        """What this rank alone has."""
+        return self.monitor.state_dict()["metric"]
+
+    def load_state_dict(self, state: dict[str, Any], shard: Any = None) -> None:
+        """shard: None where the weights were sharded otherwise; then nothing is judged before it is measured again."""
+        self.monitor.load_state_dict(state | {"metric": shard})
 
 
-def save_checkpoint(folder: Path, model, tokenizer, training_state: dict | None = None, begun: bool = False) -> None:
-    """Write model (config.json, model.safetensors), tokenizer and, where given, training_state.pt into folder.
+class Checkpointer:
+    """Saves and loads; knows nothing of what is inside the states.
 
-    begun: begin_checkpoint was called, and what lies there since is part of the checkpoint. manifest.json, with size
-    and SHA-256 of every other file, comes last. A checkpoint that is already there is replaced only once the new one is
-    complete. Raises CheckpointError, and leaves nothing unfinished, where the disk refuses.
+    A checkpoint is one of a step, with the links `last` to the newest and `best` to the one with the lowest validation
+    loss. Where the disk refuses, the run says so and continues: `unsaved` holds the reason until the next one is saved.
     """
-    beside = unfinished(folder)
-    previous = folder.with_name(folder.name + ".old")
-    try:
-        if not begun:
-            begin_checkpoint(folder)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if training_state is not None:
-            torch.save(training_state, beside / STATE)
-        write_manifest(beside, (training_state or {}).get("step"))
-        _flush_to_disk(beside)
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        beside.rename(folder)
-        _sync(folder.parent)
-    except Exception as error:  # of a full disk each library has an exception of its own
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"{folder.name} could not be written ({error})") from error
-    shutil.rmtree(previous, ignore_errors=True)
 
+    def __init__(
+        self,
+        start: RunStart,
+        model: VisionLanguageModel,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Any,
+        stateful: dict[str, Any],
+        keep: int,
+        parallel: Parallel,
+        say: Callable[[str], None],
+    ):
+        """stateful: by name, what has a state; it is loaded in this order. keep: newest checkpoints that are kept."""
+        self.start, self.model, self.optimizer, self.tokenizer = start, model, optimizer, tokenizer
+        self.stateful, self.keep, self.parallel, self.say = stateful, keep, parallel, say
+        self.folder = start.folder
+        self.saved_step: int | None = None
+        self.unsaved: str | None = None
 
-def unfinished(folder: Path) -> Path:
-    """Where a checkpoint lies until it is whole."""
-    return folder.with_name(folder.name + ".tmp")
+    @contextlib.contextmanager
+    def saved_on_error(self, state: LoopState, log: RunLog) -> Iterator[None]:
+        """Within this context an error that ends the run leaves the checkpoint `crash` of what was trained."""
+        workers = multiprocessing.active_children()
+        try:
+            yield
+        except KeyboardInterrupt:  # a second Ctrl-C
+            sys.exit(130)
+        except Exception as error:
+            log.close_bar()
+            log.say(f"{type(error).__name__} after step {state.step:,}")
+            if self.parallel.is_alone and self.saved_step != state.step:  # else the others are in the middle of a step
+                log.say("saving what there is to checkpoints/crash")
+                try:
+                    self.save(state, "crash")
+                except Exception as another:
+                    log.say(f"NOT SAVED: {another}")
+            if any(worker.exitcode for worker in workers):
+                print(
+                    "train.py: error: a process of --num_workers has died, as when memory runs out "
+                    f"({type(error).__name__})",
+                    file=sys.stderr,
+                )
+                sys.exit(1)
+            if isinstance(error, ValueError | OSError):  # which, before the first step, are the user's
+                raise RuntimeError(f"after step {state.step:,}") from error
+            raise
 
+    def last_saved(self) -> str:
+        """Where the latest checkpoint is, in words."""
+        last = self.folder / "checkpoints" / "last"
+        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved yet"
 
-def step_folder(run_folder: Path, step: int) -> Path:
-    return run_folder / "checkpoints" / f"step_{step:08d}"
+    def load(self) -> None:
+        """Take up the state of the checkpoint that the run resumes from, whose weights the model has already.
 
+        Raises ValueError where a state does not fit.
+        """
+        if not self.start.state:
+            return
+        saved, self.start.state = self.start.state, {}
+        assert self.start.checkpoint is not None
+        if self.start.checkpoint.resolve().is_relative_to(self.folder.resolve()):
+            self.saved_step = saved["step"]
+        self._load_optimizer(saved)
+        shards: dict[str, Any] = {}
+        if (saved["kind"], saved["world_size"]) == ("fsdp", self.parallel.world_size) and self.parallel.kind == "fsdp":
+            shards = load_file(self.start.checkpoint / SHARD.format(self.parallel.rank))
+        for name, part in self.stateful.items():
+            if (state := saved["states"].get(name)) is None:
+                continue
+            if hasattr(part, "load_rank_states"):
+                part.load_rank_states(state)
+            elif hasattr(part, "shard_state_dict"):
+                part.load_state_dict(state, shards.get(name))
+            else:
+                part.load_state_dict(state)
 
-def step_folders(run_folder: Path) -> list[Path]:
-    """The checkpoints of a run's steps, whole or not, the newest first."""
-    found = []
-    for path in (run_folder / "checkpoints").glob("step_*"):
-        if match := re.fullmatch(r"step_(\d+)(\.old)?", path.name):
-            found.append((int(match[1]), match[2] is None, path))
-    return [path for _, _, path in sorted(found, reverse=True)]
+    def _load_optimizer(self, saved: dict) -> None:
+        """Take up the moments; peak learning rates and the like stay as the settings have them."""
+        groups, state = saved["optimizer"]["param_groups"], saved["optimizer"].get("state")
+        own = self.optimizer.state_dict()["param_groups"]
+        if [(g["name"], g["params"]) for g in own] != [(g["name"], g["params"]) for g in groups]:
+            raise ValueError(
+                "--lr_mp, --lr_vision_backbone, --lr_language_backbone: must be 0 where the saved run has 0"
+            )
+        groups = [group | {"lr": other["lr"]} for group, other in zip(own, groups, strict=True)]
+        if self.parallel.sharded is not None or state is None:
+            from training.sharding import own_part, read_optimizer
 
+            assert self.start.checkpoint is not None
+            if state is None:
+                folder = self.start.checkpoint / OPTIMIZER
+                state = read_optimizer(folder, self.model, self.optimizer, self.parallel.hosts)
+            else:
+                state = own_part(self.optimizer, state)
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-def point(link: Path, folder: Path) -> None:
-    """Let the link lead to the folder beside it, at once."""
-    beside = link.with_name(link.name + ".tmp")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(folder.name)
-    beside.replace(link)
+    def save(self, state: LoopState, name: str | None = None) -> None:
+        """Write the checkpoint of this step, or `name`. All ranks must call it; rank 0 writes, sharded ones their part.
 
+        Raises what a state_dict raises, before anything is written: NonFiniteLossError.
+        """
+        folder = step_folder(self.folder, state.step) if name is None else self.folder / "checkpoints" / name
+        sharded, problem = self.parallel.sharded, None
+        states = {}
+        for key, part in self.stateful.items():
+            states[key] = part.state_dict()
+            if hasattr(part, "load_rank_states"):
+                states[key] = self.parallel.gather(states[key])
+        optimizer = self.optimizer.state_dict()
+        if sharded is not None:
+            problem = self._write_shards(folder)
+            del optimizer["state"]
+        model = self.model if sharded is None else sharded.whole(self.parallel.is_main)
+        content = self.start.identity | {
+            "format": FORMAT,
+            "step": state.step,
+            "best_step": state.best_step,
+            "kind": self.parallel.kind,
+            "world_size": self.parallel.world_size,
+            "optimizer": optimizer,
+            "lora": lora_state_dict(model),
+            "states": states,
+        }
+        self.parallel.from_main(lambda: self._write(folder, model, content, problem))
+        self.saved_step = state.step
+        self.mark_best(state)
 
-def prune(run_folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
-    best = (run_folder / "checkpoints" / "best").resolve()
-    for folder in step_folders(run_folder)[keep:]:
-        if folder.resolve() != best:
-            doomed = folder.rename(folder.with_name(folder.name + ".tmp"))  # so that no half of it counts as damaged
-            shutil.rmtree(doomed, ignore_errors=True)
+    def mark_best(self, state: LoopState) -> None:
+        """Let `best` lead to the checkpoint of this step, if it is there and the best so far."""
+        folder = step_folder(self.folder, state.step)
+        if self.parallel.is_main and state.best_step == state.step and folder.is_dir():
+            point(folder.with_name("best"), folder)
 
+    def _write(self, folder: Path, model: VisionLanguageModel, content: dict, problem: str | None) -> None:
+        """Write the checkpoint; then the link `last`, and the oldest go. problem: why the shards are not there."""
+        try:
+            if problem is not None:
+                shutil.rmtree(unfinished(folder), ignore_errors=True)
+                raise CheckpointError(f"{folder.name} could not be written ({problem})")
+            with finishing(folder, content["step"]) as beside:
+                if self.parallel.sharded is None:
+                    begin(folder)
+                model.save_pretrained(beside)
+                self.tokenizer.save_pretrained(beside)
+                torch.save(content, beside / STATE)
+            if folder.name.startswith("step_"):
+                point(folder.with_name("last"), folder)
+                prune(self.folder, self.keep)
+            self.unsaved = None
+        except (CheckpointError, OSError) as error:
+            self.unsaved = str(error)
+            self.say(f"NOT SAVED: {error}; earlier checkpoints are as they were, the next one is tried as usual")
 
-def remove_unfinished(run_folder: Path) -> None:
-    """What a killed run has left behind."""
-    for path in (run_folder / "checkpoints").glob("*.tmp"):
-        if path.is_symlink():
-            path.unlink()
+    def _write_shards(self, folder: Path) -> str | None:
+        """Let each rank write its part of the optimizer and of the states. Returns on rank 0 why that has failed."""
+        beside, problem, parallel = unfinished(folder), None, self.parallel
+        assert parallel.sharded is not None
+
+        def begin_folder() -> None:
+            with contextlib.suppress(OSError):
+                begin(folder)
+
+        parallel.from_main(begin_folder)
+        if parallel.any(not beside.is_dir()):
+            problem = f"{beside} could not be made, or is not on a file system that all nodes share"
         else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def find_checkpoint(path: str | Path) -> Path | str:
-    """The checkpoint that path means: itself, or of a run folder the best, else the newest; else path as it is."""
-    root = Path(path)
-    named = [root / "checkpoints" / name for name in ("best", "last", "crash")]
-    for place in (root, *named[:2], *step_folders(root), named[2]):
-        if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
-            return place
-    if root.is_dir():
-        raise FileNotFoundError(f"{root} holds no checkpoint (config.json and model.safetensors)")
-    return path
-
-
-def write_manifest(folder: Path, step: int | None) -> None:
-    """Write manifest.json of the files that are there."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_json(folder / MANIFEST, {"step": step, "files": files})
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint's files; None where they are what was written. Reads all of them."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, written in files.items():
-            size = (folder / name).stat().st_size
-            if size != written["bytes"]:
-                return f"{name} has {size:,} bytes of {written['bytes']:,}"
-        for name, written in files.items():
-            if _sha256(folder / name) != written["sha256"]:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"no {Path(error.filename).name}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return f"{MANIFEST} or what it names cannot be read"
-    return None
-
-
-def step_of(folder: Path) -> int:
-    """The step after which a whole checkpoint was written."""
-    return json.loads((folder / MANIFEST).read_text())["step"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write the file, beside its name first."""
-    beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """A rename may reach the disk before the data of the files it names; after this it cannot."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+            try:
+                parallel.sharded.write_optimizer(beside / OPTIMIZER, self.optimizer, parallel.hosts)
+                parts = {k: v.shard_state_dict() for k, v in self.stateful.items() if hasattr(v, "shard_state_dict")}
+                torch.save(parts, beside / SHARD.format(parallel.rank))
+            except Exception as error:  # of a full disk each library has an exception of its own
+                problem = str(error)
+        return next(filter(None, parallel.gather(problem)), None)

@@ -17,15 +17,19 @@ class EarlyStopping:
         self.best: float | None = None
         self.bad = 0  # validations since the best
 
-    def update(self, loss: float | None) -> bool:
-        """Take in a validation loss, None where it could not be measured; returns whether to stop."""
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is to stop."""
+        return self.bad >= self.patience
+
+    def update(self, loss: float | None) -> None:
+        """Take in a validation loss in nats; None where it could not be measured."""
         if loss is None:
-            return False
+            return
         if self.best is None or loss < self.best - self.delta:
             self.best, self.bad = loss, 0
         else:  # a NaN too
             self.bad += 1
-        return self.bad >= self.patience
 
     def state_dict(self) -> dict[str, float | int | None]:
         return {"best": self.best, "bad": self.bad}

@@ -20,14 +20,13 @@ class StepProfiler:
     ui.perfetto.dev or chrome://tracing.
     """
 
-    def __init__(self, run):
-        cfg = run.settings.train
-        self.folder, self.device, self.say = run.folder, run.device, run.log.say
+    def __init__(self, steps, folder, device, say):
+        self.folder, self.device, self.say = folder, device, say
         self.steps, self.reported = 0, False
         self.profile: profile | None = None
-        if cfg.profile and run.parallel.is_main:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.device.type == "cuda" else [])]
-            phases = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=cfg.profile, repeat=1)
+        if steps:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+            phases = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=steps, repeat=1)
             self.profile = profile(activities=activities, schedule=phases, on_trace_ready=self._report)
             self.profile.start()
 

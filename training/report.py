@@ -1,13 +1,30 @@
-"""What a run says about itself: its first lines, its pictures, and its summary in numbers and in words.
+"""What a run says about itself: its first lines, its progress, its pictures, and its summary in numbers and words."""
 
-`run` is train.py's Run.
-"""
-
+import contextlib
 import dataclasses
+import shlex
 from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
+
+from data import easy_vqa
+from data.pipeline import Data
+from eval.scoring import question_only
 from grades import GradESMonitor
+from grades.files import write_json, write_text
+from models.config import TrainConfig
+from models.vision_language_model import VisionLanguageModel
+from training import setup
 from training.arguments import Settings
+from training.environment import record_environment
+from training.logging import RunLog
+from training.memory import peak_memory_bytes
+from training.meter import Meter
+from training.resume import RunStart
+from training.state import LoopState
+from training.trackers import make_tracker
 
 
 def announce(settings: Settings) -> None:
@@ -25,19 +42,83 @@ def announce(settings: Settings) -> None:
         print(f"Without --enable_grades these flags do nothing: {', '.join(f'--{name}' for name in ignored)}")
 
 
-def describe(run) -> None:
-    """What is trained on what, and what GradES watches."""
-    parameters = sum(p.numel() for p in run.model.parameters())
-    run.log.say(f"{parameters:,} parameters on {run.device.type}; run folder {run.folder}")
-    data = {"training": run.data.train_rows, "validation": run.data.val_rows, "test": run.data.test_rows}
-    counts = (f"{len(rows):,} {name}" for name, rows in data.items() if hasattr(rows, "__len__"))
-    run.log.say("rows: " + (", ".join(counts) or "a stream"))
-    if run.monitor is not None:
-        towers = [component.tower for component in run.monitor.components]
-        run.log.say(
+def open_report(
+    settings: Settings,
+    start: RunStart,
+    model: VisionLanguageModel,
+    data: Data,
+    monitor: GradESMonitor | None,
+    autocast: contextlib.AbstractContextManager,
+    log: RunLog,
+    state: LoopState,
+) -> None:
+    """Before the first step: config.yaml, environment.json, the tracker, and the lines that say what is trained."""
+    cfg, folder = settings.train, start.folder
+    device = next(model.parameters()).device
+    start.clean_up(state.step if state.resumed_at else None, state.best_step)
+    write_text(folder / "config.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
+    record_environment(folder, device, setup.dtype_in_effect(autocast), state.step)
+    log.tracker = make_tracker(
+        cfg, settings.as_dict(), folder, log.say, None if start.is_new else log.tracker_id, state.step
+    )
+    for note in start.notes:
+        log.say(note)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
+    rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
+    counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
+    log.say("rows: " + (", ".join(counts) or "a stream"))
+    if monitor is not None:
+        towers = [component.tower for component in monitor.components]
+        log.say(
             f"GradES watches {towers.count('vision')} vision and {towers.count('language')} language matrices every "
-            f"{run.monitor.config.compute_interval} steps; nothing freezes before step {run.monitor.grace_steps + 1}"
+            f"{monitor.config.compute_interval} steps; nothing freezes before step {monitor.grace_steps + 1}"
         )
+
+
+def log_progress(
+    log: RunLog, state: LoopState, meter: Meter, optimizer: torch.optim.Optimizer, monitor: GradESMonitor | None
+) -> None:
+    """Record and show the steps since the last time; waits for the device."""
+    values = meter.report() | {"train/lr": max(group["lr"] for group in optimizer.param_groups)}
+    shown = {
+        "loss": f"{values['train/loss']:.3f}",
+        "lr": f"{values['train/lr']:.1e}",
+        "tok/s": f"{values['train/tokens_per_s']:,.0f}",
+        "TFLOP/s": f"{values['train/tflops_per_s']:.2f}",
+    }
+    if values["train/peak_memory_gib"] is not None:
+        shown["GiB"] = f"{values['train/peak_memory_gib']:.1f}"
+    if monitor is not None:
+        values |= monitor.scalars()
+        shown["frozen"] = f"{monitor.frozen_share():.0%}"
+    log.record(state.step, values)
+    log.show(state.step, **shown)
+
+
+def write_report(
+    cfg: TrainConfig,
+    folder: Path,
+    stop_reason: str,
+    test: dict[str, float | None] | None,
+    state: LoopState,
+    data: Data,
+    model: VisionLanguageModel,
+    monitor: GradESMonitor | None,
+    meter: Meter,
+    log: RunLog,
+) -> None:
+    """Write pictures and summary.json, and say what they hold. test: None where nothing was tested."""
+    pictures = draw_pictures(monitor, folder) if monitor is not None else []
+    baseline = None
+    if test is not None and cfg.train_dataset_path == easy_vqa.NAME:  # goes through all rows, which are few
+        baseline = question_only(data.train_rows, data.test_rows)
+    summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter)
+    write_json(folder / "summary.json", summary)
+    for line in summary_lines(summary, folder, pictures):
+        log.say(line)
+    log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
+    log.close()
 
 
 def draw_pictures(monitor: GradESMonitor, folder: Path) -> list[Path]:
@@ -49,36 +130,50 @@ def draw_pictures(monitor: GradESMonitor, folder: Path) -> list[Path]:
     return draw(history)
 
 
-def make_summary(run, stop_reason: str, test: dict, question_only: float | None, total_time_s: float) -> dict:
+def make_summary(
+    state: LoopState,
+    stop_reason: str,
+    test: dict[str, float | None] | None,
+    question_only: float | None,
+    data: Data,
+    model: VisionLanguageModel,
+    monitor: GradESMonitor | None,
+    meter: Meter,
+) -> dict[str, Any]:
     """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
+    seconds, flops, scores = meter.seconds, meter.flops, test or {}
+    train_s = seconds["train"]
+    peak = peak_memory_bytes(meter.device)
     return {
-        "total_time_s": total_time_s,
-        "startup_time_s": run.startup_time_s,
-        "train_time_s": run.train_time_s,
-        "eval_time_s": run.eval_time_s,
-        "test_time_s": run.test_time_s,
-        "save_time_s": run.save_time_s,
-        "steps": run.step,
-        "resumed_at_steps": run.resumed_at,
+        "total_time_s": sum(seconds.values()),
+        "startup_time_s": seconds["startup"],
+        "train_time_s": train_s,
+        "eval_time_s": seconds["eval"] + seconds["test"],
+        "test_time_s": seconds["test"],
+        "save_time_s": seconds["save"],
+        "steps": state.step,
+        "resumed_at_steps": state.resumed_at,
         "stop_reason": stop_reason,
-        "test_cut_short": stop_reason == "interrupted" and None not in (run.stop_reason, run.data.test_rows),
-        "stop_step": run.step if stop_reason in ("frozen", "early_stopping") else None,
-        "train_flops": run.flops.done,
-        "train_flops_unfrozen_per_step": run.flops.unfrozen / run.step if run.step else None,
-        "train_tokens": run.total_tokens,
-        "val_loss": run.val.get("val/loss"),
-        "val_exact_match": run.val.get("val/exact_match"),
-        "test_exact_match": test.get("test/exact_match"),
+        "test_cut_short": stop_reason == "interrupted" and seconds["test"] > 0,
+        "stop_step": state.step if stop_reason in ("frozen", "early_stopping") else None,
+        "train_flops": flops.done,
+        "train_flops_unfrozen_per_step": flops.unfrozen / state.step if state.step else None,
+        "train_tflops_per_s": flops.done / train_s / 1e12 if train_s else None,
+        "peak_memory_gib": None if peak is None else peak / 2**30,
+        "train_tokens": meter.total_tokens,
+        "val_loss": state.val.get("val/loss"),
+        "val_exact_match": state.val.get("val/exact_match"),
+        "test_exact_match": scores.get("test/exact_match"),
         "test_exact_match_by_source": {
-            name.split("/")[-1]: value for name, value in test.items() if name.count("/") == 2
+            name.split("/")[-1]: value for name, value in scores.items() if name.count("/") == 2
         },
         "question_only_exact_match": question_only,
-        "frozen_share": run.monitor.frozen_share() if run.monitor else None,
-        "frozen_share_vision": run.monitor.frozen_share("vision") if run.monitor else None,
-        "frozen_share_language": run.monitor.frozen_share("language") if run.monitor else None,
-        "freed_bytes": run.monitor.freed_bytes if run.monitor else None,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "dropped": {split: dict(counter) for split, counter in run.data.dropped.items() if counter},
+        "frozen_share": monitor.frozen_share() if monitor else None,
+        "frozen_share_vision": monitor.frozen_share("vision") if monitor else None,
+        "frozen_share_language": monitor.frozen_share("language") if monitor else None,
+        "freed_bytes": monitor.freed_bytes if monitor else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dropped": {split: dict(counter) for split, counter in data.dropped.items() if counter},
     }
 
 
@@ -89,7 +184,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         by_source = ", ".join(f"{k} {percent(v)}" for k, v in summary["test_exact_match_by_source"].items())
         lines.append(f"test exact match      {percent(summary['test_exact_match'])} ({by_source})")
     if summary["test_cut_short"]:
-        lines.append("test exact match      the test was cut short; the run that goes on begins with it")
+        lines.append("test exact match      the test was cut short; a resumed run begins with it")
     if summary["question_only_exact_match"] is not None:
         unseen = percent(summary["question_only_exact_match"])
         lines.append(f"without the image     {unseen} (each question's usual answer)")
@@ -101,14 +196,20 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
         tflop = summary["train_flops"] / 1e12
         lines.append(f"matrix products       {tflop:,.2f} TFLOP, {percent(share)} of these steps with nothing frozen")
+    if summary["train_tflops_per_s"]:
+        speed = f"{summary['train_tflops_per_s']:.3g} TFLOP/s"
+        if summary["peak_memory_gib"] is not None:
+            speed += f", {summary['peak_memory_gib']:.2f} GiB at most"
+        lines.append(f"speed                 {speed}")
     for split, counts in summary["dropped"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         lines.append(f"dropped, {split + ':':<13}{reasons}")
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
     if summary["stop_reason"] == "interrupted":
-        lines.append(f"go on                 with the same command and --resume {folder}")
+        lines.append(f"continue              with the same command and --resume {shlex.quote(str(folder))}")
     if summary["stop_reason"] != "non_finite_loss":
-        lines.append(f"ask it                python generate.py --checkpoint {folder} --image IMAGE.png --prompt '...'")
+        asked = shlex.quote(str(folder))
+        lines.append(f"ask it                python generate.py --checkpoint {asked} --image IMAGE.png --prompt '...'")
     return lines
 
 

@@ -1,12 +1,10 @@
-"""Device, seeds, precision, optimizer and learning-rate schedule of a run."""
+"""Device, seeds, precision, optimizer and memory of a run."""
 
 import contextlib
 import functools
-import itertools
-import math
 import random
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import TrainConfig
-from training.parallel import Parallel
+from models.vision_language_model import VisionLanguageModel
 
 
 def pick_device() -> torch.device:
@@ -31,9 +29,38 @@ def prepare_backend(device: torch.device) -> None:
 
 
 def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global random numbers."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+class RandomState:
+    """The global random numbers of this process, as a checkpoint holds them for each rank."""
+
+    def __init__(self, device: torch.device, rank: int = 0):
+        self.device, self.rank = device, rank
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of Python's, NumPy's, torch's and the device's generators, as plain values and tensors."""
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(),
+            "device": None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state(),
+        }
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Take up this rank's state; a rank that the saved run did not have keeps the numbers of its seed."""
+        if self.rank >= len(states):
+            return
+        state = states[self.rank]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if state["device"] is not None and self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(state["device"])
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -55,43 +82,41 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
-def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a group for projector, vision tower and language model; a learning rate of 0 freezes its part.
+def dtype_in_effect(context: contextlib.AbstractContextManager) -> str:
+    """ "bfloat16" or "float32": what the products of a forward pass in this context are computed in."""
+    return "bfloat16" if isinstance(context, torch.autocast) else "float32"
 
-    A group holds what is trainable: all of its part, under LoRA the adapters; a part without any has no group.
-    Each group keeps its peak learning rate under "peak_lr", which `set_learning_rate` scales.
-    """
-    parts = {
-        "projector": (model.MP, cfg.lr_mp),
-        "vision": (model.vision_encoder, cfg.lr_vision_backbone),
-        "language": (model.decoder, cfg.lr_language_backbone),
-    }
-    groups = []
-    for name, (module, lr) in parts.items():
+
+def freeze_untrained(model: VisionLanguageModel, cfg: TrainConfig) -> None:
+    """Freeze each part whose learning rate is 0."""
+    for module, lr in _parts(model, cfg).values():
         if lr == 0:
             module.requires_grad_(False)
+
+
+def make_optimizer(model: VisionLanguageModel, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a group each for projector, vision tower and language model, over what is trainable in them.
+
+    Under LoRA a tower's group holds its adapters. A part in which nothing is trainable has no group. Each group keeps
+    its peak learning rate under "peak_lr", which `set_learning_rate` scales.
+    """
+    groups = []
+    for name, (module, lr) in _parts(model, cfg).items():
         if params := [parameter for parameter in module.parameters() if parameter.requires_grad]:
             groups.append({"params": params, "lr": lr, "peak_lr": lr, "name": name})
     return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay, fused=True)
 
 
-def lr_factor(step: int, cfg: TrainConfig) -> float:
-    """Share of the peak learning rate at optimizer step `step`, counted from 1: linear warm-up, then a cosine."""
-    warmup = int(cfg.warmup_ratio * cfg.max_training_steps)
-    if step <= warmup:
-        return step / warmup
-    progress = (step - warmup) / max(1, cfg.max_training_steps - warmup)
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+def _parts(model: VisionLanguageModel, cfg: TrainConfig) -> dict[str, tuple[nn.Module, float]]:
+    return {
+        "projector": (model.MP, cfg.lr_mp),
+        "vision": (model.vision_encoder, cfg.lr_vision_backbone),
+        "language": (model.decoder, cfg.lr_language_backbone),
+    }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig) -> None:
-    factor = lr_factor(step, cfg)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-
-
-def spare_memory(model: nn.Module, cfg: TrainConfig) -> None:
-    """Compute again in the backward pass what activation_checkpointing and loss_chunk_size say; names stay."""
+def spare_memory(model: VisionLanguageModel, cfg: TrainConfig) -> None:
+    """Apply activation_checkpointing and loss_chunk_size; module names stay as they are."""
     model.loss_chunk_size = cfg.loss_chunk_size
     if not cfg.activation_checkpointing:
         return
@@ -99,64 +124,12 @@ def spare_memory(model: nn.Module, cfg: TrainConfig) -> None:
         block.forward = functools.partial(_recomputed, block.forward)
 
 
-def _recomputed(forward: Callable, *inputs):
+def _recomputed(forward: Callable, *inputs: Any) -> Any:
     # Non-reentrant: where no input needs a gradient, as behind a frozen prefix, the other way would make none at all.
     return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: VisionLanguageModel) -> None:
     """torch.compile every block in place: equal blocks share one compilation, and module names stay as they are."""
     for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
         block.compile()
-
-
-class StopSignal:
-    """Within this context Ctrl-C and SIGTERM only ask for the end; a second one ends the program at once.
-
-    A data worker that dies is an error where its batch is awaited; by itself torch raises it from the signal of the
-    death, wherever the program then is: in the middle of a step or of a checkpoint.
-
-    With several processes any of them may get the signal, and `agree` lets all know of it. There a second one does
-    nothing, as the terminal and torchrun both pass on the same one.
-    """
-
-    def __init__(self, say: Callable[[str], None], parallel: Parallel | None = None):
-        self.say, self.parallel = say, parallel or Parallel()
-        self.signal = 0  # the number of the signal that came
-        self.agreed = False
-
-    @property
-    def requested(self) -> bool:
-        return self.agreed or (self.signal != 0 and self.parallel.is_alone)
-
-    def agree(self) -> None:
-        """To be called at the same places in all processes: whether it is `requested` changes here alone."""
-        if not self.agreed and self.parallel.any(self.signal != 0):
-            self.agreed, self.signal = True, self.signal or signal.SIGTERM
-
-    def until(self, items: Iterable) -> Iterator:
-        """The items, up to the signal; where the weights are sharded all processes end at the same item."""
-        return itertools.takewhile(lambda _: not self._came(), items)
-
-    def _came(self) -> bool:
-        if self.parallel.sharded is not None:
-            self.agree()
-            return self.requested
-        return self.signal != 0
-
-    def _receive(self, number: int, _frame) -> None:
-        if self.signal and self.parallel.is_alone:
-            raise KeyboardInterrupt
-        again = "; a second one ends at once" if self.parallel.is_alone else ""
-        if not self.signal:
-            self.say(f"{signal.Signals(number).name}: saving and ending after this step{again}")
-        self.signal = number
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -4,18 +4,14 @@ import contextlib
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
+from data.collators import to_device
+from models.vision_language_model import VisionLanguageModel
 from training.parallel import Parallel
 
 
-def model_inputs(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch's tensors are the model's arguments; the copies overlap with what the device still computes."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
-
-
 def forward_backward(
-    model: nn.Module,
+    model: VisionLanguageModel,
     micro_batches: list[dict],
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
@@ -35,7 +31,7 @@ def forward_backward(
     labels_per_rank = max(num_labels, 1) / parallel.world_size  # gradients are averaged over the ranks
     total = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, start=1):
-        inputs = parallel.complete(model_inputs(batch, device), model)
+        inputs = parallel.complete(to_device(batch, device), model)
         with parallel.accumulation(model, last=number == len(micro_batches)):
             with autocast:
                 loss = parallel.module(model)(**inputs) / labels_per_rank
@@ -50,4 +46,4 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor | None:
     if max_norm == 0:
         return None
     norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights it is a DTensor

@@ -1,0 +1,70 @@
+"""The model of a run, and the plan of a run that --dry_run prints."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from models.backbones import checkpoint_folder, configure_from_backbones, load_vlm_weights
+from models.config import VLMConfig
+from models.lora import inject_lora, load_lora_state_dict
+from models.vision_language_model import VisionLanguageModel
+from training import setup
+from training.arguments import Settings
+from training.checkpoint_folder import find_checkpoint
+from training.resume import RunStart
+
+
+def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageModel, Path | None]:
+    """The model on the CPU, with its adapters; and the checkpoint folder that its weights are from, if they are.
+
+    Weights come from the checkpoint that is resumed, from --vlm_checkpoint_path, from the pretrained backbones or from
+    the seed. What does not train is frozen. Raises ValueError where a flag asks for another shape than they have.
+    """
+    cfg = settings.train
+    checkpoint = start.checkpoint or take_over_sizes(settings)
+    if start.checkpoint is not None:
+        settings.take_over(VLMConfig.load(start.checkpoint), f"--resume {start.checkpoint}")
+    if checkpoint is not None:
+        model = load_vlm_weights(VisionLanguageModel(settings.vlm), checkpoint)
+    else:
+        model = VisionLanguageModel(settings.vlm, load_backbone=settings.vlm.vlm_load_backbone_weights)
+    if cfg.lora_rank:
+        inject_lora(model, cfg)
+        if start.state:
+            load_lora_state_dict(model, start.state["lora"])
+    setup.freeze_untrained(model, cfg)
+    setup.spare_memory(model, cfg)
+    return model, checkpoint
+
+
+def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None:
+    """Let the checkpoint or the backbones say the model's sizes; returns the checkpoint.
+
+    local_only: the hub is not asked; what is not on this machine leaves the sizes as the settings have them.
+    """
+    if settings.train.resume_from_vlm_checkpoint:
+        found = find_checkpoint(settings.vlm.vlm_checkpoint_path)
+        if local_only and not Path(found).is_dir():
+            return None
+        checkpoint = checkpoint_folder(found)
+        settings.take_over(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+        return checkpoint
+    if settings.vlm.vlm_load_backbone_weights:
+        vlm = dataclasses.replace(settings.vlm)
+        configure_from_backbones(vlm, local_only)
+        settings.take_over(vlm, "the pretrained backbones")
+    return None
+
+
+def dry_run(settings: Settings, processes: int) -> int:
+    """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
+    from training.plan import make_plan, plan_lines
+
+    take_over_sizes(settings, local_only=True)
+    with torch.device("meta"):
+        model = VisionLanguageModel(settings.vlm)
+        if settings.train.lora_rank:
+            inject_lora(model, settings.train)
+    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
+    return 0

@@ -1,0 +1,94 @@
+"""Evaluations during a run and at its end."""
+
+import copy
+from typing import Literal
+
+from eval.evaluation import Evaluator
+from grades import GradESMonitor
+from models.config import TrainConfig
+from training.early_stopping import EarlyStopping, validation_interval
+from training.logging import RunLog
+from training.meter import Meter
+from training.parallel import Parallel
+from training.signals import StopSignal
+from training.state import LoopState
+
+
+class Evaluation:
+    """When the model is evaluated, and what follows from it. It changes neither weights nor random numbers.
+
+    A signal may cut an evaluation short. Then it counts as not made: whoever resumes makes it again.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        evaluator: Evaluator,
+        monitor: GradESMonitor | None,
+        parallel: Parallel,
+        stop: StopSignal,
+        meter: Meter,
+        log: RunLog,
+    ):
+        self.cfg, self.evaluator, self.monitor, self.parallel = cfg, evaluator, monitor, parallel
+        self.stop, self.meter, self.log = stop, meter, log
+        self.early_stopping = EarlyStopping(cfg.es_delta, cfg.es_patience) if cfg.early_stopping else None
+        self.loss_interval = validation_interval(cfg.es_interval, cfg.max_training_steps)
+
+    def end_reason(self, state: LoopState) -> str | None:
+        """Why the run is over after this step: "frozen", "early_stopping", "max_training_steps"; None if it is not."""
+        if self.monitor is not None and self.monitor.enough_frozen():
+            return "frozen"
+        if self.early_stopping is not None and self.early_stopping.is_over:
+            return "early_stopping"
+        return "max_training_steps" if state.step >= self.cfg.max_training_steps else None
+
+    def due(self, state: LoopState) -> Literal["all", "loss"] | None:
+        """What is to be evaluated after this step: "all", the "loss" alone for early stopping, or nothing (more)."""
+        if state.evaluated_step == state.step:
+            return None
+        if state.step % self.cfg.eval_interval == 0 or self.end_reason(state) is not None:
+            return "all"
+        return "loss" if self._stopping_is_due(state) else None
+
+    def _stopping_is_due(self, state: LoopState) -> bool:
+        return self.early_stopping is not None and state.step % self.loss_interval == 0
+
+    def run(self, state: LoopState) -> None:
+        """Make the evaluation that is due; record it in state and log, and let early stopping see its loss."""
+        whole, stopping, before_s = self.due(state) == "all", copy.copy(self.early_stopping), self.meter.seconds["eval"]
+        with self.meter.clock("eval"):
+            val = {"val/loss": self.parallel.with_model(self.evaluator.loss)}
+            self.stop.exchange()
+            if stopping is not None and self._stopping_is_due(state):
+                stopping.update(val["val/loss"])
+                whole = whole or stopping.is_over
+            if whole and not self.stop.requested:
+                val |= self.parallel.with_model(self.evaluator.answers)
+                self.stop.exchange()
+        if self.stop.requested:
+            return
+        self.early_stopping = stopping
+        self.log.record(state.step, val | {"val/time_s": self.meter.seconds["eval"] - before_s})
+        state.evaluated_step = state.step
+        if whole:
+            state.record(val)
+            self.log.say(f"step {state.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
+
+    def test(self) -> dict[str, float | None] | None:
+        """Exact match on the test questions; None where there are none, or where a signal has cut it short."""
+        if self.evaluator.data.test_dataset is None:
+            return None
+        self.log.say("Answering the test questions ...")
+        with self.meter.clock("test"):
+            scores = self.parallel.with_model(lambda: self.evaluator.answers("test"))
+            self.stop.exchange()
+        return None if self.stop.requested else scores
+
+    def state_dict(self) -> dict[str, float | int | None] | None:
+        """Early stopping's state; None without it."""
+        return None if self.early_stopping is None else self.early_stopping.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.early_stopping is not None:
+            self.early_stopping.load_state_dict(state)
