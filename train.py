@@ -37,13 +37,15 @@ from models.vision_language_model import VisionLanguageModel
 from training import resume, setup
 from training.checkpoint import find_checkpoint, write_json, write_text
 from training.early_stopping import EarlyStopping, validation_interval
+from training.environment import record_environment
 from training.flops import FlopCounter
-from training.logging import NoLog, RunLog, WandbTracker
+from training.logging import NoLog, RunLog
 from training.parallel import Parallel
 from training.profiling import StepProfiler
 from training.progress import NonFiniteLossError, add_up_ranks, evaluate, log_progress, read_losses, remember
 from training.report import announce, describe, draw_pictures, make_summary, summary_lines
 from training.step import clip_gradients, forward_backward
+from training.trackers import make_tracker
 
 
 @dataclass
@@ -175,6 +177,8 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
         start.cut_off()
         write_text(folder / "config.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
         log = RunLog(folder, cfg.max_training_steps)
+        dtype = "bfloat16" if isinstance(autocast, torch.autocast) else "float32"
+        record_environment(folder, device, dtype, state.get("step", 0))
     for note in start.notes:
         log.say(note)
     monitor = None
@@ -182,10 +186,9 @@ def prepare(settings: Settings, start: resume.Start, parallel: Parallel) -> Run:
         monitor = GradESMonitor(
             settings.grades, model, optimizer, cfg.max_training_steps, log.say, parallel.on_round, parallel.agree
         )
-    if cfg.log_wandb and parallel.is_main:
-        log.tracker = WandbTracker(
-            cfg, settings.as_dict(), folder, log.say, None if start.is_new else state.get("wandb_id")
-        )
+    if parallel.is_main:
+        run_id = None if start.is_new else state.get("wandb_id")
+        log.tracker = make_tracker(cfg, settings.as_dict(), folder, log.say, run_id, state.get("step", 0))
     stop = setup.StopSignal(log.say, parallel)
     evaluator = Evaluator(model, data, cfg, device, autocast, stop.until)
     early_stopping = EarlyStopping(cfg.es_delta, cfg.es_patience) if cfg.early_stopping else None

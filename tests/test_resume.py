@@ -14,7 +14,7 @@ from eval.evaluation import Evaluator
 from training import resume
 from training.arguments import parse_arguments
 from training.checkpoint import damage, find_checkpoint
-from training.logging import NoTracker
+from training.trackers import NoTracker
 
 STEPS = 12
 
@@ -185,7 +185,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases_too(run, monkeypatch):
             asked.append(run_id)
 
     asked: list = []
-    monkeypatch.setattr(train, "WandbTracker", Tracker)
+    monkeypatch.setattr("training.trackers.WandbTracker", Tracker)
     assert run("run", stop=1, log_wandb=True, max_training_steps=2) == 143
     assert run("run", log_wandb=True, max_training_steps=2, resume="auto") == 0
     assert asked == [None, "as wandb named it"]

@@ -6,7 +6,6 @@
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import json
 import os
 import pickle
@@ -15,7 +14,6 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -37,12 +35,12 @@ from training.checkpoint import (
     step_of,
     unfinished,
 )
-from training.logging import new_run_folder
 from training.parallel import Parallel
+from training.run_folder import FolderLock, lock, new_run_folder
 
 # Settings that change nothing of what is computed.
 FREE = {
-    "output_dir", "run_name", "num_workers", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
+    "output_dir", "run_name", "num_workers", "log_with", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
     "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
     "activation_checkpointing", "profile",
 }  # fmt: skip
@@ -70,11 +68,15 @@ class Start:
     folder: Path
     requested: dict  # the settings as they were asked for
     is_new: bool  # the folder was made for this run
-    lock: IO[str]
+    lock: FolderLock | None  # rank 0 alone holds the folder
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)  # of the checkpoint; empty where the run starts at step 0
     notes: list[str] = field(default_factory=list)  # for the log, once it is open
     data: dict = field(default_factory=dict)  # what tells the run's rows from others
+
+    def __post_init__(self) -> None:
+        if self.lock is not None and self.lock.note is not None:
+            self.notes.append(self.lock.note)
 
     @property
     def is_finished(self) -> bool:
@@ -118,7 +120,8 @@ class Start:
 
     def give_up(self) -> None:
         """Leave no folder behind that was made for this run."""
-        if self.is_new:
+        if self.is_new and self.lock is not None:
+            self.lock.release()
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -131,22 +134,22 @@ def open_run(settings: Settings, processes: int) -> Start:
     cfg, requested = settings.train, _flat(settings)
     if cfg.resume is None:
         folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
-        return Start(folder, requested, True, _lock(folder))
+        return Start(folder, requested, True, lock(folder))
     named = None if cfg.run_name is None else Path(cfg.output_dir) / cfg.run_name
     source, checkpoint = (named, None) if cfg.resume == "auto" else _run_of(Path(cfg.resume))
     in_place = named is None or named.resolve() == source.resolve()
-    is_new, lock = not source.exists(), None
+    is_new, held = not source.exists(), None
     if in_place:
         source.mkdir(parents=True, exist_ok=True)
-        lock = _lock(source)
+        held = lock(source)
     checkpoint, state, notes = _find(source, checkpoint, settings, in_place, processes)
     if in_place:
-        return Start(source, requested, is_new, lock, checkpoint, state, notes)
+        return Start(source, requested, is_new, held, checkpoint, state, notes)
     folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
     for name in state["logs"]:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    return Start(folder, requested, True, _lock(folder), checkpoint, state, notes)
+    return Start(folder, requested, True, lock(folder), checkpoint, state, notes)
 
 
 def join_run(settings: Settings, parallel: Parallel) -> Start:
@@ -214,22 +217,6 @@ def _flat(settings: Settings) -> dict:
     """Every setting by name, those that are None too."""
     configs = (settings.vlm, settings.train, settings.grades)
     return {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder until the returned file is closed, which the end of the process does too, however it comes."""
-    file = (folder / ".lock").open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it does not pass to worker processes
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise ValueError(f"{folder}: process {file.read()} is running in it; one run at a time") from None
-    except OSError:
-        return file  # a file system without locks
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def _run_of(path: Path) -> tuple[Path, Path | None]:
