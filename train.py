@@ -6,6 +6,7 @@
 Reads from top to bottom: settings, data, model, optimizer, monitor, the loop, the report.
 """
 
+import sys
 import time
 
 PROCESS_STARTED = time.perf_counter()
@@ -13,13 +14,13 @@ PROCESS_STARTED = time.perf_counter()
 from training.arguments import Settings, parse_arguments
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where the console lacks a letter of a path
     SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import contextlib
 import dataclasses
 import math
 import multiprocessing
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 

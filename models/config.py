@@ -128,7 +128,7 @@ class VLMConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> VLMConfig:
-        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text()))
+        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
 
     def problems(self) -> list[str]:
         """Every impossible value: flag, value, what is allowed."""

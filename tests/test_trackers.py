@@ -116,6 +116,7 @@ def test_an_account_is_looked_up_at_the_server_that_is_used(monkeypatch, tmp_pat
     assert has_wandb_account(ours)
 
 
+@pytest.mark.slow
 def test_wandb_records_offline_without_an_account(wandb, data, tmp_path):
     flags = {"log_wandb": True, "enable_grades": True, "max_training_steps": 2}
     assert train.main(parse_arguments(arguments(data, tmp_path, "run", **flags))) == 0
@@ -147,7 +148,7 @@ def test_wandb_asks_the_server_of_the_environment_and_its_own_settings(wandb, mo
 
 def test_tensorboard_has_a_resumed_run_as_one(data, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = {"log_with": "tensorboard", "enable_grades": True, "alpha": 0.9, "max_training_steps": 4, "eval_interval": 2}
+    flags = {"log_with": "tensorboard", "enable_grades": True, "alpha": 0.9, "max_training_steps": 4}
     assert train.main(parse_arguments(arguments(data, tmp_path, "Lauf ä", **flags))) == 0
     folder = tmp_path / "out" / "Lauf ä"
     resumed = flags | {"max_training_steps": 6, "resume": folder / "checkpoints" / "last", "resume_override": True}

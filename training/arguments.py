@@ -123,7 +123,7 @@ def recipe_as_flags(path: Path) -> list[str]:
     Raises ValueError that names the file and every unknown key.
     """
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:

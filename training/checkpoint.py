@@ -127,7 +127,7 @@ def write_manifest(folder: Path, step: int | None) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint's files; None where they are what was written. Reads all of them."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, written in files.items():
             size = (folder / name).stat().st_size
             if size != written["bytes"]:
@@ -144,7 +144,7 @@ def damage(folder: Path) -> str | None:
 
 def step_of(folder: Path) -> int:
     """The step after which a whole checkpoint was written."""
-    return json.loads((folder / MANIFEST).read_text())["step"]
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -84,7 +84,7 @@ class Start:
         summary = self.folder / "summary.json"
         if self.is_new or not self.state or not summary.exists():
             return False
-        found = json.loads(summary.read_text())
+        found = json.loads(summary.read_text(encoding="utf-8"))
         goes_on = found["stop_reason"] == "max_training_steps" and found["steps"] < self.requested["max_training_steps"]
         ended = found["stop_reason"] in ("frozen", "early_stopping", "max_training_steps") and not goes_on
         return ended and found["steps"] == self.state["step"]
