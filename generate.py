@@ -67,6 +67,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where the console lacks a letter
     try:
         main(parse_arguments())
     except (ValueError, OSError) as error:  # a checkpoint or an image that cannot be read, an unreachable hub

@@ -6,6 +6,7 @@
 `main` reads the settings, `run` sets up data, model, optimizer and GradES, `train` is the loop.
 """
 
+import sys
 import time
 
 PROCESS_STARTED = time.perf_counter()
@@ -13,10 +14,10 @@ PROCESS_STARTED = time.perf_counter()
 from training.arguments import Settings, parse_arguments
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack letters of a path
     SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import contextlib
-import sys
 
 import torch
 

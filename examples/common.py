@@ -213,6 +213,6 @@ def docstrings(path: Path) -> Iterator[tuple[str, str]]:
 
 def finish(folder: str) -> None:
     """What GradES did, and where the pictures are."""
-    history = json.loads((Path(folder) / HISTORY_NAME).read_text())
+    history = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
     print(*summary(history), sep="\n")
     print(f"{folder}/convergence.png, {folder}/freezing.png; the table: python -m grades report {folder}")

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         path = find_history(given.folder)
     except ValueError as error:
         parser.error(str(error))
-    history = json.loads(path.read_text())
+    history = json.loads(path.read_text(encoding="utf-8"))
     print(table(history), "", *summary(history), sep="\n")
     for picture in draw(path, given.output):
         print(picture)

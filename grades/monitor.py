@@ -222,7 +222,7 @@ class GradESMonitor:
     def _replay_plan(self) -> dict[int, list[str]]:
         if self.config.replay_history is None:
             return {}
-        events = json.loads(Path(self.config.replay_history).read_text())["events"]
+        events = json.loads(Path(self.config.replay_history).read_text(encoding="utf-8"))["events"]
         towers = {component.name: component.tower for component in self.components}
         if odd := sorted({event["name"] for event in events} - set(towers)):
             raise ValueError(
@@ -253,7 +253,7 @@ class GradESMonitor:
         """Write grades_history.json, beside its name first."""
         path = Path(path)
         beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.history()))
+        beside.write_text(json.dumps(self.history()), encoding="utf-8")
         beside.replace(path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ MODES = {"absolute": "", "relative": " / own peak", "per_element_lr": " / (eleme
 
 def draw(history_path: str | Path, folder: str | Path | None = None) -> list[Path]:
     """Draw convergence.png and freezing.png beside the history, or into folder; returns their paths."""
-    history = json.loads(Path(history_path).read_text())
+    history = json.loads(Path(history_path).read_text(encoding="utf-8"))
     folder = Path(folder) if folder else Path(history_path).parent
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "convergence.png", folder / "freezing.png"]

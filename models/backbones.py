@@ -168,7 +168,7 @@ def push_folder(save: Callable[[str], None], repo_id: str, private: bool = False
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         card = MODEL_CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id)
-        (Path(folder) / "README.md").write_text(card)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload nanoVLM checkpoint")
@@ -213,7 +213,7 @@ def _vision_fields(folder: Path, name: str) -> dict:
     """The vit_* fields of a SigLIP config.json, which leaves out what equals the class's defaults."""
     from transformers import SiglipConfig, SiglipVisionConfig
 
-    stored = json.loads((folder / "config.json").read_text())
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _require_family(stored, ("siglip", "siglip_vision_model"), f"--vit_model_type {name}")
     if stored["model_type"] == "siglip":
         config = SiglipConfig.from_dict(stored).vision_config
@@ -239,7 +239,11 @@ def _language_fields(source: Path, cfg: VLMConfig) -> dict:
     from transformers import LlamaConfig
 
     label = f"--lm_model_type {cfg.lm_model_type}"
-    stored = GGUFFile(source).config if source.is_file() else json.loads((source / "config.json").read_text())
+    stored = (
+        GGUFFile(source).config
+        if source.is_file()
+        else json.loads((source / "config.json").read_text(encoding="utf-8"))
+    )
     _require_family(stored, ("llama",), label)
     config = LlamaConfig.from_dict(stored)  # moves the rope_theta of old files into rope_parameters
     rope = config.rope_parameters
@@ -304,7 +308,7 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
         return {name: Stored(folder, name, info.shape) for name, info in GGUFFile(folder).tensors.items()}
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         files = ["model.safetensors"]
     if absent := [file for file in files if not (folder / file).exists()]:

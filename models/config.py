@@ -128,7 +128,7 @@ class VLMConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> VLMConfig:
-        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text()))
+        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
 
     def problems(self) -> list[str]:
         """Every impossible value: flag, value, what is allowed."""
@@ -308,9 +308,11 @@ class TrainConfig:
     resume_override: bool = doc("resume although settings differ from the run's; each is named", False)
     run_name: str | None = doc("folder of the run; by default made from the config and the time", None)
     output_dir: str = doc("where run folders go", "grades_output")
-    log_with: str | None = doc("wandb, tensorboard or trackio", None)
-    log_wandb: bool = doc("log to Weights & Biases; offline where there is no account", False)
-    wandb_project: str = doc("project in Weights & Biases", "nanovlm-grades")
+    log_with: str | None = doc(
+        "record to wandb (Weights & Biases; offline where there is no account), tensorboard or trackio as well", None
+    )
+    log_wandb: bool = doc("the same as --log_with wandb", False)
+    wandb_project: str = doc("project in Weights & Biases or trackio", "nanovlm-grades")
     wandb_entity: str | None = doc("account or team in Weights & Biases", None)
     resume_from_vlm_checkpoint: bool = doc("start from the weights of --vlm_checkpoint_path", False)
 
@@ -352,6 +354,8 @@ class TrainConfig:
             (self.max_images_per_example >= 0, "max_images_per_example", ">= 0"),
             (self.checkpoint_interval >= 0, "checkpoint_interval", ">= 0"),
             (self.profile >= 0, "profile", ">= 0"),
+            (self.log_with in (None, "wandb", "tensorboard", "trackio"), "log_with", "wandb, tensorboard or trackio"),
+            (not self.log_wandb or self.log_with in (None, "wandb"), "log_with", "left out with --log_wandb"),
             (self.resume != "auto" or self.run_name is not None, "resume", "given with --run_name"),
             (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
             (

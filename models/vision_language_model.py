@@ -175,7 +175,7 @@ class VisionLanguageModel(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n", encoding="utf-8")
         save_model(plain, str(folder / "model.safetensors"))
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> None:

@@ -195,17 +195,17 @@ def main(argv: list[str] | None = None) -> int:
     for row in given.rows:
         path = given.output / row / "result.json"
         if path.is_file():
-            require_same_settings(path, json.loads(path.read_text())["settings"], settings)
+            require_same_settings(path, json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
         elif given.here:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, json.dumps(run_row(row, given) | {"settings": settings}))
         else:
             print(f"{ROWS[row]} ...", flush=True)
             subprocess.run([sys.executable, __file__, *argv, "--rows", row, "--here"], check=True)
-        results[row] = json.loads(path.read_text())
+        results[row] = json.loads(path.read_text(encoding="utf-8"))
         write(given.output / "table.md", as_markdown(results))
         write(given.output / "results.json", json.dumps(results, indent=2))
-    print((given.output / "table.md").read_text(), *(found := faults(results)), sep="\n")
+    print((given.output / "table.md").read_text(encoding="utf-8"), *(found := faults(results)), sep="\n")
     return 1 if found else 0
 
 

@@ -102,7 +102,9 @@ def tau_flags(made: Runs, row: str, saved: float) -> list[str]:
 @functools.cache
 def find_taus(folder: Path, flags: tuple[str, ...], saved: float) -> dict[str, float]:
     """The taus of both towers that would have saved that share of the FLOPs of the run in the folder."""
-    history, summary = (json.loads((folder / name).read_text()) for name in ("grades_history.json", "summary.json"))
+    history, summary = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("grades_history.json", "summary.json")
+    )
     low, high = 0.0, 1.0  # share of the weight updates
     for _ in range(10):
         share = (low + high) / 2
@@ -191,7 +193,7 @@ def measured(made: Runs) -> dict[str, list[dict]]:
         values = runs.compare(made.summary(plan.name), made.summary(full) if full in made.results else None)
         values = {"seed": plan.seed} | {name: values[name] for name in ("accuracy", "flops_ratio", "steps")}
         if plan.row != "full":
-            history = json.loads(history_path(made, plan.name).read_text())
+            history = json.loads(history_path(made, plan.name).read_text(encoding="utf-8"))
             steps = {event["name"]: event["step"] for event in history["events"]}
             values |= {f"saved_{tower}": saved_share(history, tower, steps) for tower in TOWERS}
         if full in made.results:
@@ -236,7 +238,7 @@ def draw(made: Runs, arguments) -> None:
 def draw_curves(axis, made: Runs, tower: str) -> None:
     """The median over the tower's matrices of each metric's share of the matrix's own peak."""
     for row, (label, _) in ROWS.items():
-        history = json.loads(history_path(made, curves(row)).read_text())
+        history = json.loads(history_path(made, curves(row)).read_text(encoding="utf-8"))
         series = [[check["values"][i] for check in history["checks"]] for i in columns_of(history, tower)]
         peaks = [max(v for v in values if v is not None) for values in series]
         points = []

@@ -55,7 +55,7 @@ class Processes:
 
     def __call__(self, command: list[str], log: Path) -> int:
         """Run the command to its end; returns its exit code."""
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
             self.alive.add(process)
             code = process.wait()
@@ -89,7 +89,7 @@ class Runs:
         for plan in plans:
             stored = self.folder(plan.name) / "run.json"
             if stored.is_file():
-                result = json.loads(stored.read_text())
+                result = json.loads(stored.read_text(encoding="utf-8"))
                 require_same_settings(stored, result["settings"], comparable(self.settings[plan.name]))
                 self.results[plan.name] = result
         for plan in plans:  # a base is made again where its checkpoint is gone and still needed
@@ -160,7 +160,7 @@ class Runs:
         started = time.monotonic()
         code = self.runner(command, log)
         if code != 0:
-            lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+            lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-LAST_LINES:]
             raise RunFailed("\n".join([*lines, "", f"exit code {code} of: {shlex.join(command)}", f"output: {log}"]))
         result = {
             "row": plan.row,
@@ -168,7 +168,7 @@ class Runs:
             "command": shlex.join(command),
             "settings": comparable(self.settings[plan.name]),
             "wall_s": time.monotonic() - started,
-            "summary": json.loads((folder / "summary.json").read_text()),
+            "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         }
         write(folder / "run.json", json.dumps(result, indent=2))
         self.results[plan.name] = result
@@ -395,7 +395,7 @@ def run_script(
         return 130
     table = write_tables(made, arguments)
     draw(made, arguments)
-    print(f"\n{table.read_text()}\nwritten to {made.output}")
+    print(f"\n{table.read_text(encoding='utf-8')}\nwritten to {made.output}")
     return 0
 
 

@@ -69,3 +69,23 @@ def test_code_keeps_to_its_sizes():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.FunctionDef):
                     assert node.end_lineno - node.lineno < 60, f"{path.name} {node.name}"
+
+
+def opens_text_unsaid(call: ast.Call) -> bool:
+    """Whether the call opens a text file in the encoding of the machine."""
+    function, mode = call.func, [*call.args[:1], *(k.value for k in call.keywords if k.arg == "mode")]
+    if not isinstance(function, ast.Attribute) or any(k.arg == "encoding" for k in call.keywords):
+        return False
+    if function.attr == "open":
+        is_text = not any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in mode)
+        return is_text and ast.unparse(function.value) not in ("Image", "os")
+    return function.attr in ("read_text", "write_text")
+
+
+def test_text_files_are_utf8_on_every_machine():
+    for room in (*MAY_IMPORT, "scripts", "examples"):
+        for path in [*(ROOT / room).rglob("*.py"), *ROOT.glob("*.py")]:
+            calls = (
+                node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            )
+            assert not (found := [ast.unparse(call) for call in calls if opens_text_unsaid(call)]), f"{path}: {found}"

@@ -263,18 +263,6 @@ def test_flags_go_over_a_checkpoint_but_do_not_change_its_shape(start, capsys):
     assert not third.exists()
 
 
-def test_wandb_records_offline_without_an_account(start, monkeypatch, tmp_path):
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    code, folder, _ = start(log_wandb=True, enable_grades=True, max_training_steps=2)
-    assert code == 0
-    assert "wandb sync " in (folder / "log.txt").read_text()
-    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-
-
 def test_every_label_token_weighs_the_same_over_micro_batches():
     torch.manual_seed(0)
     settings = parse_arguments([f"--{k}={v}" for k, v in TINY.items()])

@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from grades.config import AUTO, GradESConfig
 from models.config import TrainConfig, VLMConfig, validate
+from training.trackers import check_tracker
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
@@ -122,7 +123,7 @@ def recipe_as_flags(path: Path) -> list[str]:
     Raises ValueError that names the file and every unknown key.
     """
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
@@ -171,6 +172,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             known = [f"--{name}" for name in (*fields(), "lr_backbones")]
             raise ValueError("\n".join(f"unknown argument {word}{_suggestion(word, known)}" for word in unknown))
         validate(*configs)
+        check_tracker(configs[1])
     except ValueError as error:
         parser.error(str(error).replace("\n", f"\n{parser.prog}: error: "))
     words = (word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--"))

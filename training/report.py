@@ -17,7 +17,7 @@ from grades.files import write_json, write_text
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
-from training.arguments import Settings
+from training.arguments import DEFAULT_RECIPE, Settings
 from training.environment import record_environment
 from training.logging import RunLog
 from training.memory import peak_memory_bytes
@@ -28,18 +28,17 @@ from training.trackers import make_tracker
 
 
 def announce(settings: Settings) -> None:
-    """The first line: what runs, and what the real thing would be."""
-    data = settings.train.train_dataset_path
-    if settings.recipe.name == "quickstart.yaml":
-        print(
-            f"Recipe configs/quickstart.yaml (the default): a small model from scratch, data {data}. The real thing: "
-            "python train.py --config configs/table10_nanovlm.yaml --enable_grades"
-        )
-    else:
-        print(f"Recipe {settings.recipe}, data {data}")
+    """The first line: recipe, data, and whether GradES freezes. The quickstart on its own data points to the paper's
+    run; flags that have no effect are named."""
+    data, is_default = settings.train.train_dataset_path, settings.recipe == DEFAULT_RECIPE
+    recipe = "configs/quickstart.yaml (the default)" if is_default else settings.recipe
+    grades = "with GradES" if settings.train.enable_grades else "without GradES (--enable_grades turns it on)"
+    print(f"Recipe {recipe}, data {data}, {grades}")
+    if is_default and data == easy_vqa.NAME:
+        print("The paper's run (Table 10): python train.py --config configs/table10_nanovlm.yaml --enable_grades")
     ignored = sorted(settings.given & {field.name for field in dataclasses.fields(settings.grades)})
     if ignored and not settings.train.enable_grades:
-        print(f"Without --enable_grades these flags do nothing: {', '.join(f'--{name}' for name in ignored)}")
+        print(f"Without --enable_grades these flags have no effect: {', '.join(f'--{name}' for name in ignored)}")
 
 
 def open_report(

@@ -52,6 +52,10 @@ class RunStart:
     notes: list[str] = field(default_factory=list)  # for the log, once it is open
     data: dict[str, str] = field(default_factory=dict)  # what tells the run's rows from others
 
+    def __post_init__(self) -> None:
+        if self.lock is not None and self.lock.note is not None:
+            self.notes.append(self.lock.note)
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a later resume compares itself with."""

@@ -209,7 +209,7 @@ class TrackioTracker:
         images = {path.stem: self.trackio.Image(str(path)) for path in pictures}
         self.run.log(values | images, step=summary["steps"])
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
+            self.trackio.finish()
 
 
 def as_table(values: dict[str, Any]) -> str:
