@@ -11,9 +11,10 @@ import time
 PROCESS_STARTED = time.perf_counter()
 
 from training.arguments import Settings, parse_arguments
+from training.preflight import check_paths
 
 if __name__ == "__main__":
-    SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
+    SETTINGS = check_paths(parse_arguments())  # before torch is imported, so that an error is told at once
 
 import contextlib
 import dataclasses
@@ -209,7 +210,7 @@ def build_model(settings: Settings, resumed: Path | None) -> tuple[VisionLanguag
 
     checkpoint = resumed or take_over_sizes(settings)
     if resumed is not None:
-        settings.take_over(VLMConfig.load(resumed), f"--resume {resumed}")
+        settings.use_model_config(VLMConfig.load(resumed), f"--resume {resumed}")
     if checkpoint is not None:
         return load_vlm_weights(VisionLanguageModel(settings.vlm), checkpoint), checkpoint
     return VisionLanguageModel(settings.vlm, load_backbone=settings.vlm.vlm_load_backbone_weights), None
@@ -227,12 +228,12 @@ def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None
         if local_only and not Path(found).is_dir():
             return None
         checkpoint = checkpoint_folder(found)
-        settings.take_over(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+        settings.use_model_config(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
         return checkpoint
     if settings.vlm.vlm_load_backbone_weights:
         vlm = dataclasses.replace(settings.vlm)
         configure_from_backbones(vlm, local_only)
-        settings.take_over(vlm, "the pretrained backbones")
+        settings.use_model_config(vlm, "the pretrained backbones")
     return None
 
 

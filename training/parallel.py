@@ -2,6 +2,8 @@
 
 Each process, or rank, takes its rows of every global batch; gradients are averaged over the ranks. What decides how the
 run goes on is the same on all of them: it comes from reduced numbers or from rank 0, which alone writes.
+
+What only a sharded model needs of torch.distributed is imported where it is used: that takes seconds.
 """
 
 from __future__ import annotations
@@ -17,13 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.config import TrainConfig
@@ -134,6 +130,9 @@ class Parallel:
         """
         if self.kind != "fsdp":
             return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
         empty = {id(p): nn.Parameter(p.to("meta")) for p in model.parameters()}
         self.skeleton = copy.deepcopy(model, empty | {id(buffer): buffer.to("meta") for buffer in model.buffers()})
         device = next(model.parameters()).device.type
@@ -213,12 +212,15 @@ class Parallel:
 
     def write_optimizer(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the state of a sharded model's optimizer as safetensors, each rank its part. Raises where one fails."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
         tensors = {
             f"{name}.{key}": value
             for name, parameter in model.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()
         }
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.hosts)
         except CheckpointException as error:  # which Exception does not cover
@@ -226,7 +228,9 @@ class Parallel:
 
     def read_optimizer(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, dict]:
         """What this rank's optimizer is to load of what write_optimizer wrote, whatever the number of ranks then."""
-        reader = HuggingFaceStorageReader(str(folder))
+        import torch.distributed.checkpoint as dcp
+
+        reader = dcp.HuggingFaceStorageReader(str(folder))
         parameters = dict(model.named_parameters())
         tensors, of = {}, {}
         for name, saved in reader.read_metadata().state_dict_metadata.items():
@@ -241,6 +245,8 @@ class Parallel:
         return {i: of[parameter] for i, parameter in enumerate(ordered) if parameter in of}
 
     def _whole(self, value: Any) -> Any:
+        from torch.distributed.tensor import DTensor
+
         if not isinstance(value, DTensor):
             return value
         whole = value.full_tensor()
@@ -249,6 +255,8 @@ class Parallel:
 
 def _like(value: Any, parameter: torch.Tensor) -> Any:
     """The optimizer's tensor for a parameter, sharded as this is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 from training.parallel import Parallel
 
@@ -50,4 +49,4 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor | None:
     if max_norm == 0:
         return None
     norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
