@@ -12,10 +12,11 @@ import time
 PROCESS_STARTED = time.perf_counter()
 
 from training.arguments import Settings, parse_arguments
+from training.preflight import check_paths
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack letters of a path
-    SETTINGS = parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
+    SETTINGS = check_paths(parse_arguments())  # before torch is imported, so that an error is told at once
 
 import contextlib
 

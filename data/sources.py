@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.hub import require_hub
 from models.config import TrainConfig
 
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
@@ -563,26 +564,3 @@ def _hub_subsets(path: str, names: Sequence[str], split: str, streaming: bool, f
             f"{', '.join(there)}"
         )
     return {name: lambda name=name: load(name) for name in chosen}
-
-
-def require_hub(what: str, instead: str, timeout_s: float = 5.0) -> None:
-    """Raise ConnectionError if the hub does not answer: its client would try again for a minute.
-
-    what: the flag and its value; instead: what the flag also takes. With HF_HUB_OFFLINE the cache is used.
-    """
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=timeout_s).close()
-    except HTTPError:
-        return  # an answer
-    except OSError as error:
-        raise ConnectionError(
-            f"{what}: {constants.ENDPOINT} does not answer ({error}). The flag also takes {instead}; what is in the "
-            "hub's cache is used with HF_HUB_OFFLINE=1."
-        ) from None

@@ -42,7 +42,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         elif type(given) is GradESConfig:
             given = VLMGradEarlyStoppingConfig(**vars(given))
         self.config: Any = dataclasses.replace(given)  # what they do to theirs later is not ours
-        self.config.validate()
+        self.config.check()
         if ignored := self.config.without_effect():
             warnings.warn("options without effect: " + "; ".join(ignored), stacklevel=2)
         self.monitor: GradESMonitor | None = None

@@ -6,7 +6,8 @@ Needs neither torch nor transformers.
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from grades.config import GradESConfig, doc
+from grades.config import AUTO, GradESConfig
+from grades.fields import doc
 
 NO_EFFECT = {
     "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always told apart",
@@ -51,14 +52,10 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
 class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
     """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components."""
 
-    tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4)
+    tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4, gt=0, choices=(AUTO,))
     vision_tau: float | str = field(init=False, default=1e-4)
     language_tau: float | str = field(init=False, default=1e-4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.vision_tau = self.language_tau = self.tau
-
-    def problems(self) -> list[str]:
-        lines = [line for line in super().problems() if not line.startswith("--vision_tau")]
-        return [line.replace("--language_tau", "--tau") for line in lines]

@@ -46,7 +46,7 @@ class GradESMonitor:
         numbers, returns those that every process goes by, rank 0's. Raises ValueError on impossible settings and
         where the model has no component.
         """
-        config.validate()
+        config.check()
         if config.unfreeze_factor is not None and on_round is not None:
             raise ValueError(
                 f"--unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "

@@ -1,123 +1,184 @@
-"""The command line: flags, recipes, and errors that come all at once and early."""
+"""The command line: flags, recipes, help, and errors that come all at once and early."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import constants
 
-from training.arguments import fields, parse_arguments, recipe_as_flags
+from grades.fields import allowed_values, is_allowed
+from models.config import VLMConfig
+from training import preflight
+from training.arguments import fields, parse_arguments, read_recipe
+from training.flag_help import SHOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 
-def errors_of(capsys, *argv: str) -> list[str]:
+def recipe_of(name: str) -> str:
+    return str(ROOT / "configs" / f"{name}.yaml")
+
+
+def errors_of(capsys, *argv: str, of=parse_arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        of(list(argv))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def help_of(capsys, *argv: str) -> list[str]:
     with pytest.raises(SystemExit) as end:
         parse_arguments(list(argv))
-    assert end.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def flags_in(lines: list[str]) -> list[str]:
+    """The flags that have a line of their own."""
+    return [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
 
 
 def test_the_flags_people_know_work():
     words = (
-        "--enable_grades --vision_tau 0.30 --language_tau 6.00 --alpha 0.28 --compute_interval 20 --log_wandb "
-        "--lr_mp 0.001 --lr_vision_backbone 1e-5 --lr_language_backbone 2e-5 --vlm_checkpoint_path there --compile "
-        "--resume_from_vlm_checkpoint --train_dataset_path easy-vqa --relevance_min_rating 2 "
-        "--image_correspondence_min_rating 3 --visual_dependency_min_rating 4 --formatting_min_rating 5"
+        "--enable_grades --vision_tau 0.30 --language_tau auto --alpha 0.28 --compute_interval 20 --log_wandb "
+        "--lr_mp 0.001 --lr_vision_backbone 1e-5 --vlm_checkpoint_path there --compile --resume_from_vlm_checkpoint "
+        "--train_dataset_path easy-vqa --relevance_min_rating 2 --target_components fc1 q_proj --seed 3"
     )
     settings = parse_arguments(words.split())
     train, grades = settings.train, settings.grades
-    assert (grades.vision_tau, grades.language_tau, grades.alpha, grades.compute_interval) == (0.3, 6.0, 0.28, 20)
+    assert (grades.vision_tau, grades.language_tau, grades.alpha, grades.compute_interval) == (0.3, "auto", 0.28, 20)
     assert (train.enable_grades, train.log_wandb, train.compile, train.resume_from_vlm_checkpoint) == (True,) * 4
-    assert (train.lr_mp, train.lr_vision_backbone, train.lr_language_backbone) == (0.001, 1e-5, 2e-5)
-    assert settings.vlm.vlm_checkpoint_path == "there"
-    assert (train.relevance_min_rating, train.formatting_min_rating) == (2, 5)
+    assert (train.lr_mp, train.lr_vision_backbone, train.relevance_min_rating, train.seed) == (0.001, 1e-5, 2, 3)
+    assert (settings.vlm.vlm_checkpoint_path, grades.target_components) == ("there", ["fc1", "q_proj"])
+    assert settings.given == {word.removeprefix("--") for word in words.split() if word.startswith("--")}
 
 
 @pytest.mark.parametrize(
     ("words", "value"),
     [
         ("--compile", True), ("--compile False", False), ("--compile=true", True), ("--no_compile", False),
-        ("--compile on", True), ("--compile Off", False),
-        ("--compile --no-compile", False), ("", False),
+        ("--compile on", True), ("--compile Off", False), ("--compile --no-compile", False), ("", False),
     ],
 )  # fmt: skip
 def test_booleans_mean_what_they_say(words, value):
     assert parse_arguments(words.split()).train.compile is value
 
 
-def test_every_field_is_a_flag_with_dashes_too_and_has_help(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_arguments(["--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    for name, field in fields().items():
-        assert f"--{name}" in text
-        assert f"--{name.replace('_', '-')}" in text
-        assert len(field.metadata["help"]) > 10
-    assert "(default: 0.94)" in text  # the recipe's image_mean, not the class's
-    assert parse_arguments(["--vision-tau", "0.5", "--enable-grades"]).grades.vision_tau == 0.5
-
-
-def test_lr_backbones_sets_both_towers():
-    train = parse_arguments(["--lr_backbones", "3e-5"]).train
-    assert (train.lr_vision_backbone, train.lr_language_backbone) == (3e-5, 3e-5)
+def test_other_spellings_of_flags():
+    settings = parse_arguments(["--vision-tau=0.5", "--enable-grades", "--source-weights", '{"shape": 2}', "--profile"])
+    assert (settings.grades.vision_tau, settings.train.enable_grades) == (0.5, True)
+    assert (settings.train.source_weights, settings.train.profile) == ({"shape": 2.0}, 5)
     train = parse_arguments(["--lr-backbones=3e-5", "--lr_vision_backbone", "0"]).train
     assert (train.lr_vision_backbone, train.lr_language_backbone) == (0.0, 3e-5)
 
 
+def test_help_shows_the_settings_in_use_most_and_help_all_every_one(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_of(capsys, "--help")
+    shown = flags_in(lines)
+    assert len(lines) <= 100
+    assert sorted(shown) == sorted(name for names in SHOWN.values() for name in names)
+    assert any(line.startswith("  --enable_grades") for line in lines[:12])
+    lines = help_of(capsys, "--help_all")
+    everything = flags_in(lines)
+    assert sorted(everything) == sorted({*fields(), "config", "lr_backbones"})
+    text = " ".join(" ".join(lines).split())
+    assert "[0.94]" in text  # the recipe's image_mean, not the class's
+    assert "in [0, 1)" in text
+    assert all(len(field.metadata["help"]) > 10 for field in fields().values())
+
+
+@pytest.mark.parametrize(
+    ("rules", "allowed", "refused", "words"),
+    [
+        ({"gt": 0}, [1e-9, 3], [0, -1, float("nan"), "1"], "> 0"),
+        ({"ge": 0, "lt": 1}, [0, 0.99], [1, -0.1], "in [0, 1)"),
+        ({"gt": 0, "le": 1}, [1], [0, 1.1], "in (0, 1]"),
+        ({"choices": ("ddp", "fsdp")}, ["ddp"], ["dp", None], "one of ddp, fsdp"),
+        ({"gt": 0, "choices": ("auto",)}, [1, "auto"], [0, "car"], "> 0 or auto"),
+        ({"gt": 0, "choices": ()}, [{}, {"a": 1}], [{"a": 1, "b": 0}], "> 0"),
+        ({}, [None, "x", -1], [], ""),
+    ],
+)
+def test_what_a_field_allows(rules, allowed, refused, words):
+    assert all(is_allowed(value, rules) for value in allowed)
+    assert not any(is_allowed(value, rules) for value in refused)
+    assert allowed_values(rules) == words
+
+
 def test_every_impossible_value_is_named_at_once(capsys):
-    errors = errors_of(
-        capsys, "--vision_tau", "-0.1", "--alpha", "1", "--max_frozen_ratio", "1.5", "--compute_interval", "0",
-        "--lm_n_heads", "5", "--vit_img_size", "50", "--batch_size", "0", "--max_training_steps", "-1",
-    )  # fmt: skip
-    named = {line.split("--")[1].split()[0] for line in errors}
-    expected = {"vision_tau", "alpha", "max_frozen_ratio", "compute_interval", "lm_n_heads", "vit_patch_size"}
-    assert named >= expected | {"batch_size", "max_training_steps"}
-    assert "--alpha 1.0: must be in [0, 1)" in "\n".join(errors)
+    given = {
+        "vision_tau": "-0.1", "alpha": "1.0", "max_frozen_ratio": "1.5", "compute_interval": "0", "lm_n_heads": "5",
+        "vit_patch_size": "5", "batch_size": "0", "val_size": "0", "es_interval": "1.0", "es_delta": "-0.1",
+        "es_patience": "0", "metric": "weight_chnge", "log_with": "tensorbord",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in given.items()]
+    errors = errors_of(capsys, *words, "--early_stopping")
+    for name, value in given.items():
+        assert f"error: --{name} {value}: must be " in errors
+    assert "weight_change?" in errors
+    assert "tensorboard?" in errors
+    assert "in [0, 1)" in errors
+    assert parse_arguments(["--val_size", "0.05"]).train.val_size == 0.05
+    assert isinstance(parse_arguments(["--val_size", "40"]).train.val_size, int)
+    assert "--val_size 1.5" in errors_of(capsys, "--val_size", "1.5")
 
 
-def test_impossible_early_stopping_is_refused(capsys):
-    words = "--early_stopping --val_size 0 --es_interval 1 --es_delta -0.1 --es_patience 0"
-    errors = "\n".join(errors_of(capsys, *words.split()))
-    for flag in ("val_size 0: must be > 0 with early_stopping", "es_interval 1.0", "es_delta -0.1", "es_patience 0"):
-        assert f"--{flag}" in errors
-    assert parse_arguments(["--val_size", "0"]).train.val_size == 0
+def test_unknown_flags_and_values_of_another_kind_are_named_at_once(capsys):
+    words = "--vision_tua 1 --batch_size many --compile maybe --alpha 2 --source_weights [1] --val_size some"
+    lines = errors_of(capsys, *words.split()).splitlines()
+    assert len(lines) == 6
+    assert "--vision_tua (did you mean --vision_tau?)" in lines[0]
+    named = {line.split("--")[1].split()[0] for line in lines[1:]}
+    assert named == {"batch_size", "compile", "alpha", "source_weights", "val_size"}
+    assert "--config" in errors_of(capsys, "configs/quickstart.yaml")
 
 
-def test_unknown_flags_and_keys_are_refused_with_a_suggestion(capsys, tmp_path):
-    assert "did you mean --vision_tau?" in errors_of(capsys, "--vision_tua", "1")[0]
+def test_recipes_that_cannot_be_read(capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("batch_sise: 4\nvision_tau: 0.1\nnonsense: 1\n")
-    errors = errors_of(capsys, "--config", str(recipe))
-    assert len(errors) == 2
-    assert "batch_sise (did you mean batch_size?)" in errors[0]
-    assert errors_of(capsys, "--config", str(tmp_path / "absent.yaml"))[0].endswith(
-        "cannot be read (No such file or directory)"
-    )
-    recipe.write_text("batch_size: [")
-    assert "not valid YAML" in errors_of(capsys, "--config", str(recipe))[0]
-    recipe.write_text("batch_size: many")
-    assert "batch_size" in errors_of(capsys, "--config", str(recipe))[0]
+    errors = errors_of(capsys, "--config", str(recipe), "--vision_tua", "1")
+    assert len(errors.splitlines()) == 3
+    assert "batch_sise (did you mean batch_size?)" in errors
+    assert "absent.yaml" in errors_of(capsys, "--config", str(tmp_path / "absent.yaml"))
+    for text, named in (("batch_size: [", "YAML"), ("batch_size: many", "--batch_size many"), ("- 1", str(recipe))):
+        recipe.write_text(text)
+        assert named in errors_of(capsys, "--config", str(recipe))
 
 
-def test_flags_go_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
+def test_a_recipe_is_read_as_it_is_written_and_flags_override_it(tmp_path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text((ROOT / "configs/quickstart.yaml").read_text() + "\nseed: 5\nlog_interval: 7\ncompile: true\n")
-    train = parse_arguments(["--config", str(recipe), "--log_interval", "9"]).train
-    assert (train.seed, train.log_interval, train.compile, train.max_grad_norm) == (5, 9, True, 1.0)
+    lines = "lr_backbones: 1e-3\nrun_name: 007\nlr_mp: 1e-3\ncompile: yes\nlog_interval: 7\nmixture_weights: {on: 0.5}"
+    recipe.write_text(f"{(ROOT / 'configs/quickstart.yaml').read_text()}\n{lines}\nresume: null\ntarget_components: []")
+    settings = parse_arguments(["--config", str(recipe), "--log_interval", "9"])
+    train = settings.train
+    assert (train.lr_mp, train.run_name, train.compile, train.resume) == (1e-3, "007", True, None)
+    assert (train.mixture_weights, settings.grades.target_components) == ({"on": 0.5}, [])
+    assert (train.log_interval, train.max_grad_norm) == (9, 1.0)
+    assert settings.given == {"log_interval"}
+
+
+def test_settings_of_nanovlm_that_mean_nothing_here(capsys, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("lm_use_tokens: false\nvit_cls_flag: False\n")
+    assert read_recipe(recipe) == {}
+    recipe.write_text("lm_use_tokens: true\n")
+    assert "lm_use_tokens" in errors_of(capsys, "--config", str(recipe))
+    assert "--lm_use_tokens" in errors_of(capsys, "--lm_use_tokens")
+    VLMConfig.from_dict({"vit_cls_flag": False})
+    with pytest.raises(ValueError, match="vit_cls_flag True"):
+        VLMConfig.from_dict({"vit_cls_flag": True})
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_parse_and_name_their_own_command(name):
-    path = ROOT / "configs" / f"{name}.yaml"
-    parse_arguments(["--config", str(path), "--enable_grades"])
-    header = path.read_text().split("\n\n")[0]
-    command = (
-        "python train.py --enable_grades" if name == "quickstart" else f"python train.py --config configs/{name}.yaml"
-    )
-    assert command in header
+    parse_arguments(["--config", recipe_of(name), "--enable_grades"])
+    header = Path(recipe_of(name)).read_text().split("\n\n")[0]
+    command = "--enable_grades" if name == "quickstart" else f"--config configs/{name}.yaml"
+    assert f"python train.py {command}" in header
 
 
 @pytest.mark.parametrize(
@@ -135,7 +196,7 @@ def test_recipes_build_with_the_right_counts(name, parameters, components, taus)
     from grades import find_components
     from models.vision_language_model import VisionLanguageModel
 
-    settings = parse_arguments(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    settings = parse_arguments(["--config", recipe_of(name)])
     with torch.device("meta"):
         model = VisionLanguageModel(settings.vlm)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -145,19 +206,83 @@ def test_recipes_build_with_the_right_counts(name, parameters, components, taus)
 
 
 def test_the_resolved_settings_are_a_recipe_again(tmp_path):
-    import yaml
-
-    settings = parse_arguments(["--vision_tau", "0.7", "--target_components", "fc1", "q_proj"])
+    settings = parse_arguments(["--vision_tau", "0.7", "--target_components", "fc1", "q_proj", "--run_name", "007"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
-    assert recipe_as_flags(path)
     again = parse_arguments(["--config", str(path)])
     assert (again.vlm, again.train, again.grades) == (settings.vlm, settings.train, settings.grades)
 
 
-def test_help_and_errors_come_before_torch_is_imported():
-    for flags, status in (("'--help'", 0), ("'--alpha', '2'", 2)):
-        program = f"import sys; sys.modules['torch'] = None; sys.argv = ['train.py', {flags}]; __name__ = '__main__'\n"
-        program += "exec(open('train.py').read().split('import contextlib')[0])"  # what stands above the heavy imports
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
+def test_a_checkpoint_of_another_shape_than_a_flag_asks_for_is_refused():
+    settings = parse_arguments(["--lm_hidden_dim=64", "--image_mean=0.1"])
+    other = parse_arguments(["--lm_n_blocks=1"]).vlm
+    with pytest.raises(ValueError, match="lm_hidden_dim 64: must be 128"):
+        settings.use_model_config(other, "the checkpoint")
+    settings.given -= {"lm_hidden_dim"}
+    settings.use_model_config(other, "the checkpoint")
+    assert (settings.vlm.lm_n_blocks, settings.vlm.lm_hidden_dim, settings.vlm.image_mean) == (1, 128, 0.1)
+
+
+# What names and paths tell
+
+
+def path_errors(capsys, words: str) -> str:
+    return errors_of(capsys, *words.split(), of=lambda argv: preflight.check_paths(parse_arguments(argv)))
+
+
+def test_absent_files_and_folders_are_all_named(capsys, tmp_path):
+    words = f"--train_dataset_path nope.jsonl --test_dataset_path {tmp_path}/no --vlm_load_backbone_weights "
+    words += "--vit_model_type ./siglip --lm_model_type scratch --lm_tokenizer ~/none/at/all"
+    errors = path_errors(capsys, words)
+    for flag in (
+        "train_dataset_path nope.jsonl",
+        "test_dataset_path",
+        "vit_model_type ./siglip",
+        "lm_tokenizer ~/none",
+    ):
+        assert f"error: --{flag}" in errors
+    assert len(errors.splitlines()) == 4
+    assert "--resume gone" in path_errors(capsys, "--resume gone")
+    assert "--vlm_checkpoint_path checkpoints" in path_errors(capsys, "--resume_from_vlm_checkpoint")
+    (tmp_path / "run").mkdir()
+    taken = f"--output_dir {tmp_path} --run_name run"
+    assert "--run_name run" in path_errors(capsys, taken)
+    preflight.check_paths(parse_arguments([*taken.split(), "--resume", "auto"]))
+    preflight.check_paths(parse_arguments(["--train_dataset_path", "nope.jsonl", "--dry_run"]))  # reads no data
+
+
+def test_the_hub_is_asked_once_and_only_for_what_is_not_here(capsys, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(what, instead, timeout_s):
+        asked.append(what)
+        raise ConnectionError(f"{what}: no hub")
+
+    monkeypatch.setattr(preflight, "require_hub", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    config = f"--config {recipe_of('nanovlm_222m')}"
+    for kind in ("models--google--siglip-base-patch16-224", "datasets--HuggingFaceM4--the_cauldron"):
+        (tmp_path / kind / "snapshots" / "0").mkdir(parents=True)
+    assert "--lm_model_type HuggingFaceTB/SmolLM2-135M: no hub" in path_errors(capsys, config)
+    assert len(asked) == 1
+    assert "the_cauldron" not in asked[0]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in path_errors(capsys, config)
+    for words in (config + " --dry_run", config + f" --lm_model_type {tmp_path} --lm_tokenizer easy-vqa", ""):
+        preflight.check_paths(parse_arguments(words.split()))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--help"], 0), (["--alpha", "2"], 2), (["--train_dataset_path", "nope.jsonl"], 2)]
+)
+def test_help_and_errors_come_before_heavy_imports(words, status):
+    program = f"""
+import runpy, sys
+sys.argv = ["train.py", *{words}]
+sys.modules |= dict.fromkeys(("torch", "transformers", "datasets", "numpy", "PIL"))
+runpy.run_path("train.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr

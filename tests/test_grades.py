@@ -58,7 +58,7 @@ def test_target_components_and_frozen_towers_narrow_the_choice(model):
 def test_config_reports_every_impossible_value():
     config = GradESConfig(vision_tau=0, language_tau=-1, alpha=1, max_frozen_ratio=0, compute_interval=0, metric="l2")
     with pytest.raises(ValueError, match=r"--metric l2") as error:
-        config.validate()
+        config.check()
     assert len(str(error.value).splitlines()) == 6
 
 
@@ -77,7 +77,7 @@ def test_config_reports_every_impossible_value():
 )
 def test_config_refuses_what_does_not_go_together(flags, flag):
     with pytest.raises(ValueError, match=f"^--{flag} ") as error:
-        GradESConfig(**flags).validate()
+        GradESConfig(**flags).check()
     assert len(str(error.value).splitlines()) == 1
 
 

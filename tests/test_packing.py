@@ -15,7 +15,7 @@ from data.loader import train_batches
 from data.packing import PADDING, PackedCollator, PackedReaders, pack
 from data.sources import load_rows
 from models.attention import attend_flex, document_block_mask, takes_flex_attention
-from models.config import TrainConfig, VLMConfig, validate
+from models.config import TrainConfig, VLMConfig, check_settings
 from models.language_model import LanguageModel
 from models.vision_language_model import VisionLanguageModel
 from training.step import model_inputs
@@ -383,9 +383,9 @@ def test_flex_attention_trains_as_the_plain_mask_does(dtype, compiled, monkeypat
 def test_impossible_settings_name_their_flags():
     vlm = small(256, lm_max_position_embeddings=128)
     with pytest.raises(ValueError, match="--packing True: must be off where lm_max_length 256 is more than"):
-        validate(vlm, packing(), _Fine())
+        check_settings(vlm, packing(), _Fine())
     with pytest.raises(ValueError, match="--max_images_per_knapsack 0: must be > 0"):
-        validate(small(), packing(max_images_per_knapsack=0), _Fine())
+        check_settings(small(), packing(max_images_per_knapsack=0), _Fine())
 
 
 class _Fine:

@@ -76,7 +76,7 @@ def test_per_element_lr_needs_the_optimizer_that_holds_the_components():
     with pytest.raises(ValueError, match="does not hold decoder"):
         Loop(model, config, 10, torch.optim.AdamW(model.vision_encoder.parameters()))
     with pytest.raises(ValueError, match="weight_change"):
-        GradESConfig(tau_mode="per_element_lr", metric="gradient_norm").validate()
+        GradESConfig(tau_mode="per_element_lr", metric="gradient_norm").check()
 
 
 COMPONENTS = find_components(make_model())
@@ -154,7 +154,7 @@ def test_settings_that_a_unit_rules_out():
         ({"tau_mode": "share"}, "tau_mode"),
     ]:
         with pytest.raises(ValueError, match=f"^--{flag}") as error:
-            GradESConfig(**flags).validate()
+            GradESConfig(**flags).check()
         assert len(str(error.value).splitlines()) == 1
     # A tower that does not freeze may have any tau.
-    GradESConfig(tau_mode="relative", vision_tau=0.5, language_tau=6.0, freeze_language=False).validate()
+    GradESConfig(tau_mode="relative", vision_tau=0.5, language_tau=6.0, freeze_language=False).check()

@@ -1,19 +1,22 @@
-"""The command line: every field of the three configs is a flag, a YAML recipe lies under the flags."""
+"""The command line: every field of the three configs is a flag, and a YAML recipe holds what flags do not give."""
 
+import contextlib
 import dataclasses
-import difflib
 import json
+import os
 import sys
-from argparse import SUPPRESS, Action
-from dataclasses import dataclass
+from argparse import SUPPRESS, Action, ArgumentParser
+from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from grades.config import AUTO, GradESConfig
-from models.config import TrainConfig, VLMConfig, validate
-from training.trackers import check_tracker
+from grades.config import GradESConfig
+from grades.fields import field_problems, problem, suggestion
+from models.config import RETIRED, TrainConfig, VLMConfig, check_settings, retired_problems
+from training.flag_help import help_text
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
@@ -23,11 +26,14 @@ FREE_FIELDS = {
     "lm_eos_token_id", "max_img_size", "resize_to_max_side_len", "image_mean", "image_std", "vlm_checkpoint_path",
     "vlm_load_backbone_weights", "hf_repo_name",
 }  # fmt: skip
+BOTH_TOWERS = "lr_backbones"  # a flag for lr_vision_backbone and lr_language_backbone
+SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+KINDS = {bool: "on or off", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
-    """All that a run is told."""
+    """All settings of a run."""
 
     vlm: VLMConfig
     train: TrainConfig
@@ -35,10 +41,11 @@ class Settings:
     recipe: Path
     given: frozenset[str]  # names of the flags on the command line
 
-    def take_over(self, vlm: VLMConfig, origin: str) -> None:
-        """Make vlm, the config of a checkpoint or of backbones, the run's; flags that were given go over it.
+    def use_model_config(self, vlm: VLMConfig, origin: str) -> None:
+        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's; the flags given override it.
 
-        Raises ValueError where a flag asks for another shape than the weights have, and where the whole is impossible.
+        origin: what an error calls it. Raises ValueError where a flag asks for another shape than the weights have, and
+        where the settings as a whole are impossible.
         """
         ours = self.vlm
         wanted = {name: getattr(ours, name) for name in self.given | {"vlm_checkpoint_path"} if hasattr(ours, name)}
@@ -50,10 +57,10 @@ class Settings:
         if problems:
             raise ValueError("\n".join(problems))
         self.vlm = dataclasses.replace(vlm, **wanted)
-        validate(self.vlm, self.train, self.grades)
+        check_settings(self.vlm, self.train, self.grades)
 
-    def as_dict(self) -> dict:
-        """The resolved settings, flat as in a recipe, so that they are a recipe again."""
+    def as_dict(self) -> dict[str, Any]:
+        """All settings, flat as in a recipe, so that they are a recipe again."""
         return {
             name: value
             for config in (self.vlm, self.train, self.grades)
@@ -62,127 +69,169 @@ class Settings:
         }
 
 
-class BothTowers(Action):
-    """--lr_backbones: sets the learning rate of both towers; what comes after it goes over it."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        namespace.lr_vision_backbone = namespace.lr_language_backbone = value
-
-
-class Parser(HfArgumentParser):
-    """HfArgumentParser, with --no_x for every boolean, JSON for mappings, and errors of one line each."""
-
-    def __init__(self, **kwargs):
-        super().__init__(CONFIG_CLASSES, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; flags go over it")
-        both = "peak learning rate of both towers: --lr_vision_backbone and --lr_language_backbone"
-        self.add_argument(
-            "--lr_backbones", "--lr-backbones", type=float, action=BothTowers, default=SUPPRESS, help=both
-        )
-        for field in fields().values():
-            if field.type is bool and field.default is False:  # the others have it from HfArgumentParser
-                names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
-                self.add_argument(*names, dest=field.name, action="store_false", default=False, help=SUPPRESS)
-        for action in self._actions:
-            if action.type in (dict[str, str], dict[str, float]):
-                action.type = json_mapping
-            if action.type is string_to_bool:
-                action.type = on_or_off
-            if action.dest in ("vision_tau", "language_tau"):
-                action.type = number_or_auto
-            if action.dest == "profile":
-                action.nargs, action.const = "?", 5
-
-    def error(self, message: str):
-        """End with the message alone: a usage text of a hundred flags would hide it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """Every setting that is a flag, by name."""
+    found = {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config)}
+    return {name: field for name, field in found.items() if name not in RETIRED}
 
 
-def on_or_off(text: str) -> bool:
-    return string_to_bool({"on": "true", "off": "false"}.get(text.lower(), text))
-
-
-def number_or_auto(text: str) -> float | str:
-    return text if text == AUTO else float(text)
-
-
-def json_mapping(text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text} is not a JSON mapping")
-    return value
-
-
-def fields() -> dict[str, dataclasses.Field]:
-    return {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config)}
-
-
-def recipe_as_flags(path: Path) -> list[str]:
-    """The recipe as command-line flags, so that its values are read and checked as those are.
-
-    Raises ValueError that names the file and every unknown key.
-    """
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: is not valid YAML: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path}: must be a mapping of settings to values")
-    known = {*fields(), "lr_backbones"}
-    if unknown := [str(key) for key in recipe if key not in known]:
-        lines = [f"--config {path}: unknown setting {key}{_suggestion(key, known)}" for key in unknown]
-        raise ValueError("\n".join(lines))
-    flags: list[str] = []
-    for key, value in recipe.items():
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)] if value else []
-        elif isinstance(value, dict):
-            flags.append(f"--{key}={json.dumps(value)}")
-        elif value is not None:
-            flags.append(f"--{key}={value}")
-    return flags
-
-
-def _suggestion(name: str, known) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def field_types() -> dict[str, Any]:
+    """The type of every setting, by name."""
+    return {name: kind for config in CONFIG_CLASSES for name, kind in get_type_hints(config).items()}
 
 
 def parse_arguments(argv: list[str] | None = None) -> Settings:
-    """Read flags and recipe, check all of it; ends the program with every error at once, before any work."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        prog="train.py",
-        description="Train a nanoVLM; --enable_grades freezes each weight matrix when it has converged. Booleans are "
-        "switched by --x, --x off (or false) and --no_x; dashes do as well as _. The defaults are the recipe's.",
-        usage="train.py [--config RECIPE] [--enable_grades] [--FLAG VALUE ...]",
-    )
+    """Read flags and recipe, and check all of it; ends the program with every error at once, before any work."""
+    flags, problems = read_flags(sys.argv[1:] if argv is None else argv)
+    shown = {"help", "help_all"} & flags.keys()
+    recipe = Path(flags.pop("config", DEFAULT_RECIPE))
     try:
-        recipe = _recipe_of(argv)
-        if {"-h", "--help"} & set(argv):
-            parser.set_defaults(**vars(parser.parse_known_args(recipe_as_flags(recipe))[0]))
-            parser.print_help()
-            parser.exit()
-        *configs, _, unknown = parser.parse_args_into_dataclasses(
-            [*recipe_as_flags(recipe), *argv], return_remaining_strings=True, look_for_args_file=False
-        )
-        if unknown:
-            known = [f"--{name}" for name in (*fields(), "lr_backbones")]
-            raise ValueError("\n".join(f"unknown argument {word}{_suggestion(word, known)}" for word in unknown))
-        validate(*configs)
-        check_tracker(configs[1])
+        texts = read_recipe(recipe)
     except ValueError as error:
-        parser.error(str(error).replace("\n", f"\n{parser.prog}: error: "))
-    words = (word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--"))
-    return Settings(*configs, recipe=recipe, given=frozenset(word.removeprefix("no_") for word in words))
+        end(problems + str(error).splitlines())
+    values, unreadable = read_values(texts | {name: flags[name] for name in flags if name not in shown})
+    vlm, train, grades = configs = [_make(config, values) for config in CONFIG_CLASSES]
+    if shown:
+        with contextlib.suppress(BrokenPipeError):  # as of a pager that was closed
+            print(help_text(configs, everything="help_all" in shown), flush=True)
+        sys.exit(0)
+    problems += unreadable
+    if unreadable:  # the fields alone: what they ask of each other is not known
+        problems += [line for config in configs for line in field_problems(config)]
+    else:
+        try:
+            check_settings(vlm, train, grades)
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        end(problems)
+    return Settings(vlm, train, grades, recipe, frozenset(flags))
 
 
-def _recipe_of(argv: list[str]) -> Path:
-    """The recipe that argv names, looked for before all else is read."""
-    from argparse import ArgumentParser
+def end(problems: Iterable[str]) -> NoReturn:
+    """End the program with a line for each problem; a usage text of a hundred flags would hide them."""
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print("\n".join(f"train.py: error: {problem}" for problem in problems), file=sys.stderr)
+    sys.exit(2)
 
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path, default=DEFAULT_RECIPE)
-    return finder.parse_known_args(argv)[0].config
+
+def _make(config: type, values: dict[str, Any]) -> Any:
+    return config(**{field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values})
+
+
+class Parser(ArgumentParser):
+    """Divides a command line into flags and their values, which stay text."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+        self.add_argument("-h", "--help", action="store_true")
+        self.add_argument("--help_all", action="store_true")
+        self.add_argument("--config")
+        self.add_argument(f"--{BOTH_TOWERS}", action=BothTowers)
+        types = field_types()
+        for name, field in fields().items():
+            if types[name] is bool:
+                self.add_argument(f"--{name}", nargs="?", const="on")
+                self.add_argument(f"--no_{name}", dest=name, action="store_const", const="off")
+            elif "alone" in field.metadata:
+                self.add_argument(f"--{name}", nargs="?", const=str(field.metadata["alone"]))
+            else:
+                self.add_argument(f"--{name}", nargs="+" if get_origin(types[name]) is list else None)
+
+    def error(self, message: str) -> NoReturn:
+        end([message])
+
+
+class BothTowers(Action):
+    """--lr_backbones: sets the learning rate of both towers; a flag after it overrides it."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        namespace.lr_vision_backbone = namespace.lr_language_backbone = value
+
+
+def read_flags(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(text of each flag given, problems): x-y means x_y; unknown flags are named with what they may have meant."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word)
+    given, unknown = Parser().parse_known_args(words)
+    known = [f"--{name}" for name in (*fields(), BOTH_TOWERS, "config", "help_all")]
+    problems = [
+        f"unknown flag {word}{suggestion(word.split('=')[0], known)}" for word in unknown if word.startswith("-")
+    ]
+    if unknown and not problems:  # else it may be the value of an unknown flag
+        recipe = " (a recipe is given as --config FILE)" if unknown[0].endswith((".yaml", ".yml")) else ""
+        problems = [f"unexpected {' '.join(unknown)}: must follow a flag{recipe}"]
+    return vars(given), problems
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads each value as the text in the file, which no rule of YAML's changes; null alone is not text."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe by name: text, a list or a mapping of texts.
+
+    Raises ValueError that names the file and every unknown name.
+    """
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: must be a mapping of settings to values")
+    known = {*fields(), *RETIRED, BOTH_TOWERS}
+    problems = [f"unknown setting {key}{suggestion(str(key), known)}" for key in recipe if key not in known]
+    retired = {name: SWITCH.get(str(recipe.pop(name)).lower()) for name in RETIRED if name in recipe}
+    if problems := problems + retired_problems(retired):
+        raise ValueError("\n".join(f"--config {path}: {problem}" for problem in problems))
+    if BOTH_TOWERS in recipe:
+        both = recipe.pop(BOTH_TOWERS)
+        recipe = {"lr_vision_backbone": both, "lr_language_backbone": both} | recipe
+    return {name: value for name, value in recipe.items() if value is not None}
+
+
+def read_values(texts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(settings, problems) of their texts; a setting that cannot be read is left out of the first."""
+    types, values, problems = field_types(), {}, []
+    for name, text in texts.items():
+        try:
+            values[name] = read_value(types[name], text)
+        except ValueError:
+            kinds = get_args(types[name]) if isinstance(types[name], UnionType) else (types[name],)
+            allowed = " or ".join(KINDS[get_origin(kind) or kind] for kind in kinds if kind is not NoneType)
+            problems.append(problem(name, text, allowed))
+    return values, problems
+
+
+def read_value(kind: Any, value: Any) -> Any:
+    """The value of a setting of type `kind` from its text. Raises ValueError where it is no such value."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        for option in inner:
+            with contextlib.suppress(ValueError):
+                return read_value(option, value)
+        raise ValueError(value)
+    if origin is list:
+        return [read_value(inner[0], item) for item in (value if isinstance(value, list) else [value])]
+    if origin is dict:
+        mapping = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(mapping, dict):
+            raise ValueError(value)
+        return {str(key): read_value(inner[1], item) for key, item in mapping.items()}
+    if kind is NoneType or isinstance(value, list | dict):
+        raise ValueError(value)
+    if kind is bool:
+        if str(value).lower() not in SWITCH:
+            raise ValueError(value)
+        return SWITCH[str(value).lower()]
+    return kind(str(value))

@@ -24,7 +24,7 @@ def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageMode
     cfg = settings.train
     checkpoint = start.checkpoint or take_over_sizes(settings)
     if start.checkpoint is not None:
-        settings.take_over(VLMConfig.load(start.checkpoint), f"--resume {start.checkpoint}")
+        settings.use_model_config(VLMConfig.load(start.checkpoint), f"--resume {start.checkpoint}")
     if checkpoint is not None:
         model = load_vlm_weights(VisionLanguageModel(settings.vlm), checkpoint)
     else:
@@ -48,12 +48,12 @@ def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None
         if local_only and not Path(found).is_dir():
             return None
         checkpoint = checkpoint_folder(found)
-        settings.take_over(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+        settings.use_model_config(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
         return checkpoint
     if settings.vlm.vlm_load_backbone_weights:
         vlm = dataclasses.replace(settings.vlm)
         configure_from_backbones(vlm, local_only)
-        settings.take_over(vlm, "the pretrained backbones")
+        settings.use_model_config(vlm, "the pretrained backbones")
     return None
 
 

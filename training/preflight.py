@@ -1,0 +1,107 @@
+"""What the names and paths in the settings can tell before torch is imported: what is absent or out of reach."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data.hub import require_hub
+from models.config import SCRATCH
+from training.arguments import Settings, end
+
+EASY_VQA = "easy-vqa"
+HUB_TIMEOUT_S = 2.5
+FILE_ENDINGS = (".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".gz", ".gguf")
+
+
+class Source(NamedTuple):
+    """Something that a run reads before its first step, from this machine or from the hub."""
+
+    flag: str
+    name: str
+    kind: str  # what the hub's cache calls it: datasets or models
+
+    def is_here(self) -> bool:
+        """Whether this machine has it as a file or folder."""
+        return Path(self.name).expanduser().exists()
+
+    def is_path(self) -> bool:
+        """Whether the name can be a path alone; another one may be a hub id as well."""
+        if self.flag == "vlm_checkpoint_path" and "/" not in self.name:
+            return True
+        return (
+            self.name.count("/") > 1 or "\\" in self.name or self.name[:1] in "/.~" or self.name.endswith(FILE_ENDINGS)
+        )
+
+    def is_cached(self) -> bool:
+        """Whether the hub's cache on this machine holds a snapshot."""
+        from huggingface_hub import constants
+
+        folder = Path(constants.HF_HUB_CACHE) / f"{self.kind}--{self.name.replace('/', '--')}" / "snapshots"
+        return folder.is_dir() and any(folder.iterdir())
+
+
+def check_paths(settings: Settings) -> Settings:
+    """The settings, where all that they name is there; else ends the program with every error at once."""
+    if problems := path_problems(settings) or hub_problems(settings):
+        end(problems)
+    return settings
+
+
+def path_problems(settings: Settings) -> list[str]:
+    """Every file or folder that is named and absent, and a run folder that exists already. Asks no network."""
+    cfg = settings.train
+    found = []
+    for source in sources(settings):
+        if source.is_path() and not source.is_here():
+            asked = "" if source.flag in settings.given else f" (not given as a flag: see {settings.recipe})"
+            found.append(f"--{source.flag} {source.name}: no such file or folder{asked}")
+    if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_dir():
+        found.append(f"--resume {cfg.resume}: no such folder")
+    if cfg.run_name and cfg.resume is None and not cfg.dry_run and run_folder(settings).exists():
+        found.append(f"--run_name {cfg.run_name}: {run_folder(settings)} exists already; --resume auto continues it")
+    return found
+
+
+def hub_problems(settings: Settings) -> list[str]:
+    """What has to come from the hub and cannot: one request, and only where the hub's cache does not have all of it."""
+    from huggingface_hub import constants
+
+    if settings.train.dry_run:
+        return []
+    needed = [source for source in sources(settings) if not source.is_here() and not source.is_cached()]
+    if not needed:
+        return []
+    names = ", ".join(f"--{source.flag} {source.name}" for source in needed)
+    if constants.HF_HUB_OFFLINE:
+        return [f"{names}: neither on this machine nor in the hub's cache, and HF_HUB_OFFLINE is set"]
+    try:
+        require_hub(names, "a local folder", HUB_TIMEOUT_S)
+    except ConnectionError as error:
+        return [str(error)]
+    return []
+
+
+def sources(settings: Settings) -> Iterator[Source]:
+    """The data and the pretrained weights that the run reads; those of a checkpoint that it continues are its own."""
+    vlm, cfg = settings.vlm, settings.train
+    if not cfg.dry_run:
+        for flag in ("train_dataset_path", "test_dataset_path"):
+            if (path := getattr(cfg, flag)) not in (None, EASY_VQA):
+                yield Source(flag, path, "datasets")
+    if cfg.resume is not None and (cfg.resume != "auto" or run_folder(settings).exists()):
+        return
+    if cfg.resume_from_vlm_checkpoint:
+        yield Source("vlm_checkpoint_path", vlm.vlm_checkpoint_path, "models")
+        return
+    flags = ("vit_model_type", "lm_model_type") if vlm.vlm_load_backbone_weights else ()
+    for flag in (*flags, "lm_tokenizer"):
+        name = getattr(vlm, flag)
+        if flag == "lm_tokenizer" and flags and name == vlm.lm_model_type:
+            continue
+        if name not in (SCRATCH, EASY_VQA) and not name.startswith("package:"):
+            yield Source(flag, name, "models")
+
+
+def run_folder(settings: Settings) -> Path:
+    """The folder of a run with --run_name."""
+    return Path(settings.train.output_dir) / (settings.train.run_name or "")
