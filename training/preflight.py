@@ -7,6 +7,7 @@ from typing import NamedTuple
 from data.hub import require_hub
 from models.config import SCRATCH
 from training.arguments import Settings, end
+from training.trackers import check_tracker
 
 EASY_VQA = "easy-vqa"
 HUB_TIMEOUT_S = 2.5
@@ -48,9 +49,13 @@ def check_paths(settings: Settings) -> Settings:
 
 
 def path_problems(settings: Settings) -> list[str]:
-    """Every file or folder that is named and absent, and a run folder that exists already. Asks no network."""
+    """Every file, folder or package that is named and absent, and a run folder that exists already. Asks no network."""
     cfg = settings.train
-    found = []
+    found: list[str] = []
+    try:
+        check_tracker(cfg)
+    except ValueError as error:
+        found.append(str(error))
     for source in sources(settings):
         if source.is_path() and not source.is_here():
             asked = "" if source.flag in settings.given else f" (not given as a flag: see {settings.recipe})"
