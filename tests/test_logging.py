@@ -92,7 +92,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     log = NoLog()
     public = [name for name in vars(RunLog) if not name.startswith("_")]
-    arguments = {"say": ["x"], "detail": ["x"], "record": [1, {"a": 1}], "show": [1]}
+    arguments = {"say": ["x"], "detail": ["x"], "record": [1, {"a": 1}], "show": [1], "load_state_dict": [{}]}
     for name in public:
         getattr(log, name)(*arguments.get(name, []))
     assert capsys.readouterr() == ("", "")

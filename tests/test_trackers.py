@@ -78,8 +78,8 @@ def test_the_settings_name_the_tracker(flags, variables, name, monkeypatch):
 
 def test_impossible_trackers_are_told_at_once(capsys):
     for flags, words in (
-        (["--log_with", "paper"], "--log_with paper: must be wandb, tensorboard or trackio"),
-        (["--log_with", "trackio", "--log_wandb"], "--log_with trackio: must be left out"),
+        (["--log_with", "paper"], "--log_with paper"),
+        (["--log_with", "trackio", "--log_wandb"], "--log_with trackio"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(flags)
