@@ -19,6 +19,8 @@ from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStopping
 from grades.config import GradESConfig
 from grades.paper import presets
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from grades.callback import GradEarlyStoppingCallback, VLMGradEarlyStoppingCallback
     from grades.components import Component, find_components

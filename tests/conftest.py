@@ -1,17 +1,27 @@
 """Tests run on tiny tensors: one thread is fastest, and its sums come out the same on every machine."""
 
 import json
+import os
 
 import pytest
-import torch
-from tiny.data import encoded, picture
 
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that a test starts inherit it
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Up to four processes for the whole suite, none besides this one where files or a keyword were given.
+
+    Each process imports torch and collects all tests, which takes longer than a few tests run.
+    """
+    chosen = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
+    return 0 if chosen else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture
 def data(tmp_path):
     """Sixteen rows in the_cauldron's shape, one of which holds no image that decodes."""
+    from tiny.data import encoded, picture
+
     folder = tmp_path / "rows"
     folder.mkdir()
     lines = []
