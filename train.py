@@ -203,7 +203,7 @@ def report(
     A signal that cuts the test short interrupts the run: the resumed one makes the test.
     """
     scores = None
-    if stop_reason in ("max_training_steps", "frozen", "early_stopping"):
+    if data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen", "early_stopping"):
         scores = evaluation.test()
         stop_reason = "interrupted" if stop.requested else stop_reason
     meter.add_up_ranks()

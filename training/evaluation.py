@@ -1,9 +1,8 @@
 """Evaluations during a run and at its end."""
 
 import copy
-from typing import Literal
+from typing import Literal, Protocol
 
-from eval.evaluation import Evaluator
 from grades import GradESMonitor
 from models.config import TrainConfig
 from training.early_stopping import EarlyStopping, validation_interval
@@ -12,6 +11,16 @@ from training.meter import Meter
 from training.parallel import Parallel
 from training.signals import StopSignal
 from training.state import LoopState
+
+
+class Evaluator(Protocol):
+    """Measures the model: eval.evaluation.Evaluator."""
+
+    def loss(self) -> float | None:
+        """Mean validation loss in nats."""
+
+    def answers(self, split: str = "val") -> dict[str, float | None]:
+        """{split}/exact_match of the answers to the questions of "val" or "test"."""
 
 
 class Evaluation:
@@ -76,9 +85,7 @@ class Evaluation:
             self.log.say(f"step {state.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
 
     def test(self) -> dict[str, float | None] | None:
-        """Exact match on the test questions; None where there are none, or where a signal has cut it short."""
-        if self.evaluator.data.test_dataset is None:
-            return None
+        """Exact match on the test questions; None where a signal has cut it short."""
         self.log.say("Answering the test questions ...")
         with self.meter.clock("test"):
             scores = self.parallel.with_model(lambda: self.evaluator.answers("test"))
