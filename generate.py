@@ -36,7 +36,8 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from data.processors import ImageProcessor, decode_image, encode_prompt, get_tokenizer, image_string
+    from data.images import ImageProcessor
+    from data.text import encode_prompt, get_tokenizer, image_string
     from models.backbones import checkpoint_folder
     from models.vision_language_model import VisionLanguageModel
     from training.checkpoint_folder import find_checkpoint
@@ -50,7 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
     model.cfg.lm_tokenizer = arguments.lm_tokenizer or model.cfg.lm_tokenizer
     tokenizer = get_tokenizer(model.cfg, None if arguments.lm_tokenizer else folder)
     processor = ImageProcessor(model.cfg)
-    processed = [processor(decode_image(str(image))) for image in arguments.image]
+    processed = [processor(image) for image in arguments.image]
     text = image_string([grid for _, grid in processed], model.cfg)
     input_ids = torch.tensor([encode_prompt(tokenizer, arguments.prompt, text)], device=device)
     for _ in range(arguments.generations):

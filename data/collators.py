@@ -1,8 +1,8 @@
-"""Samples to batches. Every index that the model needs is computed here, on the CPU, so that no device is asked.
+"""Samples to batches. Every index that the model needs is computed here, on the CPU: no step waits for a device.
 
 In NumPy: on a busy CPU torch's threads take far longer for such small tables.
 
-Shapes: B conversations, T tokens of the longest, N images (or tiles), M image tokens an image, K image slots, L labels.
+Shapes: B conversations, T tokens of the longest, N images or tiles, S vit_img_size, K image slots, L labels.
 """
 
 from __future__ import annotations
@@ -14,19 +14,44 @@ from data.datasets import Questions, Sample, count_drops
 from models.config import VLMConfig
 
 
-class TrainCollator:
-    """Samples to a padded batch with targets."""
+def to_device(batch: dict, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The tensors of a batch, which are the model's arguments, on the device.
+
+    From pinned memory the copy does not wait for the device, and overlaps with what it still computes.
+    """
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
+
+
+class Collator:
+    """What the collators share. Picklable, as each worker process gets one."""
 
     def __init__(self, pad_id: int, vlm_cfg: VLMConfig):
         self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
 
+    def _inputs(self, input_ids: np.ndarray, targets: np.ndarray, samples: list[Sample]) -> dict:
+        """The model's arguments and num_labels, from ids and targets (int64 [B, T]), which hold the samples'
+        conversations one after the other."""
+        label_positions = np.flatnonzero(targets != -100)
+        counts = [len(sample.conversations) for sample in samples]
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "targets": torch.from_numpy(targets),
+            **_image_inputs(input_ids, [sample.images for sample in samples], counts, self.vlm_cfg),
+            "label_positions": torch.from_numpy(label_positions),
+            "num_labels": len(label_positions),
+        }
+
+
+class TrainCollator(Collator):
+    """Samples to a padded batch with targets."""
+
     def __call__(self, samples: list[Sample]) -> dict:
-        """The keyword arguments of the model's forward, and what is for the loop.
+        """The keyword arguments of the model's forward, and what the loop counts.
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: float32 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
-        num_labels, num_tokens: int, padding not counted; ids: the rows' names; dropped: {reason: count}.
-        Where every row was dropped input_ids is None and only ids and dropped are there besides.
+        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}.
+        If every row was dropped, input_ids is None and the batch has only ids and dropped besides.
         """
         dropped = count_drops(samples)
         samples = [sample for sample in samples if sample.conversations]
@@ -41,34 +66,19 @@ class TrainCollator:
         return self._inputs(input_ids, targets, samples) | {"num_tokens": int(lengths.sum()), **rest}
 
     def blank(self) -> dict:
-        """The inputs of a batch without a row: two positions of padding."""
+        """The inputs of a batch without a row: two positions of padding, B 1, T 2."""
         shape = (1, 2)
         return self._inputs(np.full(shape, self.pad_id), np.full(shape, -100), []) | {"num_tokens": 0}
 
-    def _inputs(self, input_ids: np.ndarray, targets: np.ndarray, samples: list[Sample]) -> dict:
-        """What follows from ids and targets, which hold the samples' conversations one after the other."""
-        label_positions = np.flatnonzero(targets != -100)
-        counts = [len(sample.conversations) for sample in samples]
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "targets": torch.from_numpy(targets),
-            **_image_inputs(input_ids, [sample.images for sample in samples], counts, self.vlm_cfg),
-            "label_positions": torch.from_numpy(label_positions),
-            "num_labels": len(label_positions),
-        }
 
-
-class PromptCollator:
+class PromptCollator(Collator):
     """Questions to a padded batch for generation."""
-
-    def __init__(self, pad_id: int, vlm_cfg: VLMConfig):
-        self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
 
     def __call__(self, rows: list[Questions]) -> dict:
         """The keyword arguments of the model's generate.
 
         input_ids: int64 [B, T], padded on the left; attention_mask: int64 [B, T], 0 at padding, None without padding;
-        images, image_slots, image_sources as TrainCollator's.
+        images, image_slots, image_sources as in TrainCollator's batch.
         """
         prompts = [np.array(prompt) for row in rows for prompt in row.prompts]
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -92,7 +102,10 @@ def _fill(filled: np.ndarray, values: list[np.ndarray], padding: int) -> np.ndar
 def _image_inputs(
     input_ids: np.ndarray, images: list[torch.Tensor | None], counts: list[int], cfg: VLMConfig
 ) -> dict[str, torch.Tensor | None]:
-    """images, image_slots and image_sources of rows with the given images and counts of conversations."""
+    """images, image_slots and image_sources of rows with the given images and numbers of conversations.
+
+    image_sources is None where it counts from 0: where no row's images are used more than once.
+    """
     present = [tiles.numpy() for tiles in images if tiles is not None]
     if not present:
         return {"images": None, "image_slots": None, "image_sources": None}
@@ -110,8 +123,3 @@ def _image_inputs(
         "image_slots": torch.from_numpy(image_slots),
         "image_sources": None if natural else torch.from_numpy(image_sources),
     }
-
-
-def to_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch's tensors, which are the model's arguments; the copies overlap with what the device still computes."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}

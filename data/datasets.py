@@ -1,30 +1,36 @@
-"""Rows to samples: images as tiles, turns as token ids and labels. A row or a turn that cannot be used is counted."""
+"""Rows to samples: images as tiles, turns as token ids and labels. A row or a turn that cannot be used is counted.
+
+Shapes: T tokens of a conversation, n images that the vision tower sees (see data.images), S vit_img_size.
+"""
 
 from __future__ import annotations
 
 import random
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from data.processors import ImageDecodeError, ImageProcessor, encode_conversation, encode_prompt, image_string
+from data.images import ImageDecodeError, ImageProcessor
 from data.sources import filter_turns
+from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, knows_every_word, unknown_words
 from models.config import TrainConfig, VLMConfig
 
 NOT_DECODED = "image does not decode"
 TOO_MANY_IMAGES = "too many images"
 NO_TEXT = "no text"
 IMAGE_TOKEN_IN_TEXT = "image token in text"
-CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the turn and let another one begin
+CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the turn and begin another
 LOW_RATING = "rating"
 TOO_LONG = "too long"
 NO_LABEL = "no label"
 UNKNOWN_WORD = "word not in the vocabulary"
 BAD_SUBSET = "subset that cannot be loaded"
-TURN = "turn: "  # before the reason where a turn was dropped and its row kept
+TURN = "turn: "  # stands before the reason where a turn was dropped and its row kept
+WORDS_TO_NAME = 5  # of those that the tokenizer does not know, in a message
 
 
 @dataclass
@@ -41,8 +47,8 @@ class Sample:
 class Questions:
     """The questions of one row, for generation; each prompt ends where the answer begins."""
 
-    images: torch.Tensor | None
-    prompts: list[list[int]]  # token ids
+    images: torch.Tensor | None  # float32 [n, 3, S, S], shared by the questions
+    prompts: list[list[int]]  # token ids, with the image tokens
     answers: list[str]
     sources: list[str | None]
     id: str
@@ -50,17 +56,18 @@ class Questions:
 
 
 class DropCounter(Counter):
-    """How many rows (and turns of rows that were kept) could not be used, by reason; a row counts at every visit."""
+    """How many rows (and turns of rows that were kept) could not be used, by reason; a row counts at each visit."""
 
     def summary(self) -> str:
+        """As "dropped 3 rows (2 too long, 1 no text) and 1 turn (1 rating)"."""
         rows = {reason: count for reason, count in self.most_common() if not reason.startswith(TURN)}
         turns = {reason.removeprefix(TURN): count for reason, count in self.most_common() if reason not in rows}
         listed = [_listed(rows, "row"), _listed(turns, "turn")]
         return "dropped " + (" and ".join(filter(None, listed)) or "nothing")
 
 
-def count_drops(samples: list[Sample]) -> DropCounter:
-    """The drops of all the samples."""
+def count_drops(samples: Iterable[Sample | PreparedSample]) -> DropCounter:
+    """The drops of all the samples together."""
     dropped = DropCounter()
     for sample in samples:
         dropped.update(sample.dropped)
@@ -68,6 +75,7 @@ def count_drops(samples: list[Sample]) -> DropCounter:
 
 
 def nothing_usable(dropped: DropCounter) -> ValueError:
+    """The error to raise when an epoch, in which these rows were dropped, had no other."""
     return ValueError(f"no row of a whole epoch of training data can be used: {dropped.summary()}")
 
 
@@ -78,36 +86,41 @@ def _listed(counts: dict[str, int], unit: str) -> str:
 
 
 @dataclass
-class Plan:
-    """What a row will give, known from its texts and the headers of its images: as Sample's, but not decoded yet."""
+class PreparedSample:
+    """A sample of which the texts are tokenized and the images not decoded yet: its lengths are known."""
 
-    conversations: list[tuple[torch.Tensor, torch.Tensor]]
+    conversations: list[tuple[torch.Tensor, torch.Tensor]]  # (ids, labels), int64 [T]
     id: str
     dropped: dict[str, int]
     images: list = field(default_factory=list)  # as the row has them
     grids: list[tuple[int, int]] = field(default_factory=list)  # rows and columns of each image's tiles
     weights: list[float] = field(default_factory=list)  # of each conversation, for the draws of turns_per_image
-    tiles: torch.Tensor | None = None  # the decoded images, where they are
+    tiles: torch.Tensor | None = None  # float32 [n, 3, S, S]: the images, once they are decoded
     mirrored: bool = False  # left to right
 
 
 class VQADataset:
     """Samples of rows. dataset[epoch, index] depends on (seed, epoch, index) alone, whichever process asks.
 
-    Without turns_per_image a row is one conversation; with it each turn is one, and `train` draws so many of them.
-    cache: keep every prepared row in memory (images as float32).
+    Without turns_per_image a row is one conversation. With it each turn is one, of which training draws that number
+    at each visit of the row, and evaluation takes all.
     """
 
     def __init__(
         self,
-        rows,
-        tokenizer,
+        rows: Any,
+        tokenizer: Tokenizer,
         image_processor: ImageProcessor,
         vlm_cfg: VLMConfig,
         train_cfg: TrainConfig,
         train: bool,
         cache: bool = False,
     ):
+        """rows: with len and an index each; or a RowStream, of which only the methods that take a row can be used.
+
+        cache: keep every row in memory once it is prepared, its images as float32. Raises ValueError where
+        --balance_answers is on for a stream.
+        """
         self.rows = rows
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -116,64 +129,65 @@ class VQADataset:
         self.train = train
         self.extra_tokens = _any_of(vlm_cfg.vlm_extra_tokens.values())
         self.control_tokens = _any_of(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
-        self.prepared: dict[int, Plan] | None = {} if cache else None
+        self.prepared: dict[int, PreparedSample] | None = {} if cache else None  # by index, with tiles
         self.asked: dict[int, Questions] = {}
         self.rarity = answer_rarity(rows) if train and train_cfg.balance_answers else None
-        self.encoded: dict[tuple, tuple] = {}  # with cache: of texts, which a small data set repeats in many rows
+        self.encoded: dict[tuple, Any] = {}  # with cache: by text, as a small data set repeats its texts in many rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        return self.decode(self.plan(key))
+        return self.decode(self.prepare(key))
 
-    def plan(self, key: tuple[int, int]) -> Plan:
-        """dataset[key] up to where its images are decoded, which `decode` does: what a packer needs to know."""
+    def prepare(self, key: tuple[int, int]) -> PreparedSample:
+        """What dataset[key] decodes to: all that packing needs to know of the row."""
         epoch, index = key
         if self.prepared is None:
-            prepared = self._prepare(self.rows[index])
+            prepared = self._encode_row(self.rows[index])
         else:
             if index not in self.prepared:
-                self.prepared[index] = self._decoded(self._prepare(self.rows[index]))
+                self.prepared[index] = self._with_tiles(self._encode_row(self.rows[index]))
             prepared = self.prepared[index]
-        return self._visit(prepared, f"{self.cfg.seed}/{epoch}/{index}")
+        return self._drawn(prepared, f"{self.cfg.seed}/{epoch}/{index}")
 
-    def plan_row(self, row: dict, key: str = "") -> Plan:
-        """The plan of a row that has no index; `key` seeds what is random in it."""
-        return self._visit(self._prepare(row), f"{self.cfg.seed}/{key}")
+    def prepare_row(self, row: dict, key: str = "") -> PreparedSample:
+        """The same of a row that has no index; `key` seeds what is random in it."""
+        return self._drawn(self._encode_row(row), f"{self.cfg.seed}/{key}")
 
     def sample(self, row: dict, key: str = "") -> Sample:
         """The sample of a row that has no index; `key` seeds what is random in it."""
-        return self.decode(self.plan_row(row, key))
+        return self.decode(self.prepare_row(row, key))
 
-    def decode(self, plan: Plan) -> Sample:
-        """The sample with its images; without conversations where one does not decode."""
-        plan = self._decoded(plan)
-        mirrored = plan.mirrored and plan.tiles is not None
-        images = self._mirror(plan.tiles, plan.grids) if mirrored else plan.tiles
-        return Sample(images, plan.conversations, plan.id, plan.dropped)
+    def decode(self, prepared: PreparedSample) -> Sample:
+        """The sample with its images; without conversations where one of them does not decode."""
+        prepared = self._with_tiles(prepared)
+        images = prepared.tiles
+        if prepared.mirrored and images is not None:
+            images = self._mirror(images, prepared.grids)
+        return Sample(images, prepared.conversations, prepared.id, prepared.dropped)
 
-    def _decoded(self, plan: Plan) -> Plan:
-        """The plan with its tiles in place of its images."""
-        if not plan.images:
-            return plan
+    def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
+        """With the tiles in place of the images."""
+        if not prepared.images:
+            return prepared
         try:
-            return replace(plan, images=[], tiles=self._tiles(plan.images))
+            return replace(prepared, images=[], tiles=self._tiles(prepared.images))
         except _RowDropped as reason:
-            return Plan([], plan.id, {str(reason): 1})
+            return PreparedSample([], prepared.id, {str(reason): 1})
 
-    def _visit(self, plan: Plan, key: str) -> Plan:
-        """What is drawn anew at each visit: turns and mirroring."""
+    def _drawn(self, prepared: PreparedSample, key: str) -> PreparedSample:
+        """With what is drawn at each visit of a row: its turns, and whether it is mirrored."""
         cfg = self.cfg
-        if not self.train or not plan.conversations or not (cfg.turns_per_image or cfg.flip_images):
-            return plan
+        if not self.train or not prepared.conversations or not (cfg.turns_per_image or cfg.flip_images):
+            return prepared
         rng = random.Random(key)
-        conversations = plan.conversations
+        conversations = prepared.conversations
         if cfg.turns_per_image:
-            drawn = draw_turns(plan.weights, cfg.turns_per_image, rng)
+            drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
-        mirrored = cfg.flip_images and bool(plan.grids) and rng.random() < 0.5
-        return replace(plan, conversations=conversations, mirrored=mirrored)
+        mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5
+        return replace(prepared, conversations=conversations, mirrored=mirrored)
 
     def questions(self, index: int) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer."""
@@ -185,7 +199,7 @@ class VQADataset:
         return questions
 
     def questions_of(self, row: dict) -> Questions:
-        """The questions of a row that has no index."""
+        """The same of a row that has no index."""
         turns, dropped = self._usable_turns(row)
         try:
             grids = self._grids(row)
@@ -193,24 +207,24 @@ class VQADataset:
         except _RowDropped as reason:
             return Questions(None, [], [], [], row["id"], {str(reason): 1})
         text = image_string(grids, self.vlm_cfg)
-        prompts = [self._encoded(encode_prompt, turn["user"], text) for turn in turns]
+        prompts = [self._remembered(encode_prompt, turn["user"], text) for turn in turns]
         answers, sources = [turn["assistant"] for turn in turns], [turn.get("source") for turn in turns]
         return Questions(images, prompts, answers, sources, row["id"], _drops(dropped, bool(turns)))
 
-    def _prepare(self, row: dict) -> Plan:
-        """All that is the same at every visit."""
+    def _encode_row(self, row: dict) -> PreparedSample:
+        """All that is the same at each visit of a row."""
         turns, dropped = self._usable_turns(row)
         try:
             if not turns:
                 raise _RowDropped(dropped.most_common(1)[0][0])
             grids = self._grids(row)
         except _RowDropped as reason:
-            return Plan([], row["id"], {str(reason): 1})
+            return PreparedSample([], row["id"], {str(reason): 1})
         conversations, kept_turns = [], []
         text = image_string(grids, self.vlm_cfg)
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
             spoken = tuple((turn["user"], turn["assistant"]) for turn in group)
-            ids, labels = self._encoded(_conversation_tensors, spoken, text)
+            ids, labels = self._remembered(_conversation_tensors, spoken, text)
             if len(ids) > self.cfg.max_sample_length:
                 dropped[TOO_LONG] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
@@ -221,12 +235,12 @@ class VQADataset:
                 conversations.append((ids, labels))
                 kept_turns.append(group[0])
         if not conversations:
-            return Plan([], row["id"], _drops(dropped, kept=False))
+            return PreparedSample([], row["id"], _drops(dropped, kept=False))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
-        return Plan(conversations, row["id"], _drops(dropped, kept=True), row["images"], grids, weights)
+        return PreparedSample(conversations, row["id"], _drops(dropped, kept=True), row["images"], grids, weights)
 
-    def _encoded(self, encode, *texts):
-        """encode(tokenizer, *texts), remembered with `cache`."""
+    def _remembered(self, encode: Callable, *texts: Any) -> Any:
+        """encode(tokenizer, *texts), kept in memory with `cache`."""
         if self.prepared is None:
             return encode(self.tokenizer, *texts)
         if (encode, texts) not in self.encoded:
@@ -234,7 +248,7 @@ class VQADataset:
         return self.encoded[encode, texts]
 
     def _usable_turns(self, row: dict) -> tuple[list[dict], Counter]:
-        """The turns that can be learned, without space around them, and why the others cannot."""
+        """(turns that can be learned, without space around them; reasons why the others cannot)."""
         rated = filter_turns(row, self.cfg)["texts"]
         dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
         turns = []
@@ -253,7 +267,7 @@ class VQADataset:
         return turns, dropped
 
     def _grids(self, row: dict) -> list[tuple[int, int]]:
-        """The grids of a row's images, which are not decoded for it."""
+        """The grids of a row's images, from their headers. Raises _RowDropped."""
         if len(row["images"]) > self.cfg.max_images_per_example:
             raise _RowDropped(TOO_MANY_IMAGES)
         try:
@@ -262,7 +276,7 @@ class VQADataset:
             raise _RowDropped(NOT_DECODED) from None
 
     def _tiles(self, images: list) -> torch.Tensor | None:
-        """All tiles of a row's images, None without any."""
+        """float32 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises _RowDropped."""
         try:
             tiles = [self.image_processor(image)[0] for image in images]
         except ImageDecodeError:
@@ -283,7 +297,9 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, tokens)))
 
 
-def _conversation_tensors(tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str) -> tuple:
+def _conversation_tensors(
+    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     turns = [{"user": user, "assistant": assistant} for user, assistant in spoken]
     ids, labels = encode_conversation(tokenizer, turns, image_text)
     return torch.tensor(ids), torch.tensor(labels)
@@ -294,21 +310,50 @@ class _RowDropped(Exception):
 
 
 def _drops(turns: Counter, kept: bool) -> dict[str, int]:
-    """The counts of a row of which `turns` were dropped: by turn if it was kept, else one row for the main reason."""
+    """The counts of a row of which `turns` were dropped: each turn if it was kept, else one row for the main reason."""
     if kept:
         return {TURN + reason: count for reason, count in turns.items()}
     return {turns.most_common(1)[0][0]: 1}
 
 
-def answer_rarity(rows) -> dict[tuple[str, str], float]:
+def check_words(dataset: VQADataset, rows: Iterable[dict]) -> str | None:
+    """Check on some rows of the training data that the tokenizer knows their words.
+
+    A row (with turns_per_image a turn) with an unknown word is dropped: from <unk> nothing can be learned. Returns None
+    if every word is known, else a note that names up to WORDS_TO_NAME others with their rows; raises ValueError with
+    the same if none of the rows can be used. For a tokenizer that knows every word no row is read.
+    """
+    if knows_every_word(dataset.tokenizer):
+        return None
+    rows = list(rows)
+    found: dict[str, str] = {}  # the word in lower case -> how to name it
+    for row in rows:
+        for text in (turn[speaker] or "" for turn in row["texts"] for speaker in ("user", "assistant")):
+            for word in unknown_words(dataset.tokenizer, text):
+                found.setdefault(word.lower(), f"{word!r} (row {row['id']})")
+    if not found:
+        return None
+    prepared = [dataset.prepare_row(row) for row in rows]
+    usable = sum(bool(one.conversations) for one in prepared)
+    named = ", ".join([*list(found.values())[:WORDS_TO_NAME], *["..."] * (len(found) > WORDS_TO_NAME)])
+    note = (
+        f"--lm_tokenizer {dataset.vlm_cfg.lm_tokenizer}: does not know {named}; {usable} of {len(rows)} rows that were "
+        f"tried can be used ({count_drops(prepared).summary()}). A recipe with SmolLM2's tokenizer, which knows every "
+        "word: --config configs/smollm2_local.yaml"
+    )
+    if not usable:
+        raise ValueError(note)
+    return note
+
+
+def answer_rarity(rows: Any) -> dict[tuple[str, str], float]:
     """1 / P(answer | question) over the texts of all rows: drawn by it, a question's answers come equally often.
 
     Then nothing can be learned from the question alone, which is what a model learns first and may stay with.
+    Raises ValueError for a stream.
     """
     if not hasattr(rows, "__len__"):
-        raise ValueError(
-            "--balance_answers: must be off for a streamed data set, whose answers are not known beforehand"
-        )
+        raise ValueError("--balance_answers True: must be off for a streamed data set, whose answers are not known yet")
     turns = (turn for row in rows for turn in row["texts"])
     pairs = Counter(((turn["user"] or "").strip(), (turn["assistant"] or "").strip()) for turn in turns)
     questions: Counter = Counter()
@@ -325,7 +370,7 @@ def turn_weights(
     rarity: what a turn's share of its source's weight is proportional to; None: equal shares.
     """
     shares = [rarity[turn["user"], turn["assistant"]] if rarity else 1.0 for turn in turns]
-    totals: Counter = Counter()
+    totals: dict[str | None, float] = defaultdict(float)
     for turn, share in zip(turns, shares, strict=True):
         totals[turn.get("source")] += share
     return [
@@ -335,7 +380,7 @@ def turn_weights(
 
 
 def draw_turns(weights: list[float], count: int, rng: random.Random) -> list[int]:
-    """`count` indices of `weights`, drawn by them, none a second time before all were drawn."""
+    """`count` indices of `weights`, drawn by them; none is drawn again before all were drawn."""
     drawn: list[int] = []
     while len(drawn) < count:
         # Efraimidis and Spirakis: the largest u^(1/w) are a weighted draw without replacement.

@@ -1,8 +1,8 @@
 """Samples packed into rows of lm_max_length tokens, so that hardly a position is padding.
 
-A row is filled from a window of samples whose lengths are known from texts and image headers; its images are decoded
-when it is its turn. A window is packed by itself: what a row holds follows from the seed, the reader (one in each
-worker process) and the place of the window in the epoch, so that a run can go on from any row.
+A packed row is filled from a window of samples whose lengths are known from texts and image headers; its images are
+decoded when the row is next. Each window is packed by itself: what a row holds follows from the seed, the reader (one
+per worker process) and the window's place in the epoch, so that a run can resume at any row.
 
 Shapes: B rows, T lm_max_length, K image slots, L labels.
 """
@@ -19,21 +19,22 @@ from itertools import accumulate, count, islice
 import numpy as np
 import torch
 
-from data.collators import TrainCollator
-from data.datasets import Plan, Sample, VQADataset, count_drops
+from data.collators import Collator
+from data.datasets import PreparedSample, Sample, VQADataset, count_drops
 from data.readers import Patience, Place, Readers
 from data.sources import EpochIndices, RowStream
 
-WINDOW_ROWS = 128  # tokens of so many full rows are packed together; a row's worth of padding is what is left of them
+WINDOW_ROWS = 128  # a window has the tokens of this many full rows; about one row's worth of padding is left of it
 PADDING = -1  # the document id of what follows the last document of a row
 
 
 def pack(lengths: list[int], images: list[int], capacity: int, max_images: int) -> list[list[int]]:
-    """Indices of the samples of each row, in as few rows as one of three ways comes to.
+    """Indices of the samples of each row: the best of three ways to need few rows.
 
-    lengths: tokens, at most capacity. images: of each sample; a row holds max_images or a single sample.
-    The longest first, each into the fullest row that has room; those with images first, about as many into each row,
-    so that text can fill up what the limit on images leaves; the fullest row that can be made, one after the other.
+    lengths: tokens of each sample, at most capacity. images: of each sample; a row holds at most max_images, or a
+    single sample. The three ways: the longest samples first, each into the fullest row that has room; samples with
+    images first, about equally many per row, so that text fills what the limit on images leaves; one row after the
+    other, each as full as can be.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     images_first = sorted(by_length, key=lambda i: images[i] == 0)
@@ -50,7 +51,7 @@ def pack(lengths: list[int], images: list[int], capacity: int, max_images: int) 
 
 
 def _fullest(order: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
-    """Row by row the first sample that is left, and those of the others that leave the least room."""
+    """Row by row the first remaining sample, and those of the others that leave the least room."""
     rows, left = [], order
     while left:
         first, *others = left
@@ -71,7 +72,7 @@ def _fullest(order: list[int], lengths: list[int], capacity: int) -> list[list[i
 def _best_fit(
     order: list[int], lengths: list[int], images: list[int], capacity: int, max_images: int
 ) -> list[list[int]]:
-    """The samples in the given order, each into the fullest row that has room for it."""
+    """The samples in the given order, each put into the fullest row that has room for it."""
     rows: list[list[int]] = []
     images_in: list[int] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), ascending
@@ -90,13 +91,15 @@ def _best_fit(
     return rows
 
 
-class PackedCollator(TrainCollator):
-    """Packed rows to a batch of B rows of T = lm_max_length tokens, every conversation a document of its own."""
+class PackedCollator(Collator):
+    """Packed rows to a batch of B rows of T = lm_max_length tokens; each conversation is a document of its own."""
 
     def __call__(self, rows: list[list[Sample]]) -> dict:
-        """As TrainCollator's batch, and position_ids, int64 [B, T], counting from 0 in every document, and
-        document_ids, int32 [B, T], counting from 0 in every row, -1 at padding. Samples without conversations are
-        counted as dropped."""
+        """As TrainCollator's batch, and position_ids, int64 [B, T], from 0 in each document, and document_ids, int32
+        [B, T], from 0 in each row, -1 at padding. Samples without conversations count as dropped.
+
+        rows: the samples of each packed row.
+        """
         shape = (len(rows), self.vlm_cfg.lm_max_length)
         input_ids, targets = np.full(shape, self.pad_id), np.full(shape, -100)
         position_ids, document_ids = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int32)
@@ -121,23 +124,23 @@ class PackedCollator(TrainCollator):
 
 @dataclass
 class Piece:
-    """What of a sample lies in one row: some of its conversations, and all its images."""
+    """The part of a sample that is in one row: some of its conversations, and all its images."""
 
-    plan: Plan
-    start: int  # of its conversations among the plan's
+    sample: PreparedSample
+    start: int  # its first conversation among the sample's
     stop: int
 
     @property
     def tokens(self) -> int:
-        return sum(len(ids) for ids, _ in self.plan.conversations[self.start : self.stop])
+        return sum(len(ids) for ids, _ in self.sample.conversations[self.start : self.stop])
 
     @property
     def images(self) -> int:
-        return len(self.plan.grids)
+        return len(self.sample.grids)
 
     def split(self, room: int) -> tuple[Piece, Piece]:
-        """Its first conversations, as many as there is room for, and the rest; either may have none."""
-        lengths = (len(ids) for ids, _ in self.plan.conversations[self.start : self.stop])
+        """(its first conversations, as many as fit into `room` tokens; the others); either may have none."""
+        lengths = (len(ids) for ids, _ in self.sample.conversations[self.start : self.stop])
         stop = self.start + sum(end <= room for end in accumulate(lengths))
         return replace(self, stop=stop), replace(self, start=stop)
 
@@ -145,7 +148,7 @@ class Piece:
 class PackedReaders(Readers):
     """Endless batches of batch_size packed rows.
 
-    Each epoch every row of the data set comes once (or as --mixture_weights says), in one of the readers.
+    In each epoch one of the readers reads each row of the data set once (or as often as --mixture_weights says).
     """
 
     def __init__(
@@ -163,7 +166,8 @@ class PackedReaders(Readers):
         for epoch in count(first_epoch):
             for begin, window, rows in self.windows(reader, epoch, offset):
                 if given == 0:
-                    dropped += patience.see(self.dataset.decode(plan) for plan in window if not plan.conversations)
+                    unusable = (sample for sample in window if not sample.conversations)
+                    dropped += patience.see(self.dataset.decode(sample) for sample in unusable)
                 for number, pieces in islice(enumerate(rows, start=1), given, None):
                     samples = [self._sample(piece) for piece in pieces]
                     dropped += patience.see(samples)
@@ -174,60 +178,61 @@ class PackedReaders(Readers):
             offset = 0
             patience.end_epoch()
 
-    def windows(self, reader: int, epoch: int, offset: int) -> Iterator[tuple[int, list[Plan], list[list[Piece]]]]:
-        """(samples of the epoch before it, its plans, its rows) of each window after the first `offset` samples."""
-        plans = self._plans(reader, epoch, offset)
-        while window := list(_window(plans, WINDOW_ROWS * self.collator.vlm_cfg.lm_max_length)):
+    def windows(
+        self, reader: int, epoch: int, offset: int
+    ) -> Iterator[tuple[int, list[PreparedSample], list[list[Piece]]]]:
+        """(samples of the epoch before it, its samples, its rows) of each window after the first `offset` samples."""
+        samples = self._prepared(reader, epoch, offset)
+        while window := list(_window(samples, WINDOW_ROWS * self.collator.vlm_cfg.lm_max_length)):
             yield offset, window, self._packed(window, f"{self.dataset.cfg.seed}/{epoch}/{reader}/{offset}")
             offset += len(window)
 
-    def _plans(self, reader: int, epoch: int, offset: int) -> Iterator[Plan]:
-        """The plans of the reader's rows of an epoch, after the first `offset` of them."""
+    def _prepared(self, reader: int, epoch: int, offset: int) -> Iterator[PreparedSample]:
+        """The samples of the reader's rows of an epoch, after the first `offset` of them."""
         dataset = self.dataset
         if isinstance(dataset.rows, RowStream):
-            return (dataset.plan_row(row, f"{epoch}/{row['id']}") for row in self.stream(reader, epoch, offset))
-        # Of fewer rows than readers not always the same readers have one.
+            return (dataset.prepare_row(row, f"{epoch}/{row['id']}") for row in self.stream(reader, epoch, offset))
+        # Where there are fewer rows than readers, other readers have one in each epoch.
         mine = self.order[epoch][(reader + epoch) % self.readers :: self.readers]
-        return (dataset.plan((epoch, index)) for index in mine[offset:].tolist())
+        return (dataset.prepare((epoch, index)) for index in mine[offset:].tolist())
 
-    def _packed(self, window: list[Plan], key: str) -> list[list[Piece]]:
-        """The rows of a window, in an order drawn by `key`, as are the samples in each: not by their length."""
+    def _packed(self, window: list[PreparedSample], key: str) -> list[list[Piece]]:
+        """The rows of a window. Their order and that of the samples in each are drawn by `key`: not by length."""
         capacity, limit = self.collator.vlm_cfg.lm_max_length, self.dataset.cfg.max_images_per_knapsack
-        pieces = [piece for plan in window for piece in _pieces(plan, capacity)]
-        rows = pack([piece.tokens for piece in pieces], [piece.images for piece in pieces], capacity, limit)
-        rows = _divide([[pieces[i] for i in row] for row in rows], capacity, limit)
+        pieces = [piece for sample in window for piece in _pieces(sample, capacity)]
+        packed = pack([piece.tokens for piece in pieces], [piece.images for piece in pieces], capacity, limit)
+        rows = _divide([[pieces[i] for i in row] for row in packed], capacity, limit)
         rng = random.Random(key)
         rng.shuffle(rows)
         return [rng.sample(row, len(row)) for row in rows]
 
     def _sample(self, piece: Piece) -> Sample:
-        """What is dropped of a row counts in its first piece."""
-        sample = self.dataset.decode(
-            replace(piece.plan, conversations=piece.plan.conversations[piece.start : piece.stop])
-        )
+        """The piece with its images decoded. What a sample has dropped counts in its first piece alone."""
+        conversations = piece.sample.conversations[piece.start : piece.stop]
+        sample = self.dataset.decode(replace(piece.sample, conversations=conversations))
         return sample if piece.start == 0 else replace(sample, dropped={})
 
 
-def _window(plans: Iterator[Plan], tokens: int) -> Iterator[Plan]:
-    """The next plans, until they have so many tokens."""
-    while tokens > 0 and (plan := next(plans, None)) is not None:
-        tokens -= sum(len(ids) for ids, _ in plan.conversations)
-        yield plan
+def _window(samples: Iterator[PreparedSample], tokens: int) -> Iterator[PreparedSample]:
+    """The next samples, until they have at least this many tokens."""
+    while tokens > 0 and (sample := next(samples, None)) is not None:
+        tokens -= sum(len(ids) for ids, _ in sample.conversations)
+        yield sample
 
 
-def _pieces(plan: Plan, capacity: int) -> Iterator[Piece]:
-    """The plan, in parts where a row cannot hold all its conversations."""
-    rest = Piece(plan, 0, len(plan.conversations))
+def _pieces(sample: PreparedSample, capacity: int) -> Iterator[Piece]:
+    """The sample in as few pieces as its conversations need, of at most `capacity` tokens each."""
+    rest = Piece(sample, 0, len(sample.conversations))
     while rest.start < rest.stop:
         piece, rest = rest.split(capacity)
         yield piece
 
 
 def _divide(rows: list[list[Piece]], capacity: int, max_images: int) -> list[list[Piece]]:
-    """Fewer rows, where the conversations of the emptiest go into the room that the others have.
+    """The rows without the emptiest ones, as long as their conversations fit into the room of the others.
 
-    A sample that is divided for it is seen as often as it has rows, with all its images: a few more images for a row
-    less. Samples of one conversation stay whole.
+    A sample that is divided for this has all its images in each of its rows: a few more images, but one row less.
+    Samples of one conversation stay whole.
     """
     while len(rows) > 1:
         emptiest = min(rows, key=_tokens)
@@ -239,7 +244,7 @@ def _divide(rows: list[list[Piece]], capacity: int, max_images: int) -> list[lis
 
 
 def _spread(pieces: list[Piece], rows: list[list[Piece]], capacity: int, max_images: int) -> list[list[Piece]] | None:
-    """The rows with the pieces in them, divided as need be; None if they do not fit."""
+    """The rows with the pieces added, which are divided where needed; None if they do not fit."""
     rows = [list(row) for row in rows]
     rooms = [capacity - _tokens(row) for row in rows]
     images = [max_images - sum(piece.images for piece in row) for row in rows]
@@ -247,10 +252,13 @@ def _spread(pieces: list[Piece], rows: list[list[Piece]], capacity: int, max_ima
         return None
     for rest in pieces:
         while rest.start < rest.stop:
-            # The fullest row that takes all of it, else the one that takes most.
-            places = [place for place in range(len(rows)) if images[place] >= rest.images]
-            place = min(places, key=lambda i: (rooms[i] < rest.tokens, abs(rooms[i] - rest.tokens)), default=None)
-            piece, rest = rest.split(0 if place is None else rooms[place])
+            # The fullest row that has room for all of it, else the one with most room.
+            open_rows = [i for i in range(len(rows)) if images[i] >= rest.images]
+            if not open_rows:
+                return None
+            tokens = rest.tokens
+            place = min(open_rows, key=lambda i: (rooms[i] < tokens, abs(rooms[i] - tokens)))
+            piece, rest = rest.split(rooms[place])
             if piece.start == piece.stop:
                 return None
             rows[place].append(piece)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.collators import TrainCollator
-from data.datasets import BAD_SUBSET, DropCounter, VQADataset
+from data.datasets import BAD_SUBSET, DropCounter, VQADataset, check_words
+from data.images import ImageProcessor
 from data.loader import train_batches
-from data.processors import ImageProcessor, get_tokenizer
 from data.sources import load_rows, split_rows
+from data.text import get_tokenizer
 from models.config import TrainConfig, VLMConfig
 
-IDENTIFYING_ROWS = 64  # at most so many, spread over the data set, are read to tell it from another one
+SOME_ROWS = 64  # at most this many are read to tell a data set from another one, and to check its words
 
 
 @dataclass
@@ -90,14 +93,20 @@ class Data:
                     self.dropped["train"].update(s["dropped"].get("train", {}))
 
 
+def some_rows(rows) -> Iterator[dict]:
+    """Up to SOME_ROWS rows: spread over a table, the first ones of a stream."""
+    if not hasattr(rows, "__len__"):
+        return itertools.islice(rows, SOME_ROWS)
+    places = np.linspace(0, len(rows) - 1, min(len(rows), SOME_ROWS)).astype(int)
+    return (rows[place] for place in places.tolist())
+
+
 def identify(rows) -> dict[str, str]:
     """What tells loaded rows from others, as far as it is cheap: their "size" in words, and the "hash" of ids and texts
     of some of them. Of a stream the shards are known: their number, and the names that they are read by.
     """
     if hasattr(rows, "__len__"):
-        places = np.linspace(0, len(rows) - 1, min(len(rows), IDENTIFYING_ROWS)).astype(int)
-        some = (rows[place] for place in places.tolist())
-        known, size = [(row["id"], row["texts"]) for row in some], f"{len(rows):,} rows"
+        known, size = [(row["id"], row["texts"]) for row in some_rows(rows)], f"{len(rows):,} rows"
     else:
         known = [(part.name, part.table.num_shards) for part in rows.parts]
         size = f"{sum(shards for _, shards in known):,} shards of a stream"
@@ -124,6 +133,9 @@ def load_data(
         return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
 
     train_dataset = dataset(train_rows, train=True)
+    note = check_words(train_dataset, some_rows(rows))
+    if note and rank == 0:
+        print(f"NOTE {note}", file=sys.stderr)
 
     def open(position):
         return train_batches(train_dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg, position, rank, world_size)

@@ -27,10 +27,11 @@ from PIL import Image
 
 from data.collators import TrainCollator
 from data.datasets import VQADataset
+from data.images import ImageProcessor
 from data.loader import train_batches
 from data.packing import PackedCollator, PackedReaders
-from data.processors import ImageProcessor, get_tokenizer
 from data.sources import load_rows
+from data.text import get_tokenizer
 from training.arguments import Settings, parse_arguments
 
 

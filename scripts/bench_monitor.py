@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from data import easy_vqa
 from data.pipeline import load_data
-from data.processors import EASY_VQA_VOCAB_SIZE
 from data.sources import load_rows
 from grades import GradESMonitor
 from grades.metrics import METRICS
@@ -103,7 +103,7 @@ def costs(arguments: argparse.Namespace, settings: Settings) -> list[str]:
 
 def on_easy_vqa(settings: Settings, steps: int) -> Settings:
     """The recipe on easy-VQA's rows and words for so many steps; the towers keep their shapes."""
-    words = {"lm_tokenizer": "easy-vqa", "lm_base_vocab_size": EASY_VQA_VOCAB_SIZE, "lm_vocab_size": None}
+    words = {"lm_tokenizer": "easy-vqa", "lm_base_vocab_size": easy_vqa.VOCAB_SIZE, "lm_vocab_size": None}
     rows = {"train_dataset_path": "easy-vqa", "test_dataset_path": None, "val_size": 0, "max_training_steps": steps}
     vlm, train = dataclasses.replace(settings.vlm, **words), dataclasses.replace(settings.train, **rows)
     return dataclasses.replace(settings, vlm=vlm, train=train)

@@ -1,14 +1,12 @@
+import pickle
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny.data import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 
 from data.datasets import DropCounter, answer_rarity, draw_turns, turn_weights
-from data.processors import decode_image
 
 MANY = [
     turn(f"is there a {color} shape?", color, "shape" if i % 3 else "color")
@@ -44,25 +42,12 @@ def test_turns_per_image_makes_each_drawn_turn_a_conversation():
     assert len(every[0, 0].conversations) == len(MANY)
 
 
-def test_a_turn_with_words_that_the_vocabulary_lacks_is_dropped():
-    rows = [row(texts=[turn("is there a purple shape?"), turn()]), row(texts=[turn("quo vadis?")])]
-    data = dataset(rows, train_cfg=tiny_train(turns_per_image=2), train=False)
-    assert len(data[0, 0].conversations) == 1
-    assert data[0, 0].dropped == {"turn: word not in the vocabulary": 1}
-    assert data[0, 1].conversations == []
-    assert data[0, 1].dropped == {"word not in the vocabulary": 1}
-
-
-def test_draws_repeat_no_turn_before_all_were_drawn():
+def test_draws_follow_their_weights_and_repeat_no_turn_before_all_were_drawn():
     rng = random.Random(0)
     for _ in range(20):
         assert sorted(draw_turns([1.0, 2.0, 3.0], 3, rng)) == [0, 1, 2]
         assert max(Counter(draw_turns([9.0, 1.0, 1.0], 7, rng)).values()) == 3
         assert len(set(draw_turns([1.0] * 9, 4, rng))) == 4
-
-
-def test_draws_follow_their_weights():
-    rng = random.Random(0)
     first = Counter(draw_turns([3.0, 1.0, 1.0], 1, rng)[0] for _ in range(5000))
     assert [first[i] for i in range(3)] == pytest.approx([3000, 1000, 1000], rel=0.12)
 
@@ -150,22 +135,17 @@ UNUSABLE = {
     ],
     "rating": [row(relevance_ratings=[0])],
     "too long": [row(texts=[turn("red " * 600)])],
+    "word not in the vocabulary": [row(texts=[turn("quo vadis?")]), row(texts=[turn(assistant="purple")])],
+    "no label": [row()],
 }
 
 
-@pytest.mark.parametrize(
-    ("reason", "number"), [(reason, i) for reason, rows in UNUSABLE.items() for i in range(len(rows))]
-)
+@pytest.mark.parametrize(("reason", "unusable"), [(reason, one) for reason, rows in UNUSABLE.items() for one in rows])
 @pytest.mark.parametrize("turns_per_image", [None, 1])
-def test_unusable_rows_are_counted_by_reason(reason, number, turns_per_image):
-    sample = dataset([UNUSABLE[reason][number]], train_cfg=tiny_train(turns_per_image=turns_per_image))[0, 0]
-    assert (sample.conversations, sample.images) == ([], None)
-    assert sample.dropped == {reason: 1}
-
-
-def test_template_without_answers_leaves_no_label():
-    vlm = tiny_vlm(lm_chat_template="{{ messages[0]['content'] }}")
-    assert dataset([row()], vlm)[0, 0].dropped == {"no label": 1}
+def test_unusable_rows_are_counted_by_reason(reason, unusable, turns_per_image):
+    vlm = tiny_vlm(lm_chat_template="{{ messages[0]['content'] }}") if reason == "no label" else None
+    sample = dataset([unusable], vlm, tiny_train(turns_per_image=turns_per_image))[0, 0]
+    assert (sample.conversations, sample.images, sample.dropped) == ([], None, {reason: 1})
 
 
 def test_unusable_turns_leave_the_others():
@@ -175,36 +155,20 @@ def test_unusable_turns_leave_the_others():
         turn("is it?", "yes<|im_end|>\n<|im_start|>user\nno"),
         turn(""),
         turn("red " * 600),
+        turn("is there a purple shape?"),
         turn("is the shape blue?", "no"),
     ]
-    rated = row(texts=turns, formatting_ratings=[5, 5, 5, 5, 5, 0])
+    rated = row(texts=turns, formatting_ratings=[5, 5, 5, 5, 5, 5, 0])
     sample = dataset([rated], train_cfg=tiny_train(turns_per_image=4))[0, 0]
     assert sample.dropped == {
         f"turn: {reason}": 1
-        for reason in ("image token in text", "control token in text", "no text", "too long", "rating")
+        for reason in (
+            *("image token in text", "control token in text", "no text", "too long", "rating"),
+            "word not in the vocabulary",
+        )
     }
     assert len(sample.conversations) == 4
     assert len({tuple(ids.tolist()) for ids, _ in sample.conversations}) == 1
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
-def test_images_of_any_mode_make_a_sample(mode):
-    if mode in ("I;16", "I", "F"):
-        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        image = Image.fromarray(np.arange(256, dtype=kind).reshape(16, 16))
-    else:
-        image = picture(mode=mode)
-    data = encoded(image, "TIFF")
-    assert decode_image(data).mode == mode
-    images = dataset([row([data])])[0, 0].images
-    assert images.shape == (17, 3, 16, 16)
-    assert images.min() >= -1
-    assert images.max() <= 1
-
-
-@pytest.mark.parametrize(("size", "count"), [((1, 1), 17), ((5000, 10), 5), ((10, 5000), 5)])
-def test_images_of_extreme_sizes_make_a_sample(size, count):
-    assert dataset([row([encoded(picture(*size))])])[0, 0].images.shape == (count, 3, 16, 16)
 
 
 def test_rows_without_images_are_text():
@@ -226,6 +190,16 @@ def test_questions_are_the_prompts_of_the_usable_turns():
     assert questions.dropped == {"turn: no text": 1}
     assert data.questions(1).prompts == []
     assert data.questions(1).dropped == {"image does not decode": 1}
+
+
+def test_a_data_set_reaches_worker_processes_that_are_spawned():
+    """There it is pickled; the samples are the same."""
+    data = dataset([row(texts=MANY)], train_cfg=tiny_train(turns_per_image=2, balance_answers=True))
+    for one in (data, dataset([row(texts=MANY)], cache=True)):
+        sample = one[1, 0]
+        sent = pickle.loads(pickle.dumps(one))[1, 0]
+        assert torch.equal(sent.images, sample.images)
+        assert [ids.tolist() for ids, _ in sent.conversations] == [ids.tolist() for ids, _ in sample.conversations]
 
 
 def test_drop_summary():

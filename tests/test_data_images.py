@@ -1,4 +1,4 @@
-"""Images of every size: what is decoded, how much memory it takes, and what is refused."""
+"""Images of every kind and size: what is decoded, how much memory it takes, and what is refused."""
 
 import io
 import struct
@@ -10,22 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
-from tiny.data import dataset, encoded, picture, row, tiny_vlm
+from PIL import Image, ImageOps
+from tiny.data import TILE_TOKENS, dataset, encoded, picture, row, tiny_vlm
 
-from data import processors
-from data.processors import ImageDecodeError, ImageProcessor, decode_image, image_size, to_rgb
+from data import images
+from data.images import ImageDecodeError, ImageProcessor, decode_image, image_size
+from data.text import image_string
 
 ROOT = Path(__file__).resolve().parent.parent
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def one_bit_png(width: int, height: int, rows: int | None = None) -> bytes:
     """A PNG of white pixels, one bit each; only `rows` of its rows are there."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     line = b"\0" + b"\xff" * -(-width // 8)
     packer = zlib.compressobj(1)
     pixels = b"".join(packer.compress(line) for _ in range(height if rows is None else rows)) + packer.flush()
@@ -33,12 +35,188 @@ def one_bit_png(width: int, height: int, rows: int | None = None) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+# Tiles
+
+
+def slow_size(width: int, height: int, side: int, largest: int, enlarge: bool) -> tuple[int, int]:
+    """(width, height), found by trying multiples of the side."""
+    long, short = max(width, height), min(width, height)
+    new_long = side
+    while new_long < largest and (enlarge or new_long < long):
+        new_long += side
+    new_short = side
+    while new_short * long < short * new_long:
+        new_short += side
+    return (new_long, new_short) if width >= height else (new_short, new_long)
+
+
+@pytest.mark.parametrize("enlarge", [True, False])
+def test_target_size_against_trying(enlarge):
+    processor = ImageProcessor(tiny_vlm(resize_to_max_side_len=enlarge))
+    for width in (1, 15, 16, 17, 33, 48, 63, 64, 65, 1000):
+        for height in (1, 16, 31, 32, 33, 64, 70, 999, 5000):
+            assert processor.target_size(width, height) == slow_size(width, height, 16, 64, enlarge), (width, height)
+
+
+@pytest.mark.parametrize("with_global", [True, False])
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (64, 64), (16, 16), (1, 1), (5000, 10), (1, 20_000)])
+def test_tiles_against_cropping(size, with_global):
+    tokens = {name: token for name, token in TILE_TOKENS.items() if with_global or name != "global_image_token"}
+    cfg = tiny_vlm(vlm_extra_tokens=tokens, resize_to_max_side_len=False, image_mean=0.25, image_std=0.5)
+    processor = ImageProcessor(cfg)
+    image = picture(*size)
+    tiles, (rows, cols) = processor(image)
+    width, height = slow_size(*size, 16, 64, False)
+    assert (rows, cols) == (height // 16, width // 16)
+    resized = image.resize((width, height), BICUBIC, reducing_gap=2)
+    boxes = [(c * 16, r * 16, c * 16 + 16, r * 16 + 16) for r in range(rows) for c in range(cols)]
+    wanted = [resized.crop(box) for box in boxes]
+    if with_global and len(boxes) > 1:
+        wanted.insert(0, resized.resize((16, 16), BICUBIC))
+    assert tiles.dtype == torch.float32
+    assert tiles.shape == (len(wanted), 3, 16, 16)
+    assert processor.count((rows, cols)) == len(wanted)
+    for tile, image in zip(tiles, wanted, strict=True):
+        torch.testing.assert_close(tile, (torch.tensor(np.array(image)).permute(2, 0, 1) / 255 - 0.25) / 0.5)
+    assert image_string([(rows, cols)], cfg).count("<|image|>") == len(wanted) * cfg.mp_image_token_length
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 32), (48, 64)])
+def test_mirror_is_the_mirrored_image(size):
+    processor = ImageProcessor(tiny_vlm(resize_to_max_side_len=False))
+    image = picture(*size)
+    tiles, grid = processor(image)
+    torch.testing.assert_close(processor.mirror(tiles, grid), processor(ImageOps.mirror(image))[0], atol=0.02, rtol=0)
+
+
+# Modes
+
+
+def grey(image: Image.Image) -> list[int]:
+    """The grey values of the first row."""
+    rgb = np.asarray(decode_image(image))
+    assert rgb.shape[2] == 3
+    assert (rgb == rgb[..., :1]).all()
+    return rgb[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "wanted"),
+    [
+        (np.uint16, [0, 32896, 65535], [0, 128, 255]),
+        (np.uint16, [0, 200], [0, 1]),
+        (np.int32, [0, 128, 255], [0, 128, 255]),
+        (np.int32, [-5, 32896, 65535], [0, 128, 255]),
+        (np.int32, [0, 502_000, 1_000_000], [0, 128, 255]),
+        (np.float32, [0.0, 0.5, 1.0, np.nan, np.inf], [0, 128, 255, 0, 0]),
+        (np.float32, [0.0, 64.0], [0, 64]),
+        (np.float32, [0.0, 0.0], [0, 0]),
+    ],
+)
+def test_deep_images_are_scaled_to_8_bits(dtype, values, wanted):
+    image = Image.fromarray(np.array([values], dtype=dtype))
+    assert grey(image) == wanted
+    assert grey(encoded(image, "TIFF")) == wanted
+
+
+def palette(transparency: int | None) -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 90, 90, 90])
+    image.putpixel((1, 0), 1)
+    image.info |= {} if transparency is None else {"transparency": transparency}
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted"),
+    [
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 0)), [255]),
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 255)), [0]),
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 128)), [127]),
+        (Image.new("LA", (1, 1), (100, 0)), [255]),
+        (palette(None), [0, 90]),
+        (palette(0), [255, 90]),
+    ],
+)
+def test_transparent_images_are_put_on_white(image, wanted):
+    assert grey(image) == wanted
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX", "I;16", "I", "F"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_shows_the_same_picture(mode):
+    image = Image.new("RGB", (400, 40), "white")
+    image.paste("black", (0, 0, 200, 40))
+    if mode[0] in "IF":
+        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        converted = Image.fromarray(np.asarray(image.convert("L")).astype(dtype) * dtype(257 if mode == "I;16" else 1))
+    else:
+        converted = image.convert("RGBA").convert("PA") if mode == "PA" else image.convert(mode)
+    assert converted.mode == mode
+    for size in (None, (40, 4), (16, 16), (800, 80)):
+        found, wanted = decode_image(converted, size), decode_image(image, size)
+        assert (found.mode, found.size) == ("RGB", size or image.size)
+        assert np.abs(np.asarray(found, dtype=int) - np.asarray(wanted)).max() <= 3
+
+
+def test_decode_takes_every_kind_of_source(tmp_path):
+    image, path = picture(), tmp_path / "a.png"
+    image.save(path)
+    data = encoded(image)
+    for source in (image, data, path, str(path), {"bytes": data, "path": None}, {"path": str(path)}):
+        assert np.array_equal(decode_image(source), image)
+
+
+# Orientation
+
+
+def oriented(kind: str, orientation: int) -> bytes:
+    """A picture of 400 x 200 pixels that this EXIF orientation turns."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    exact = {"lossless": True} if kind == "WEBP" else {}
+    picture(20, 10).resize((400, 200), BICUBIC).save(buffer, kind, exif=exif, **exact)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_images_are_upright_and_their_grid_is_known_from_the_header(kind, orientation):
+    data = oriented(kind, orientation)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(oriented("PNG", orientation))))
+    assert upright.size == ((400, 200) if orientation < 5 else (200, 400))
+    atol = 90 if kind == "JPEG" else 0
+    for source in (data, Image.open(io.BytesIO(data))):
+        assert image_size(source) == upright.size
+        assert np.abs(np.asarray(decode_image(source), dtype=int) - np.asarray(upright)).max() <= atol
+    processor = ImageProcessor(tiny_vlm())
+    tiles, grid = processor(data)
+    assert grid == processor.grid(data) == ((2, 4) if orientation < 5 else (4, 2))
+    torch.testing.assert_close(tiles, processor(upright)[0], atol=0.2 if kind == "JPEG" else 0.0, rtol=0)
+
+
+def test_the_orientation_of_a_png_counts_only_before_its_pixels():
+    """Behind them the header would say another size than the image has once it is decoded."""
+    early = oriented("PNG", 6)
+    start = early.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(early[start : start + 4])
+    late = early[:start] + early[stop:-12] + early[start:stop] + early[-12:]
+    assert image_size(early) == decode_image(early).size == (200, 400)
+    assert image_size(late) == decode_image(late).size == (400, 200)
+
+
+# Limits
+
+
 MEASURE = """
 import re, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from tiny.data import tiny_vlm
-from data.processors import ImageProcessor
+from data.images import ImageProcessor
 
 def peak_mib():  # not getrusage: that remembers the process before the fork
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
@@ -51,23 +229,16 @@ print(peak_mib() - before, *grid, float(tiles.min()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_the_largest_image_takes_what_its_pixels_take_and_little_more():
-    """20,000 x 20,000 pixels of one bit: 381 MiB in PIL, which holds a byte for each; RGB would be 1,526 MiB."""
+    """20,000 x 20,000 pixels of one bit: 381 MiB in PIL, which holds a byte for each, and as much for them as grey."""
     found = subprocess.run(
         [sys.executable, "-c", MEASURE], input=one_bit_png(20_000, 20_000), capture_output=True, cwd=ROOT, check=True
     )
     mib, rows, cols, darkest = map(float, found.stdout.split())
     assert (rows, cols, darkest) == (4, 4, 1.0)
-    assert 380 < mib < 600
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (20_000, 3)])
-def test_thin_and_tiny_images_make_tiles(size):
-    long_way, short_way = (1, 4), (4, 1)
-    tiles, grid = ImageProcessor(tiny_vlm())(encoded(Image.new("RGB", size, "white")))
-    assert grid == ((4, 4) if size == (1, 1) else long_way if size[0] > size[1] else short_way)
-    assert (tiles == 1.0).all()
+    assert 380 < mib < 900
 
 
 def test_more_pixels_than_the_limit_are_a_dropped_row_before_they_are_decoded():
@@ -77,103 +248,49 @@ def test_more_pixels_than_the_limit_are_a_dropped_row_before_they_are_decoded():
     assert dataset([row([bomb])])[0, 0].dropped == {"image does not decode": 1}
 
 
-def test_a_jpeg_is_decoded_at_a_fraction_of_its_size():
-    image = picture(60, 40).resize((1200, 800), Image.Resampling.BICUBIC)
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):
+    decoded = []
+    opaque = images._opaque
+    monkeypatch.setattr(images, "_opaque", lambda image: decoded.append(image.size) or opaque(image))
+    image = picture(60, 40).resize((1200, 800), BICUBIC)
     data = encoded(image, "JPEG")
-    assert decode_image(data).size == image_size(data) == (1200, 800)
-    assert decode_image(data, (64, 48)).size == (150, 100)
-    assert decode_image(data, (240, 160)).size == (600, 400)
-    assert decode_image(data, (512, 512)).size == (1200, 800)
-    processor = ImageProcessor(tiny_vlm())
-    quick, grid = processor(data)
-    whole, same_grid = processor(decode_image(data))
-    assert grid == same_grid == (3, 4)
-    assert (quick - whole).abs().mean() < 0.01  # of a range of 2
+    for size, at in (((64, 48), (150, 100)), ((240, 160), (600, 400)), ((512, 512), (1200, 800)), (None, (1200, 800))):
+        assert decode_image(data, size).size == size or image.size
+        assert decoded.pop() == at
     opened = Image.open(io.BytesIO(data))
-    assert decode_image(opened, (64, 48)).size == opened.size == (1200, 800)  # someone else's image stays as it is
-
-
-def of_mode(mode: str) -> Image.Image:
-    image = picture(90, 70)
-    if mode == "I;16":
-        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    if mode == "P with transparency":
-        image = image.convert("P")
-        image.info["transparency"] = 3
-        return image
-    return image.convert(mode)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "P with transparency", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
-def test_large_images_are_reduced_in_strips_to_what_the_whole_would_give(mode, monkeypatch):
-    image = of_mode(mode)
-    whole = np.asarray(to_rgb(image).reduce((4, 3)), dtype=int)
-    monkeypatch.setattr(processors, "STRIP_PIXELS", 90 * 10)
-    reduced = decode_image(image, (10, 10))
-    assert reduced.mode == "RGB"
-    assert reduced.size == (23, 24)
-    assert np.abs(np.asarray(reduced, dtype=int) - whole).max() <= (1 if mode in ("I", "F") else 0)
-
-
-def turning_itself(monkeypatch, turns: bool) -> None:
-    """Let Pillow turn TIFFs upright while it loads them, as it does of late, or leave them as they lie."""
-    if turns:
-        if Image.open(io.BytesIO(oriented("TIFF", 6))).size == (400, 200):
-            pytest.skip("this Pillow does not turn TIFFs")
-        return
-    setup = TiffImageFile._setup
-
-    def lying(image):
-        setup(image)
-        image._size = image.tag_v2[256], image.tag_v2[257]
-
-    monkeypatch.setattr(TiffImageFile, "_setup", lying)
-    monkeypatch.setattr(TiffImageFile, "load_end", lambda image: None)
-
-
-def oriented(kind: str, orientation: int) -> bytes:
-    """A picture of 400 x 200 pixels that this EXIF orientation turns."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    picture(20, 10).resize((400, 200), Image.Resampling.BICUBIC).save(buffer, kind, exif=exif)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("turns", [True, False])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_tiff_is_turned_once_whether_pillow_turns_it_or_not(orientation, turns, monkeypatch):
-    turning_itself(monkeypatch, turns)
-    tiff, png = oriented("TIFF", orientation), oriented("PNG", orientation)
-    upright = decode_image(png)
-    assert image_size(tiff) == image_size(png) == upright.size
-    assert np.array_equal(decode_image(tiff), upright)
-    opened = Image.open(io.BytesIO(tiff))
-    assert np.array_equal(decode_image(opened), upright)
-    assert image_size(opened) == image_size(decode_image(tiff)) == upright.size
-    monkeypatch.setattr(processors, "STRIP_PIXELS", 400 * 10)
-    wanted = (80, 20) if upright.width == 400 else (20, 80)
-    assert np.array_equal(decode_image(tiff, wanted), decode_image(png, wanted))
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-def test_size_and_grid_are_known_before_the_image_is_decoded(orientation, kind):
-    buffer = io.BytesIO(oriented(kind, orientation))
-    upright = (400, 200) if orientation in (1, 3) else (200, 400)
-    assert image_size(buffer.getvalue()) == decode_image(buffer.getvalue()).size == upright
+    decode_image(opened, (64, 48))
+    assert decoded.pop() == opened.size == (1200, 800)  # a caller's own image stays as it is
     processor = ImageProcessor(tiny_vlm())
-    tiles, grid = processor(buffer.getvalue())
-    assert grid == processor.grid(buffer.getvalue()) == ((2, 4) if upright[0] == 400 else (4, 2))
-    whole, _ = processor(decode_image(buffer.getvalue()))
-    torch.testing.assert_close(tiles, whole, atol=0.2 if kind == "JPEG" else 0.0, rtol=0)
+    quick, whole = processor(data)[0], processor(decode_image(data))[0]
+    assert (quick - whole).abs().mean() < 0.01  # of a range of 2
+
+
+PNG, JPEG = encoded(picture(64, 64)), encoded(picture(64, 64), "JPEG")
+BROKEN = PNG[:40] + b"\xff\xff\xff\xff" + PNG[44:]
+
+
+@pytest.mark.parametrize(
+    "source", [PNG[:200], JPEG[:300], BROKEN, b"junk", b"", None, {"bytes": None, "path": None}, {}, "/nowhere.png"]
+)
+def test_what_does_not_decode_is_one_kind_of_error(source):
+    with pytest.raises(ImageDecodeError):
+        decode_image(source)
+
+
+def test_pils_own_limit_is_off_for_the_call_alone(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode_image(PNG).size == image_size(PNG) == (64, 64)
+    with pytest.raises(ImageDecodeError):
+        decode_image(BROKEN)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(PNG))
 
 
 def test_an_image_that_ends_too_soon_is_found_when_it_is_decoded():
-    cut = encoded(picture(64, 64))[:200]
-    data = dataset([row([cut])])
-    plan = data.plan((0, 0))
-    assert plan.grids == [(4, 4)]
-    assert len(plan.conversations) == 1
-    sample = data.decode(plan)
+    data = dataset([row([PNG[:200]])])
+    prepared = data.prepare((0, 0))
+    assert prepared.grids == [(4, 4)]
+    assert len(prepared.conversations) == 1
+    sample = data.decode(prepared)
     assert (sample.conversations, sample.images, sample.dropped) == ([], None, {"image does not decode": 1})

@@ -13,7 +13,7 @@ ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "s
 MAY_IMPORT = {
     "grades": {"grades"},
     "models": {"models", "grades.config", "grades.fields"},
-    "data": {"data", "models.config", "models.gguf"},
+    "data": {"data", "models.config"},
     "training": {"training", "models", "grades", "data"},
     "eval": {"eval", "models", "data"},
 }

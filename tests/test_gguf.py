@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from data.processors import encode_conversation, encode_prompt, get_tokenizer, image_string
 from data.sources import load_rows
+from data.text import encode_conversation, encode_prompt, get_tokenizer, image_string
 from models.backbones import configure_from_backbones
 from models.config import SCRATCH, VLMConfig
 from models.gguf import GGUFFile, gguf_path

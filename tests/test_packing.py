@@ -10,7 +10,7 @@ import torch
 from tiny.data import dataset, encoded, picture, row, some_rows, stream, tiny_train, tiny_vlm, turn
 
 import models.language_model
-from data.collators import TrainCollator
+from data.collators import TrainCollator, to_device
 from data.loader import train_batches
 from data.packing import PADDING, PackedCollator, PackedReaders, pack
 from data.sources import load_rows
@@ -18,7 +18,6 @@ from models.attention import attend_flex, document_block_mask, takes_flex_attent
 from models.config import TrainConfig, VLMConfig, check_settings
 from models.language_model import LanguageModel
 from models.vision_language_model import VisionLanguageModel
-from training.step import model_inputs
 
 PAD = 1
 CPU = torch.device("cpu")
@@ -230,13 +229,13 @@ def test_a_row_less_where_conversations_fit_into_the_others():
     vlm, cfg = small(128), packing(batch_size=1, turns_per_image=3)
     data = dataset(rows, vlm, cfg)
     (window,) = PackedReaders(data, PackedCollator(PAD, vlm), None).windows(0, 0, 0)
-    _, plans, packed = window
-    (tokens,) = {sum(len(ids) for ids, _ in plan.conversations) for plan in plans if plan.conversations}
+    _, samples, packed = window
+    (tokens,) = {sum(len(ids) for ids, _ in one.conversations) for one in samples if one.conversations}
     assert 64 < tokens < 128 - tokens / 3
     assert len(packed) == 18
     for one in packed:
         assert sum(piece.tokens for piece in one) <= 128
-    given = Counter((piece.plan.id, i) for one in packed for piece in one for i in range(piece.start, piece.stop))
+    given = Counter((piece.sample.id, i) for one in packed for piece in one for i in range(piece.start, piece.stop))
     assert given == {(one["id"], i): 1 for one in rows for i in range(3)}
     dropped: Counter = Counter()
     found = batches(rows, vlm, cfg)
@@ -266,7 +265,7 @@ def documents(seed: int, vlm: VLMConfig) -> list[list[dict]]:
 
 def logits_of(model: VisionLanguageModel, batch: dict) -> torch.Tensor:
     inputs = {
-        name: value for name, value in model_inputs(batch, CPU).items() if name not in ("targets", "label_positions")
+        name: value for name, value in to_device(batch, CPU).items() if name not in ("targets", "label_positions")
     }
     return model(**inputs)[0]
 
@@ -300,7 +299,7 @@ def test_the_packed_loss_and_its_gradient_are_those_of_padded_rows():
     found = []
     for batch in (PackedCollator(PAD, vlm)(rows), TrainCollator(PAD, vlm)([sample for one in rows for sample in one])):
         model.zero_grad()
-        loss = model(**model_inputs(batch, CPU)) / batch["num_labels"]
+        loss = model(**to_device(batch, CPU)) / batch["num_labels"]
         loss.backward()
         found.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
     (packed, packed_gradients), (padded, padded_gradients) = found
@@ -314,11 +313,11 @@ def test_rows_without_images_go_through_collator_and_model():
     text_only = [row([], [turn("is the shape red?")], str(i)) for i in range(6)]
     batch = next(batches(text_only, vlm, packing()))
     assert batch["images"] is None
-    model(**model_inputs(batch, CPU)).backward()
+    model(**to_device(batch, CPU)).backward()
     assert model.decoder.norm.weight.grad is not None
     late = next(batches([*text_only, row(name="late")], vlm, packing(batch_size=1, seed=3)))
     assert len(late["images"]) == 1
-    assert torch.isfinite(model(**model_inputs(late, CPU)))
+    assert torch.isfinite(model(**to_device(late, CPU)))
 
 
 # FlexAttention, which CUDA takes

@@ -13,7 +13,8 @@ from tiny.data import picture
 from tiny.runs import ROOT, TINY, arguments, same
 
 import train
-from data.processors import ImageProcessor, encode_prompt, get_tokenizer, image_string
+from data.images import ImageProcessor
+from data.text import encode_prompt, get_tokenizer, image_string
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import parse_arguments

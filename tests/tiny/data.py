@@ -6,9 +6,11 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from data import easy_vqa
 from data.datasets import VQADataset
-from data.processors import EASY_VQA_VOCAB_SIZE, ImageProcessor, get_tokenizer
+from data.images import ImageProcessor
 from data.sources import RowStream, _Part
+from data.text import get_tokenizer
 from models.config import TrainConfig, VLMConfig
 
 TILE_TOKENS = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"} | {
@@ -24,8 +26,8 @@ def tiny_vlm(**changes) -> VLMConfig:
         "mp_pixel_shuffle_factor": 2,
         "mp_image_token_length": 4,
         "max_img_size": 64,
-        "lm_base_vocab_size": EASY_VQA_VOCAB_SIZE,
-        "lm_tokenizer": "easy-vqa",
+        "lm_base_vocab_size": easy_vqa.VOCAB_SIZE,
+        "lm_tokenizer": easy_vqa.NAME,
         "lm_max_length": 512,
         "vlm_extra_tokens": TILE_TOKENS,
     } | changes

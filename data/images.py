@@ -1,0 +1,170 @@
+"""Images to tiles: open, turn upright, resize, cut, normalise.
+
+Shapes: S vit_img_size, H and W the size of the resized image (multiples of S), n images that the vision tower sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from models.config import VLMConfig
+
+Source = str | Path | bytes | dict[str, Any] | Image.Image  # a dict has "bytes" or "path"
+
+MAX_PIXELS = 20_000 * 20_000  # of a decoded image; PIL's own limit is lower
+REDUCING_GAP = 2.0  # an image is reduced by a whole number to at least this many times its new size, then resampled
+SIDEWAYS = range(5, 9)  # the EXIF orientations that swap width and height
+
+
+class ImageDecodeError(ValueError):
+    """The file or the bytes of an image cannot be read as an image."""
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(width, height) of the upright image, from its header alone. Raises ImageDecodeError."""
+    with _opened(source) as (image, orientation):
+        return image.size[::-1] if orientation in SIDEWAYS else image.size
+
+
+def decode_image(source: Source, size: tuple[int, int] | None = None) -> Image.Image:
+    """The upright image as 8-bit RGB, resized to `size` (width, height) if given.
+
+    Transparent parts become white, more than 8 bits are scaled down. Raises ImageDecodeError, also for more than
+    MAX_PIXELS. Memory: a large JPEG is decoded at a reduced size if `size` allows it. Of any other format PIL holds all
+    pixels: 1 byte each if grey, 2 if one-bit, 4 if RGB, at most 9 if transparent or 16-bit, 13 if 32-bit; an image that
+    EXIF turns is held twice for a moment.
+    """
+    with _opened(source) as (image, orientation):
+        if size is not None and image is not source:  # a caller's own image keeps its size
+            width, height = size[::-1] if orientation in SIDEWAYS else size
+            image.draft(None, (int(REDUCING_GAP * width), int(REDUCING_GAP * height)))
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageDecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        image.load()
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        image = _opaque(image)
+        if size is not None:
+            image = _resize(image, size, REDUCING_GAP)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[tuple[Image.Image, int]]:
+    """The image, of which only the header is read, and the EXIF orientation that is left to apply once it is loaded.
+
+    Whatever a decoder raises becomes an ImageDecodeError. PIL's limit on pixels, which is the process's, is off in here
+    (so only one thread of a process may decode).
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        found: Any = (source.get("bytes") or source["path"]) if isinstance(source, dict) else source
+        is_open = isinstance(found, Image.Image)
+        image = found if is_open else Image.open(io.BytesIO(found) if isinstance(found, bytes) else found)
+        # PIL itself turns a TIFF. Not image.getexif(): for a PNG that decodes the pixels to look behind them.
+        exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
+        yield image, exif.get(ExifTags.Base.Orientation, 1)
+    except ImageDecodeError:
+        raise
+    except Exception as error:  # decoders raise nearly anything at damaged files
+        raise ImageDecodeError(f"{error}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """8-bit grey or RGB of an image of any mode, with transparent parts white."""
+    if image.mode[0] in "IF":
+        return _to_8_bit(image)
+    if image.has_transparency_data:
+        white = Image.new("RGB", image.size, "white")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white.paste(image, mask=image)
+        return white
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey scaled to 8 bits: 16 bits by their full range, other integers and floats by the range they keep to."""
+    values = np.array(image, dtype=np.float32)
+    np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
+    largest = values.max(initial=0.0)
+    ranges = {"I": [255.0, 65535.0], "F": [1.0, 255.0, 65535.0]}.get(image.mode, [65535.0])
+    values *= 255.0 / next((white for white in ranges if largest <= white), largest)
+    return Image.fromarray(np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], reducing_gap: float | None = None) -> Image.Image:
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=reducing_gap)
+
+
+class ImageProcessor:
+    """An image, of any size and mode, as the square images that the vision tower sees."""
+
+    def __init__(self, cfg: VLMConfig):
+        self.cfg = cfg
+        self.side = cfg.vit_img_size
+        self.with_global = "global_image_token" in cfg.vlm_extra_tokens
+
+    def __call__(self, source: Source) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(float32 [n, 3, S, S], normalised, and the grid (rows, columns) of tiles) of an image.
+
+        A 1x1 grid is the image alone; a larger one is, where the config has a global_image_token, the whole image
+        made S x S, and then the tiles row by row. Raises ImageDecodeError.
+        """
+        resized = decode_image(source, self.target_size(*image_size(source)))
+        side = self.side
+        rows, cols = resized.height // side, resized.width // side
+        corners = [(col * side, row * side) for row in range(rows) for col in range(cols)]
+        seen = [resized.crop((left, top, left + side, top + side)) for left, top in corners]
+        if (rows, cols) != (1, 1) and self.with_global:
+            seen.insert(0, _resize(resized, (side, side)))
+        tiles = np.empty((len(seen), 3, side, side), dtype=np.float32)
+        for tile, image in zip(tiles, seen, strict=True):
+            self._normalise(image, tile)
+        return torch.from_numpy(tiles), (rows, cols)
+
+    def grid(self, source: Source) -> tuple[int, int]:
+        """The grid (rows, columns) of tiles, from the image's header alone. Raises ImageDecodeError."""
+        width, height = self.target_size(*image_size(source))
+        return height // self.side, width // self.side
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in multiples of S: the longer side at most max_img_size, the shorter in proportion, up."""
+        long, short = max(width, height), min(width, height)
+        new_long = self.cfg.max_img_size
+        if not self.cfg.resize_to_max_side_len:
+            new_long = min(new_long, -(-long // self.side) * self.side)
+        # In integers: a rounding error must not add a row of tiles.
+        new_short = -(-short * new_long // (long * self.side)) * self.side
+        return (new_long, new_short) if width >= height else (new_short, new_long)
+
+    def count(self, grid: tuple[int, int]) -> int:
+        """How many images [3, S, S] a grid of tiles makes."""
+        return 1 if grid == (1, 1) else grid[0] * grid[1] + self.with_global
+
+    def mirror(self, tiles: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The result of __call__ for the image mirrored left to right."""
+        first = len(tiles) - grid[0] * grid[1]  # 1 with a global image
+        order = np.arange(first, len(tiles)).reshape(grid)[:, ::-1]
+        # NumPy: on a busy CPU torch's threads take a hundred times as long for so small a copy.
+        return torch.from_numpy(tiles.numpy()[..., ::-1][[*range(first), *order.flatten()]])
+
+    def _normalise(self, image: Image.Image, tile: np.ndarray) -> None:
+        """Write the S x S image into the tile, float32 [3, S, S]."""
+        scale = np.float32(1.0 / (255.0 * self.cfg.image_std))
+        shift = np.float32(self.cfg.image_mean / self.cfg.image_std)
+        for channel, band in zip(tile, image.split(), strict=True):  # one after the other: they fit the cache
+            np.multiply(np.asarray(band), scale, out=channel, dtype=np.float32)
+            channel -= shift

@@ -1,0 +1,139 @@
+"""Text to token ids and labels: the tokenizer with its checks, the chat template, the text that stands for images."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from data import easy_vqa
+from data.hub import require_hub
+from models.config import VLMConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
+END_OF_TURN = "<|im_end|>"
+
+
+def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint folder if it holds one, else cfg.lm_tokenizer, with the extra tokens added.
+
+    Raises ValueError that names the flag if there is no such tokenizer, or if its size or the ids of the extra tokens
+    are not those of the config.
+    """
+    if folder is not None and (Path(folder) / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        # Not AutoTokenizer: it would take the checkpoint's config.json for a transformers model's.
+        tokenizer: Tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif cfg.lm_tokenizer == easy_vqa.NAME:
+        tokenizer = easy_vqa.tokenizer()
+    else:
+        tokenizer = _pretrained_tokenizer(str(cfg.lm_tokenizer))
+    _add_extra_tokens(tokenizer, cfg)
+    tokenizer.chat_template = cfg.lm_chat_template
+    if END_OF_TURN in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TURN
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pretrained_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:  # the cache first: a known tokenizer needs no network
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:  # ImportError: an absent package for another kind of tokenizer
+        if Path(name).exists():
+            raise ValueError(f"--lm_tokenizer {name}: {error}") from error
+    require_hub(f"--lm_tokenizer {name}", f"a local folder or {easy_vqa.NAME}")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--lm_tokenizer {name}: {error}") from error
+
+
+def _add_extra_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> None:
+    """Add cfg.vlm_extra_tokens after the base vocabulary, in order."""
+    from tokenizers import AddedToken
+
+    extra = list(cfg.vlm_extra_tokens.values())
+    vocabulary = tokenizer.get_vocab()
+    base = len(vocabulary) - sum(token in vocabulary for token in extra)
+    if base != cfg.lm_base_vocab_size:
+        raise ValueError(
+            f"--lm_base_vocab_size {cfg.lm_base_vocab_size}: must be {base}, the number of tokens of --lm_tokenizer "
+            f"{cfg.lm_tokenizer}"
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in extra], special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in extra]
+    wanted = list(range(cfg.image_token_id, cfg.image_token_id + len(extra)))
+    if ids != wanted:
+        token, found, needed = next(triple for triple in zip(extra, ids, wanted, strict=True) if triple[1] != triple[2])
+        raise ValueError(
+            f"--vlm_extra_tokens: {token} has id {found} in --lm_tokenizer {cfg.lm_tokenizer} and must have {needed}: "
+            "the extra tokens follow its own in order, and none of them may be among its own"
+        )
+
+
+def knows_every_word(tokenizer: Tokenizer) -> bool:
+    """Whether no text becomes the unknown token, as where words are made of bytes."""
+    return not unknown_words(tokenizer, "\ue000")  # a character that no vocabulary has
+
+
+def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The parts of the text, in order, that become the unknown token."""
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    places = zip(encoding.ids, encoding.offsets, strict=True)
+    return [text[start:end] for token, (start, end) in places if token == tokenizer.unk_token_id]
+
+
+def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
+    """The text that stands for images of the given grids (rows, columns): one image token for each image embedding."""
+    tokens = cfg.vlm_extra_tokens
+    slots = tokens["image_token"] * cfg.mp_image_token_length
+    text = ""
+    for rows, cols in grids:
+        if (rows, cols) == (1, 1) or "global_image_token" in tokens:
+            text += tokens.get("global_image_token", "") + slots
+        if (rows, cols) != (1, 1):
+            text += "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
+    return text
+
+
+def encode_conversation(tokenizer: Tokenizer, turns: list[dict], image_text: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a conversation; the images stand before the first question.
+
+    turns: {"user": str, "assistant": str} each. labels are ids shifted left by one where the assistant speaks, its
+    end-of-turn token included, and -100 elsewhere.
+    """
+    messages: list[dict] = []
+    spans = []  # characters that the assistant says
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["user"] if messages else image_text + turn["user"]})
+        start = len(_render(tokenizer, messages, add_generation_prompt=True))
+        messages.append({"role": "assistant", "content": turn["assistant"]})
+        text = _render(tokenizer, messages)
+        spans.append((start, len(text.rstrip())))  # without the template's line break after it
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    ids = encoding.ids
+    starts = [start for start, _ in encoding.offsets]
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        first, last = max(bisect_left(starts, start), 1), bisect_left(starts, end)
+        labels[first - 1 : last - 1] = ids[first:last]
+    return ids, labels
+
+
+def encode_prompt(tokenizer: Tokenizer, question: str, image_text: str) -> list[int]:
+    """The ids of a question up to where the assistant begins to speak."""
+    text = _render(tokenizer, [{"role": "user", "content": image_text + question}], add_generation_prompt=True)
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
