@@ -338,8 +338,8 @@ def check_words(dataset: VQADataset, rows: Iterable[dict]) -> str | None:
     named = ", ".join([*list(found.values())[:WORDS_TO_NAME], *["..."] * (len(found) > WORDS_TO_NAME)])
     note = (
         f"--lm_tokenizer {dataset.vlm_cfg.lm_tokenizer}: does not know {named}; {usable} of {len(rows)} rows that were "
-        f"tried can be used ({count_drops(prepared).summary()}). A recipe with SmolLM2's tokenizer, which knows every "
-        "word: --config configs/smollm2_local.yaml"
+        f"tried can be used ({count_drops(prepared).summary()}). Take a recipe with SmolLM2's tokenizer, which "
+        "knows every word: --config configs/smollm2_local.yaml"
     )
     if not usable:
         raise ValueError(note)

@@ -39,8 +39,8 @@ def decode_image(source: Source, size: tuple[int, int] | None = None) -> Image.I
 
     Transparent parts become white, more than 8 bits are scaled down. Raises ImageDecodeError, also for more than
     MAX_PIXELS. Memory: a large JPEG is decoded at a reduced size if `size` allows it. Of any other format PIL holds all
-    pixels: 1 byte each if grey, 2 if one-bit, 4 if RGB, at most 9 if transparent or 16-bit, 13 if 32-bit; an image that
-    EXIF turns is held twice for a moment.
+    pixels: 1 byte each if grey, 2 if one-bit, 4 if RGB, 8 if RGBA, at most 13 in any other mode; 4 more where EXIF says
+    that the image is to be turned.
     """
     with _opened(source) as (image, orientation):
         if size is not None and image is not source:  # a caller's own image keeps its size
@@ -86,7 +86,7 @@ def _opaque(image: Image.Image) -> Image.Image:
         return _to_8_bit(image)
     if image.has_transparency_data:
         white = Image.new("RGB", image.size, "white")
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
         white.paste(image, mask=image)
         return white
     mode = "L" if image.mode in ("1", "L") else "RGB"

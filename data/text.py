@@ -44,6 +44,9 @@ def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None) -> Tokenizer
 def _pretrained_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if name.endswith(".gguf"):
+        convert = f"python scripts/convert_gguf.py {name} FOLDER"
+        raise ValueError(f"--lm_tokenizer {name}: must be a folder; convert the file with: {convert}")
     try:  # the cache first: a known tokenizer needs no network
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:  # ImportError: an absent package for another kind of tokenizer

@@ -61,6 +61,7 @@ TAKEN = {"image_token": "<|image|>", "global_image_token": "<|im_end|>"}
             r"--vlm_extra_tokens: <\|image\|> has id 36 .* must have 35",
         ),
         ({"lm_tokenizer": str(Path(__file__).parent)}, "--lm_tokenizer .*tests: "),
+        ({"lm_tokenizer": "package:a/b.gguf"}, "--lm_tokenizer package:a/b.gguf: must be a folder; .*convert_gguf.py"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_names_the_flag(changes, message):
@@ -174,7 +175,7 @@ def test_rows_with_unknown_words_are_noted_before_training():
     ("rows", "message"),
     [
         ([SKULL, MIXED], r"--lm_tokenizer easy-vqa: .*; 0 of 2 rows .*--config configs/smollm2_local\.yaml"),
-        ([MANY], r"'tell' \(row many\), 'me' .*, 'we' .*, 'see' \(row many\), 'all' \(row many\), \.\.\.; 0 of 1"),
+        ([MANY], r"'tell' \(row many\), 'me' .*, 'where' .*, 'we' .*, 'see' \(row many\), \.\.\.; 0 of 1"),
     ],
 )
 def test_rows_that_all_have_unknown_words_are_an_error_that_names_five(rows, message):

@@ -9,8 +9,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from data.sources import load_rows
-from data.text import encode_conversation, encode_prompt, get_tokenizer, image_string
 from models.backbones import configure_from_backbones
 from models.config import SCRATCH, VLMConfig
 from models.gguf import GGUFFile, gguf_path
@@ -160,8 +158,6 @@ def test_the_tokenizer_follows_the_backbone(tmp_path):
     assert VLMConfig(lm_model_type=path).lm_tokenizer == path
     assert VLMConfig(lm_model_type=path, lm_tokenizer="easy-vqa").lm_tokenizer == "easy-vqa"
     assert "--lm_tokenizer scratch: must be given" in "\n".join(VLMConfig(lm_model_type=SCRATCH).problems())
-    with pytest.raises(ValueError, match=r"--lm_tokenizer .*tokenizer\.ggml\.pre None, must be 'smollm'"):
-        get_tokenizer(VLMConfig(lm_model_type=path))
 
 
 def test_without_the_package_gguf_an_error_says_how_to_get_it(tmp_path, monkeypatch):
@@ -188,11 +184,6 @@ def smollm2() -> VisionLanguageModel:
     return VisionLanguageModel(cfg, load_backbone=True).eval()
 
 
-@pytest.fixture(scope="module")
-def smollm2_tokenizer():
-    return get_tokenizer(VLMConfig(lm_model_type=SMOLLM2, **ONE_TOKEN))
-
-
 @needs_smollm2
 @torch.no_grad()
 def test_smollm2_has_the_logits_that_transformers_gives_the_same_file(smollm2):
@@ -203,47 +194,3 @@ def test_smollm2_has_the_logits_that_transformers_gives_the_same_file(smollm2):
     assert smollm2.cfg.lm_rms_eps == 1e-5
     assert float((logits[..., :49_152] - reference(ids).logits).abs().max()) <= 1e-3
     assert len(GGUFFile(path).tensors) == 2 + 9 * 30
-
-
-@needs_smollm2
-def test_smollm2_knows_the_capital_of_france(smollm2, smollm2_tokenizer):
-    ids = torch.tensor([smollm2_tokenizer.encode("The capital of France is", add_special_tokens=False)])
-    assert smollm2_tokenizer.decode(smollm2.generate(ids, greedy=True, max_new_tokens=3)[0]).startswith(" Paris")
-    prompt = encode_prompt(smollm2_tokenizer, "What is the capital of France?", "")
-    answer = smollm2.generate(torch.tensor([prompt]), greedy=True, max_new_tokens=12)[0]
-    assert "Paris" in smollm2_tokenizer.decode(answer)
-
-
-@needs_smollm2
-def test_smollm2_takes_images_in_its_prompt(smollm2, smollm2_tokenizer):
-    prompt = torch.tensor([encode_prompt(smollm2_tokenizer, "what?", image_string([(1, 1)], smollm2.cfg))])
-    assert int((prompt == 49_152).sum()) == smollm2.cfg.mp_image_token_length
-    assert smollm2(prompt, torch.randn(1, 3, 16, 16))[0].shape == (1, prompt.shape[1], 49_153)
-
-
-@needs_smollm2
-def test_smollm2_tokenizer_is_smollms(smollm2_tokenizer, tmp_path):
-    def split(text: str) -> list[str]:
-        return smollm2_tokenizer.convert_ids_to_tokens(smollm2_tokenizer.encode(text))
-
-    assert len(smollm2_tokenizer) == 49_153
-    assert split("The capital") == ["The", "Ġcapital"]
-    assert split("in 1234") == ["in", "Ġ", "1", "2", "3", "4"]
-    assert split("a\n\n\n12") == ["a", "ĊĊĊ", "1", "2"]  # digits part first: GPT-2's pattern alone would cut before Ċ1
-    assert split("<|im_start|>user<|im_end|>") == ["<|im_start|>", "user", "<|im_end|>"]
-    assert smollm2_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|image|>"]) == [1, 2, 49_152]
-    smollm2_tokenizer.save_pretrained(tmp_path)
-    again = get_tokenizer(VLMConfig(lm_model_type="not/there", **ONE_TOKEN), tmp_path)
-    text = "  two  spaces, don't é 日本 <|image|> 7"
-    assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(text)) == text
-    assert again.encode(text) == smollm2_tokenizer.encode(text)
-
-
-@needs_smollm2
-def test_easy_vqa_in_smollm2s_tokens(smollm2_tokenizer):
-    cfg = VLMConfig(lm_model_type=SMOLLM2, **ONE_TOKEN)
-    for turn in load_rows("easy-vqa", split="test")[0]["texts"]:
-        ids, labels = encode_conversation(smollm2_tokenizer, [turn], image_string([(1, 1)], cfg))
-        said = smollm2_tokenizer.decode([label for label in labels if label != -100])
-        assert said == turn["assistant"] + "<|im_end|>"
-        assert ids.count(49_152) == cfg.mp_image_token_length

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,25 +57,19 @@ def test_rows_hold_every_sample_once_and_keep_to_the_limits(seed):
         assert len(one) == 1 or sum(images[i] for i in one) <= 4
 
 
-def test_a_limit_on_images_is_all_that_keeps_samples_apart():
-    assert len(pack([10] * 6, [1] * 6, 60, max_images=6)) == 1
-    assert len(pack([10] * 6, [1] * 6, 60, max_images=2)) == 3
-    assert len(pack([10] * 6, [0] * 6, 60, max_images=1)) == 1
-
-
-def test_images_are_paired_with_text():
-    """Half of the rows would have room that the limit closes."""
-    lengths, images = [10] * 40 + [30] * 20, [1] * 40 + [0] * 20
-    rows = pack(lengths, images, 100, max_images=4)
-    assert len(rows) == 10
-    assert all(sum(images[i] for i in one) == 4 for one in rows)
-
-
-def test_a_row_is_filled_by_the_samples_that_together_leave_least():
-    assert len(pack([60, 50, 40, 30, 20], [1] * 5, 100, max_images=3)) == 2
-    lengths = [44, 24, 24, 22, 21, 17, 8, 8, 6, 6, 20]  # the best fits, one by one, need a third row
-    assert sum(lengths) == 200
-    assert len(pack(lengths, [0] * 11, 100, max_images=3)) == 2
+@pytest.mark.parametrize(
+    ("lengths", "images", "capacity", "max_images", "rows"),
+    [
+        ([10] * 6, [1] * 6, 60, 6, 1),
+        ([10] * 6, [1] * 6, 60, 2, 3),  # the limit on images is all that keeps samples apart
+        ([10] * 6, [0] * 6, 60, 1, 1),
+        ([10] * 40 + [30] * 20, [1] * 40 + [0] * 20, 100, 4, 10),  # text fills the room that the limit closes
+        ([60, 50, 40, 30, 20], [1] * 5, 100, 3, 2),
+        ([44, 24, 24, 22, 21, 17, 8, 8, 6, 6, 20], [0] * 11, 100, 3, 2),  # the best fits, one by one, need a third row
+    ],
+)
+def test_samples_need_few_rows(lengths, images, capacity, max_images, rows):
+    assert len(pack(lengths, images, capacity, max_images)) == rows
 
 
 def photos_and_texts(rng: random.Random) -> tuple[int, int]:
@@ -98,27 +93,24 @@ def test_rows_of_mixed_lengths_with_images_are_nearly_full(kind, count, seed):
     assert all(sum(images[i] for i in one) <= 18 for one in rows)
 
 
-def fill_rate(rows, length: int, count: int, **changes) -> float:
-    """Of the first `count` packed rows."""
-    vlm = small(length, vlm_extra_tokens={"image_token": "<|image|>"}, max_img_size=16)
-    found = list(islice(batches(rows, vlm, packing(length, batch_size=1, **changes)), count))
-    return sum(batch["num_tokens"] for batch in found) / sum(batch["input_ids"].numel() for batch in found)
-
-
-def test_rows_of_easy_vqa_are_nearly_full():
-    assert fill_rate(load_rows("easy-vqa")[:400], 1024, 50) > 0.97
-
-
-def test_rows_of_short_samples_with_images_and_texts_are_nearly_full():
+def short_with_images_and_texts() -> list[dict]:
     short = [row(None, [turn("is " + "the " * (i % 7))], f"image{i}") for i in range(900)]
-    texts = [row([], [turn("is " + "the " * (60 + i % 150))], f"text{i}") for i in range(375)]
-    assert fill_rate([*short, *texts], 1024, 60, max_images_per_knapsack=16) > 0.97
+    return short + [row([], [turn("is " + "the " * (60 + i % 150))], f"text{i}") for i in range(375)]
 
 
-def test_rows_of_mixed_lengths_are_nearly_full():
-    rng = np.random.default_rng(0)
-    words = np.clip(rng.lognormal(4.0, 0.8, 1200).astype(int), 1, 900)
-    assert fill_rate([row([], [turn("is " + "the " * n)], str(i)) for i, n in enumerate(words)], 1024, 80) > 0.97
+def of_mixed_lengths() -> list[dict]:
+    words = np.clip(np.random.default_rng(0).lognormal(4.0, 0.8, 1200).astype(int), 1, 900)
+    return [row([], [turn("is " + "the " * n)], str(i)) for i, n in enumerate(words)]
+
+
+@pytest.mark.parametrize(
+    ("make_rows", "count"),
+    [(lambda: load_rows("easy-vqa")[:400], 50), (short_with_images_and_texts, 60), (of_mixed_lengths, 80)],
+)
+def test_batches_are_nearly_full(make_rows, count):
+    vlm = small(1024, vlm_extra_tokens={"image_token": "<|image|>"}, max_img_size=16)
+    found = islice(batches(make_rows(), vlm, packing(1024, batch_size=1, max_images_per_knapsack=16)), count)
+    assert sum(batch["num_tokens"] for batch in found) / (1024 * count) > 0.97
 
 
 # Batches
@@ -179,16 +171,15 @@ def test_packed_batches_follow_from_the_seed_and_go_on_after_any_of_them(kind, w
         cfg = packing(num_workers=workers, turns_per_image=2, flip_images=True, seed=seed)
         return list(islice(batches(rows, small(), cfg, start), count))
 
-    def same(one: dict, other: dict) -> bool:
-        pairs = [(one[name], other[name]) for name in one]
+    def same(some: list[dict], others: list[dict]) -> bool:
+        pairs = [(one[name], other[name]) for one, other in zip(some, others, strict=True) for name in one]
         return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
 
     whole = first(12)
-    assert all(same(one, other) for one, other in zip(first(12), whole, strict=True))
-    assert not all(same(one, other) for one, other in zip(first(12, seed=1), whole, strict=True))
+    assert same(first(12), whole)
+    assert not same(first(12, seed=1), whole)
     for number in (1, 4, 9):
-        rest = first(12 - number, whole[number - 1]["position"])
-        assert all(same(one, other) for one, other in zip(rest, whole[number:], strict=True))
+        assert same(first(12 - number, whole[number - 1]["position"]), whole[number:])
 
 
 def test_other_workers_cannot_go_on():
@@ -206,10 +197,7 @@ def test_what_cannot_be_used_is_counted_once_a_visit():
         [(epochs, _, _)] = batch["position"]["places"]
         if epochs == 8:
             break
-    assert {reason: round(count / epochs) for reason, count in dropped.items()} == {
-        "image does not decode": 2,
-        "no text": 1,
-    }
+    assert {name: round(n / epochs) for name, n in dropped.items()} == {"image does not decode": 2, "no text": 1}
     with pytest.raises(ValueError, match=r"dropped 4 rows \(4 image does not decode\)"):
         next(batches([late] * 4, small(), packing()))
 
@@ -264,10 +252,7 @@ def documents(seed: int, vlm: VLMConfig) -> list[list[dict]]:
 
 
 def logits_of(model: VisionLanguageModel, batch: dict) -> torch.Tensor:
-    inputs = {
-        name: value for name, value in to_device(batch, CPU).items() if name not in ("targets", "label_positions")
-    }
-    return model(**inputs)[0]
+    return model(**to_device({k: v for k, v in batch.items() if k not in ("targets", "label_positions")}, CPU))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -380,15 +365,8 @@ def test_flex_attention_trains_as_the_plain_mask_does(dtype, compiled, monkeypat
 
 
 def test_impossible_settings_name_their_flags():
-    vlm = small(256, lm_max_position_embeddings=128)
+    fine = SimpleNamespace(problems=list)  # a GradESConfig without problems
     with pytest.raises(ValueError, match="--packing True: must be off where lm_max_length 256 is more than"):
-        check_settings(vlm, packing(), _Fine())
+        check_settings(small(256, lm_max_position_embeddings=128), packing(), fine)
     with pytest.raises(ValueError, match="--max_images_per_knapsack 0: must be > 0"):
-        check_settings(small(), packing(max_images_per_knapsack=0), _Fine())
-
-
-class _Fine:
-    """A GradESConfig without problems."""
-
-    def problems(self) -> list[str]:
-        return []
+        check_settings(small(), packing(max_images_per_knapsack=0), fine)

@@ -2,7 +2,6 @@
 
 import io
 
-import datasets
 import numpy as np
 from PIL import Image
 
@@ -100,6 +99,8 @@ def some_rows(count: int) -> list[dict]:
 
 
 def stream(count: int, junk: bool = False) -> RowStream:
+    import datasets
+
     rows = [
         {"images": [{"bytes": b"junk" if junk else encoded(picture(seed=i)), "path": None}], "texts": [turn()]}
         for i in range(count)
