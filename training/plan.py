@@ -38,10 +38,7 @@ class Part:
 
 @dataclass
 class Plan:
-    """A run in which nothing freezes. Rows have max_sample_length tokens and one image of the largest size.
-
-    With packing they have lm_max_length tokens and as many images as fit.
-    """
+    """A run in which nothing freezes, and whose rows have as many tokens and image tiles as the settings allow."""
 
     processes: int
     parts: list[Part]
@@ -115,9 +112,10 @@ def _held(model: nn.Module, settings: Settings, components: list[Component], sha
 
 
 def full_batch(settings: Settings, device: torch.device) -> dict:
-    """A micro-batch of zeros as large as the collator makes them, with turns_per_image rows for each image.
+    """The collator's largest micro-batch, of zeros: each image of the largest size, in turns_per_image rows.
 
-    A packed row holds as many images as max_images_per_knapsack and its tokens allow.
+    A row has max_sample_length tokens and one image. A packed one has lm_max_length tokens, and as many images as
+    max_images_per_knapsack and its tokens allow.
     """
     vlm, cfg = settings.vlm, settings.train
     side = vlm.max_img_size // vlm.vit_img_size
