@@ -93,7 +93,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
         monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say,
                                 parallel.on_requires_grad_change, parallel.same_on_all)  # fmt: skip
     stop = StopSignal(log.say, parallel)
-    meter = Meter(FlopCounter(model), parallel, device)
+    meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
     evaluator = Evaluator(model, data, cfg, device, autocast, stop.until)
     evaluation = Evaluation(cfg, evaluator, monitor, parallel, stop, meter, log)
     if not parallel.is_main:

@@ -23,6 +23,8 @@ FLEX_BLOCK = 128
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that matrix products of x come out in; the residual stream keeps to it."""
     device = x.device.type
+    if device == "meta":  # which autocast does not know
+        return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 

@@ -1,46 +1,34 @@
-"""FLOPs from shapes against what PyTorch counts while it runs the products."""
+"""FLOPs from shapes against those that PyTorch counts while it runs the products."""
 
 import pytest
 import torch
+from tiny import grades as tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from grades.components import find_components
-from models.config import VLMConfig
-from models.vision_language_model import VisionLanguageModel
 from training.flops import FlopCounter, model_cost
 
-ROWS, LENGTH, LABELS = 3, 24, 10
-CONFIG = VLMConfig(
-    vit_img_size=32, max_img_size=32, vit_patch_size=4, vit_hidden_dim=32, vit_inter_dim=96, vit_n_heads=2,
-    vit_n_blocks=2, mp_pixel_shuffle_factor=2, mp_image_token_length=16, lm_hidden_dim=48, lm_inter_dim=80,
-    lm_n_heads=4, lm_n_kv_heads=2, lm_n_blocks=2, lm_base_vocab_size=60, extra_token_amount=1,
-    vlm_extra_tokens={"image_token": "<|image|>"}, lm_max_length=64,
-)  # fmt: skip
+LABELS = 7
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return VisionLanguageModel(CONFIG)
+    return tiny.make_model()
 
 
 def batch() -> dict:
-    ids = torch.randint(0, 60, (ROWS, LENGTH))
-    ids[:, :16] = CONFIG.image_token_id
-    targets = torch.full((ROWS, LENGTH), -100)
-    targets.view(-1)[-LABELS:] = 1
-    return {
-        "input_ids": ids,
-        "targets": targets,
-        "images": torch.randn(ROWS, 3, 32, 32),
-        "image_slots": (ids.flatten() == CONFIG.image_token_id).nonzero().squeeze(1),
-        "label_positions": (targets.flatten() != -100).nonzero().squeeze(1),
+    """Two rows of ten tokens with an image and a few labels, as the collator makes them."""
+    found = tiny.batch(0)
+    found["targets"].view(-1)[:-LABELS] = -100
+    return found | {
+        "image_slots": (found["input_ids"].flatten() == tiny.TINY["lm_base_vocab_size"]).nonzero().squeeze(1),
+        "label_positions": (found["targets"].flatten() != -100).nonzero().squeeze(1),
         "num_labels": LABELS,
     }
 
 
 def counted(model, data: dict) -> int:
-    """By PyTorch, with attention as plain products, as bfloat16 takes it on a CPU."""
+    """By PyTorch, in bfloat16, in which attention on a CPU is plain products."""
     inputs = {name: value for name, value in data.items() if torch.is_tensor(value)}
     with FlopCounterMode(display=False) as counter:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -49,38 +37,27 @@ def counted(model, data: dict) -> int:
     return counter.get_total_flops()
 
 
-def freeze_language_components(model):
-    for component in find_components(model):
-        if component.tower == "language":
-            for parameter in component.parameters:
-                parameter.requires_grad_(False)
-
-
-def freeze_all_but_projector(model):
-    model.requires_grad_(False)
-    model.MP.requires_grad_(True)
-
-
-def freeze_the_first_blocks(model):
-    for part in (model.vision_encoder.patch_embedding, model.vision_encoder.blocks[0]):
-        part.requires_grad_(False)
-
-
 def add_lora(model):
-    peft = pytest.importorskip("peft")
-    model.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv_proj", "fc2"]), model)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv_proj", "fc2"]), freeze(model))
+
+
+def freeze(*parts):
+    for part in parts:
+        part.requires_grad_(False)
+    return parts[0]
 
 
 FREEZES = {
     "nothing": lambda model: None,
-    "language components": freeze_language_components,
-    "vision tower": lambda model: model.vision_encoder.requires_grad_(False),
-    "first blocks": freeze_the_first_blocks,
-    "all but the projector": freeze_all_but_projector,
-    "all but one value projection": lambda model: (
-        model.requires_grad_(False).decoder.blocks[0].attn.v_proj.requires_grad_(True)
+    "language components": lambda model: freeze(
+        *(p for c in find_components(model) if c.tower == "language" for p in c.parameters)
     ),
+    "vision tower": lambda model: freeze(model.vision_encoder),
+    "first blocks": lambda model: freeze(model.vision_encoder.patch_embedding, model.vision_encoder.blocks[0]),
+    "all but the projector": lambda model: freeze(model).MP.requires_grad_(True),
+    "all but one value projection": lambda model: freeze(model).decoder.blocks[0].attn.v_proj.requires_grad_(True),
     "all but LoRA": add_lora,
 }
 
@@ -93,22 +70,29 @@ def test_flops_are_what_pytorch_counts(model, name):
 
 
 def test_text_alone_costs_no_vision(model):
-    data = batch() | {"images": None, "image_slots": None, "input_ids": torch.randint(0, 60, (ROWS, LENGTH))}
+    data = batch() | {"images": None, "image_slots": None}
     assert model_cost(model).of(data) == counted(model, data)
 
 
 def test_a_freeze_lowers_the_steps_after_it(model):
     data, counter = batch(), FlopCounter(model)
     counter.add([data, data])
-    assert counter.done == counter.unfrozen == 2 * model_cost(model).of(data)
-    before = counter.done
+    whole = 2 * model_cost(model).of(data)
+    assert counter.state_dict() == {"done": whole, "unfrozen": whole}
     model.vision_encoder.requires_grad_(False)
     counter.add([data])
-    cheap = counter.done - before
-    assert cheap == model_cost(model).of(data) < before / 2
+    cheap = counter.done - whole
+    assert cheap == model_cost(model).of(data) < whole / 2
     model.vision_encoder.requires_grad_(True)
     counter.add([data])
-    assert (counter.done, counter.unfrozen) == (1.5 * before + cheap, 2 * before)
-    again = FlopCounter(model)
-    again.load_state_dict(counter.state_dict())
-    assert (again.done, again.unfrozen) == (counter.done, counter.unfrozen)
+    assert counter.state_dict() == {"done": 3 * whole // 2 + cheap, "unfrozen": 2 * whole}
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "done", "unfrozen"),
+    [(0, 2, 3, 5), (1, 2, 7, 8), (0, 1, 10, 13), (0, 3, 10, 13), (2, 3, 0, 0)],
+)
+def test_counts_of_all_ranks_are_taken_over(model, rank, world_size, done, unfrozen):
+    counter = FlopCounter(model, rank, world_size)
+    counter.load_rank_states([{"done": 3, "unfrozen": 5}, {"done": 7, "unfrozen": 8}])
+    assert counter.state_dict() == {"done": done, "unfrozen": unfrozen}

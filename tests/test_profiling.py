@@ -1,55 +1,55 @@
-"""--profile: a trace of the steps that were asked for, and what took the time in them."""
+"""--profile: a trace of the steps that were asked for, and torch's table of them; peak memory."""
 
 import json
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
-from tiny.runs import arguments
+import torch
 
-import train
 from training.arguments import parse_arguments
-from training.profiling import OPERATORS, TRACE, WARMUP_STEPS
+from training.memory import peak_memory_bytes
+from training.profiling import TRACE, WARMUP_STEPS, StepProfiler
+
+CPU = torch.device("cpu")
 
 
-def profiled(data, tmp_path, **flags) -> tuple[dict | None, list[str]]:
-    """The trace, and the lines of log.txt."""
-    given = {"eval_interval": 100, "log_interval": 1} | flags
-    assert train.main(parse_arguments(arguments(data, tmp_path, "run", **given))) == 0
-    folder = tmp_path / "out" / "run"
-    trace = json.loads((folder / TRACE).read_text()) if (folder / TRACE).exists() else None
-    return trace, (folder / "log.txt").read_text().splitlines()
-
-
-def test_the_steps_after_warm_up_are_profiled(data, tmp_path):
-    trace, log = profiled(data, tmp_path, profile=2, max_training_steps=WARMUP_STEPS + 3)
-    names = {event.get("name") for event in trace["traceEvents"]}
-    steps = {name for name in names if str(name).startswith("ProfilerStep")}
-    assert steps == {f"ProfilerStep#{WARMUP_STEPS}", f"ProfilerStep#{WARMUP_STEPS + 1}"}
-    assert {"aten::mm", "Optimizer.step#AdamW.step"} <= names
-    header = log.index("CPU time of 2 steps by operator, without that of the operators it calls")
-    rows = [line.split(maxsplit=3) for line in log[header + 2 : header + 2 + OPERATORS]]
-    times, shares = [float(row[0]) for row in rows], [float(row[1].rstrip("%")) for row in rows]
-    assert times == sorted(times, reverse=True)
-    assert times[0] > 0
-    assert 50 < sum(shares) <= 100.1
-    assert any("aten::" in row[3] for row in rows)
-    assert "(between operators)" in [row[3] for row in rows]
-    assert log[header + 2 + OPERATORS].startswith(f"written {tmp_path}")
-
-
-def test_a_run_that_ends_early_shows_what_it_has(data, tmp_path):
-    trace, log = profiled(data, tmp_path, profile=9, max_training_steps=WARMUP_STEPS + 1)
-    assert any(line.startswith("CPU time of 1 steps") for line in log)
-    assert trace is not None
+@pytest.mark.parametrize(("steps", "done", "profiled"), [(2, 8, 2), (2, 6, 1), (2, WARMUP_STEPS, 0), (0, 8, 0)])
+def test_the_steps_after_warm_up_are_profiled(steps, done, profiled, tmp_path):
+    said = []
+    profiler = StepProfiler(steps, tmp_path, CPU, said.append)
+    for _ in range(done):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        profiler.step()
+    profiler.close()
+    assert (tmp_path / TRACE).exists() == bool(profiled)
+    assert len(said) == (2 if profiled else done == WARMUP_STEPS)  # which is too few, and said
+    if profiled:
+        names = [event.get("name") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]]
+        assert f"ProfilerStep#{WARMUP_STEPS}" in names
+        assert names.count("aten::mm") == profiled
+        assert "aten::mm" in said[0]
+        assert "Self CPU %" in said[0]
 
 
 def test_the_number_of_steps_can_be_left_out():
     assert parse_arguments(["--profile", "--seed", "1"]).train.profile == 5
     assert parse_arguments([]).train.profile == 0
-    with pytest.raises(SystemExit):
-        parse_arguments(["--profile=-1"])
 
 
-def test_a_run_that_ends_before_says_so(data, tmp_path):
-    trace, log = profiled(data, tmp_path, profile=1, max_training_steps=2)
-    assert trace is None
-    assert f"--profile: nothing to show; it begins after {WARMUP_STEPS} steps" in log
+def test_peak_memory_is_in_bytes(monkeypatch):
+    resource = pytest.importorskip("resource")
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 50 * 2**20 < peak_memory_bytes(CPU) < installed  # Python and torch take more than 50 MiB
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    for platform, unit in (("linux", 1024), ("darwin", 1)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_memory_bytes(CPU) == 3 * 2**20 * unit
+
+
+def test_peak_memory_is_unknown_where_nobody_tells(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert peak_memory_bytes(CPU) is None
+    assert peak_memory_bytes(torch.device("mps")) is None

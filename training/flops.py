@@ -1,28 +1,32 @@
-"""FLOPs of training in matrix products, from shapes and requires_grad alone: the device is not asked.
+"""FLOPs of training in matrix products, counted from shapes and requires_grad, without asking the device.
 
-The product of [n, i] with [i, o] is 2 * n * i * o. Each linear has one in the forward pass, and in the backward pass
-one for the gradient of its input, where something before it trains, and one for its weight, where that trains. The
-two products of attention likewise, over all pairs of positions, those that a causal mask hides included; what a fused
-kernel computes a second time is not counted. The head is counted at label positions only.
+The product of [n, i] with [i, o] takes 2 * n * i * o. A linear layer has one product in the forward pass; in the
+backward pass one for the gradient of its input, if something before it trains, and one for that of its weight, if it
+trains. The same holds for the two products of attention, which are counted for all pairs of positions, also those that
+a mask hides. What a fused kernel or a checkpoint computes again is not counted. The head counts at label positions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn as nn
+
+from models.vision_language_model import VisionLanguageModel
+from models.vision_transformer import ViT
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of forward and backward by what they grow with."""
+    """FLOPs of the forward and backward pass, per thing that a micro-batch holds."""
 
-    image: int
-    token: int  # a position of a row, padding included
-    pair: int  # a pair of positions of one row
-    label: int
+    image: int  # or tile
+    token: int  # position of a row, padding included
+    pair: int  # pair of positions of one row
+    label: int  # label position
 
     def of(self, batch: dict) -> int:
-        """FLOPs of a micro-batch as the collator makes it."""
+        """FLOPs of a micro-batch of the collator: input_ids [B, T], images [N, 3, S, S] or None, num_labels."""
         rows, length = batch["input_ids"].shape
         images = 0 if batch["images"] is None else len(batch["images"])
         positions = rows * length
@@ -35,18 +39,18 @@ class Cost:
 
 
 class FlopCounter:
-    """Adds up what a run's steps cost, and what they would have cost with nothing frozen."""
+    """Adds up the FLOPs of this rank's steps, and what they would have been with nothing frozen."""
 
-    def __init__(self, model: nn.Module):
-        """model: a VisionLanguageModel with all frozen that never trains, and nothing else frozen yet."""
-        self.model = model
+    def __init__(self, model: VisionLanguageModel, rank: int = 0, world_size: int = 1):
+        """model: only what never trains is frozen in it."""
+        self.model, self.rank, self.world_size = model, rank, world_size
         self.parameters = list(model.parameters())
         self.flags = self._flags()
         self.cost = self.cost_unfrozen = model_cost(model)
         self.done = self.unfrozen = 0
 
     def add(self, micro_batches: Iterable[dict]) -> None:
-        """Count a step, with requires_grad as it was in it: a freeze that it brings about lowers the next one."""
+        """Count a step; to be called while requires_grad is as it was in its passes."""
         flags = self._flags()
         if flags != self.flags:
             self.flags, self.cost = flags, model_cost(self.model)
@@ -58,14 +62,20 @@ class FlopCounter:
         return bytes(parameter.requires_grad for parameter in self.parameters)
 
     def state_dict(self) -> dict[str, int]:
+        """What this rank has counted."""
         return {"done": self.done, "unfrozen": self.unfrozen}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done, self.unfrozen = state["done"], state["unfrozen"]
+    def load_rank_states(self, states: Sequence[dict[str, int]]) -> None:
+        """states: the state_dict of each rank of the saved run. With another number of ranks now, rank 0 takes sums."""
+        if len(states) == self.world_size:
+            states = [states[self.rank]]
+        elif self.rank > 0:
+            states = []
+        self.done, self.unfrozen = (sum(state[name] for state in states) for name in ("done", "unfrozen"))
 
 
-def model_cost(model: nn.Module) -> Cost:
-    """The cost of a VisionLanguageModel as its parameters' requires_grad now stand."""
+def model_cost(model: VisionLanguageModel) -> Cost:
+    """The cost with the parameters' present requires_grad."""
     image, image_grad = _vision(model.vision_encoder)
     factor = model.MP.factor**2
     patches = model.vision_encoder.cfg.vit_grid**2
@@ -80,14 +90,15 @@ def model_cost(model: nn.Module) -> Cost:
     return Cost(image, token, pair, head.flops)
 
 
-def _vision(vit: nn.Module) -> tuple[int, bool]:
-    """(FLOPs an image, whether the features need a gradient)."""
+def _vision(vit: ViT) -> tuple[int, bool]:
+    """(FLOPs per image, whether the features need a gradient)."""
     embedding = vit.patch_embedding
     patches = vit.cfg.vit_grid**2
     flow = Flow(False)  # pixels need no gradient
     flow.multiply(embedding.conv)
     flow.grad = _trains(embedding)
     pair = 0
+    block: Any
     for block in vit.blocks:
         inside = flow.branch(block.ln1).linears(block.attn.qkv_proj)
         pair += _attention(block.attn.out_proj.in_features, inside.grad, inside.grad, inside.grad)
@@ -96,8 +107,8 @@ def _vision(vit: nn.Module) -> tuple[int, bool]:
     return patches * flow.flops + patches**2 * pair, flow.grad or _trains(vit.layer_norm)
 
 
-def _decoder_block(block: nn.Module, flow: "Flow") -> int:
-    """Take the flow through the block; returns the FLOPs a pair of positions."""
+def _decoder_block(block: Any, flow: "Flow") -> int:
+    """Take the flow through the block; returns the FLOPs per pair of positions."""
     attn, mlp = block.attn, block.mlp
     q, k, v = (flow.branch(block.norm1).linears(linear) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
     inside = Flow(q.grad or k.grad or v.grad, q.flops + k.flops + v.flops)
@@ -108,14 +119,14 @@ def _decoder_block(block: nn.Module, flow: "Flow") -> int:
 
 
 def _attention(width: int, q_grad: bool, k_grad: bool, v_grad: bool) -> int:
-    """FLOPs a pair of positions of queries times keys and weights times values; width: of all heads together."""
-    weights_grad = q_grad or k_grad
-    return 2 * width * ((1 + q_grad + k_grad) + (1 + weights_grad + v_grad))
+    """FLOPs per pair of positions of queries times keys and scores times values; width: of all heads together."""
+    scores_grad = q_grad or k_grad
+    return 2 * width * ((1 + q_grad + k_grad) + (1 + scores_grad + v_grad))
 
 
 @dataclass
 class Flow:
-    """What goes through the model: whether what it carries needs a gradient, and the FLOPs a position so far."""
+    """What passes through the model: whether it needs a gradient at this point, and the FLOPs per position so far."""
 
     grad: bool
     flops: int = 0
@@ -125,17 +136,17 @@ class Flow:
         return Flow(self.grad or _trains(norm))
 
     def join(self, branch: "Flow") -> None:
-        """What a branch gives back to the residual stream."""
+        """Add a branch to the residual stream."""
         self.grad = self.grad or branch.grad
         self.flops += branch.flops
 
-    def multiply(self, linear: nn.Module) -> None:
-        """Through one linear (or what is computed as one)."""
+    def multiply(self, linear: Any) -> None:
+        """Through one linear layer, or a convolution that is computed as one."""
         self.flops += 2 * linear.weight.numel() * (1 + self.grad + linear.weight.requires_grad)
         self.grad = self.grad or _trains(linear)
 
-    def linears(self, *linears: nn.Module) -> "Flow":
-        """Through linears one after the other, each with its LoRA adapters (A, then B, beside it)."""
+    def linears(self, *linears: Any) -> "Flow":
+        """Through linear layers one after the other, each with its LoRA adapters (A, then B) beside it."""
         for linear in linears:
             adapted = [Flow(self.grad) for _ in getattr(linear, "lora_A", {})]
             for adapter, name in zip(adapted, getattr(linear, "lora_A", {}), strict=True):

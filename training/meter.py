@@ -127,9 +127,6 @@ class Meter:
         self.seconds.update(state["seconds"])
         self.losses, self.tokens, self.total_tokens = list(state["losses"]), state["tokens"], state["total_tokens"]
         self.reported_s, self.reported_flops = state["reported_s"], state["reported_flops"]
-        if same:
-            self.flops.load_state_dict(state["flops"])
-        else:  # rank 0 takes what all of them have counted
-            of_all = (sum(other["flops"][key] for other in states) for key in ("done", "unfrozen"))
-            self.flops.done, self.flops.unfrozen = of_all if rank == 0 else (0, 0)
+        self.flops.load_rank_states([other["flops"] for other in states])
+        if not same:  # rank 0 takes what all of them have counted
             self.reported_flops = sum(other["reported_flops"] for other in states) if rank == 0 else 0

@@ -1,28 +1,28 @@
-"""--profile: a trace of a few training steps, and the operators that took the most time in them.
+"""--profile: the operators that take the most time in a few training steps, and a trace of them."""
 
-`run` is train.py's Run.
-"""
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-# Steps before: of compiling, of the allocator, of workers that have yet to start. The last warms up the profiler.
+# Not profiled: the steps in which compilation, the allocator and data workers start. The last warms up the profiler.
 WARMUP_STEPS = 5
 TRACE = "trace.json"
 OPERATORS = 15
 
 
 class StepProfiler:
-    """Profiles the steps after the first WARMUP_STEPS of this process, on rank 0; call `step` after each.
+    """Profiles training steps after the first WARMUP_STEPS of this process; call `step` after each one.
 
-    What comes between two of them, such as an evaluation, is profiled too. The trace goes into the run folder, for
-    ui.perfetto.dev or chrome://tracing.
+    What comes between two steps, such as an evaluation, is profiled too. At the end `say` gets torch's table of
+    operators, and the folder trace.json, for ui.perfetto.dev or chrome://tracing.
     """
 
-    def __init__(self, steps, folder, device, say):
+    def __init__(self, steps: int, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
+        """steps: how many to profile; with 0 nothing is done."""
         self.folder, self.device, self.say = folder, device, say
-        self.steps, self.reported = 0, False
+        self.steps_done = 0
         self.profile: profile | None = None
         if steps:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -31,38 +31,22 @@ class StepProfiler:
             self.profile.start()
 
     def step(self) -> None:
-        self.steps += 1
+        """Tell the profiler that a training step has ended."""
+        self.steps_done += 1
         if self.profile is not None:
             self.profile.step()
 
     def close(self) -> None:
-        """At the end of the training steps, which may come before all are profiled: those that were are reported."""
+        """After the last training step, which may come before all are profiled: those that were are reported."""
         if self.profile is not None:
             self.profile.stop()
-            if not self.reported:
-                self.say(f"--profile: nothing to show; it begins after {WARMUP_STEPS} steps")
+            if self.steps_done <= WARMUP_STEPS:
+                self.say(f"--profile: nothing to show, as it begins after {WARMUP_STEPS} steps")
 
     def _report(self, found: profile) -> None:
-        if self.steps <= WARMUP_STEPS:
+        if self.steps_done <= WARMUP_STEPS:
             return
         found.export_chrome_trace(str(self.folder / TRACE))
-        lines = top_operators(found, self.device, self.steps - WARMUP_STEPS)
-        self.say("\n".join([*lines, f"written {self.folder / TRACE}, to be opened in ui.perfetto.dev"]))
-        self.reported = True
-
-
-def top_operators(found: profile, device: torch.device, steps: int) -> list[str]:
-    """A line for each of the operators with the most time of their own, on the GPU where there is one."""
-    on_gpu = device.type == "cuda"
-    # A kernel is an event of its own besides the operator that launched it.
-    events = [event for event in found.key_averages() if event.device_type == DeviceType.CPU]
-    rows = [((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1000, e) for e in events]  # ms
-    total = sum(time for time, _ in rows)
-    lines = [
-        f"{'GPU' if on_gpu else 'CPU'} time of {steps} steps by operator, without that of the operators it calls",
-        "  ms a step   share  calls a step  operator",
-    ]
-    for time, event in sorted(rows, key=lambda row: -row[0])[:OPERATORS]:
-        name = "(between operators)" if event.key.startswith("ProfilerStep") else event.key[:80]
-        lines.append(f"{time / steps:11.3f}  {time / total:6.1%}  {event.count / steps:12.0f}  {name}")
-    return lines
+        by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        self.say(found.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=40))
+        self.say(f"written {self.folder / TRACE}; open it in ui.perfetto.dev")
