@@ -23,7 +23,7 @@ import contextlib
 import torch
 
 from data.pipeline import Data, identify, load_data
-from data.sources import load_rows
+from data.rows import load_rows
 from eval.evaluation import Evaluator
 from grades import GradESMonitor
 from models.config import TrainConfig

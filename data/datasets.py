@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
-from data.sources import filter_turns
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, knows_every_word, unknown_words
 from models.config import TrainConfig, VLMConfig
 

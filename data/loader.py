@@ -5,22 +5,34 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import count
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import DropCounter, Questions, Sample, VQADataset, nothing_usable
+from data.order import EpochIndices, EpochOrder, RankOrder
 from data.packing import PackedCollator, PackedReaders
-from data.readers import Patience, Place, Readers, as_it_is
-from data.sources import EpochIndices, RowStream
+from data.readers import StreamReaders, as_it_is
+from data.streams import RowStream
 from models.config import TrainConfig
 
 
 def _init_worker(_worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; only the main one shall act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def shares_rows(rows: Any, cfg: TrainConfig) -> bool:
+    """Whether each worker of each rank reads a share of the rows of its own, so that its position says nothing about
+    other shares: of a stream, and with packing."""
+    return cfg.packing or isinstance(rows, RowStream)
+
+
+def epoch_order(rows: Any, cfg: TrainConfig, world_size: int = 1, start: int = 0) -> EpochOrder:
+    """The order of rows that are not shared out: lists of keys for all ranks together, after the first `start`."""
+    return EpochOrder(EpochIndices(rows, cfg.mixture_weights, cfg.seed), cfg.batch_size * world_size, start)
 
 
 def train_batches(
@@ -33,18 +45,18 @@ def train_batches(
 ) -> Iterator[dict]:
     """Endless batches of batch_size rows; each epoch is a new seeded permutation.
 
-    The rows that do not fill a batch at the end of an epoch are left out, but where a batch is larger than the data
-    set it goes on into the next epoch. A batch is smaller by its dropped rows, and a batch of dropped rows is skipped,
-    its counts going into the next. Of a stream, and with packing, each worker of each rank reads rows of its own: see
-    Readers, which have positions of their own.
-    start: go on after so many batches, skipped ones counted; each batch has this number as its `position`.
+    The rows that do not fill a batch at the end of an epoch are left out; where a batch is larger than the data set it
+    continues into the next epoch. A batch is smaller by its dropped rows, and a batch of dropped rows is skipped, its
+    counts going into the next. Where `shares_rows`, each worker of each rank reads rows of its own: see Readers.
+    start: the `position` of the batch to continue after; 0 is the beginning. A position is the number of batches so
+    far, skipped ones counted, or of Readers a dict.
     rank, world_size: the ranks' batches of one number are together the batch that a single process with world_size
     times batch_size would take. So that all ranks make as many steps, a rank whose rows are all dropped gets a batch
     without rows.
     Raises ValueError if no row can be used.
     """
     workers = train_cfg.num_workers
-    options = {
+    options: dict[str, Any] = {
         "collate_fn": collator,
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
@@ -52,18 +64,17 @@ def train_batches(
         "worker_init_fn": _init_worker,
         "generator": torch.Generator(),  # else a loader draws from the one that dropout draws from
     }
-    if train_cfg.packing:
-        packed = PackedCollator(collator.pad_id, collator.vlm_cfg)
-        return PackedReaders(dataset, packed, start or None, rank, world_size).batches(options)
     blank = collator.blank() if world_size > 1 else None
-    if isinstance(dataset.rows, RowStream):
-        readers = StreamReaders(dataset, collator, start or None, rank, world_size)
-        return _used(readers.batches(options), None, 0, blank)
-    visits = EpochIndices(dataset.rows, train_cfg.mixture_weights, train_cfg.seed)
-    order = EpochOrder(len(dataset), train_cfg.batch_size * world_size, train_cfg.seed, start, visits)
-    part = slice(rank * train_cfg.batch_size, (rank + 1) * train_cfg.batch_size)
-    loader = DataLoader(dataset, batch_sampler=_PartOfEach(order, part), **options)
-    return _used(loader, order.batches_per_epoch, start, blank)
+    if shares_rows(dataset.rows, train_cfg):
+        place = start if isinstance(start, dict) else None
+        if train_cfg.packing:
+            packed = PackedCollator(collator.pad_id, collator.vlm_cfg)
+            return PackedReaders(dataset, packed, place, rank, world_size).batches(options)
+        return _used(StreamReaders(dataset, collator, place, rank, world_size).batches(options), None, 0, blank)
+    number = start if isinstance(start, int) else 0
+    order = epoch_order(dataset.rows, train_cfg, world_size, number)
+    loader = DataLoader(cast(Dataset, dataset), batch_sampler=RankOrder(order, rank, train_cfg.batch_size), **options)
+    return _used(loader, order.batches_per_epoch, number, blank)
 
 
 def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, blank: dict | None) -> Iterator[dict]:
@@ -73,67 +84,19 @@ def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, bla
     blank: a batch without a row, which takes the place of skipped ones.
     """
     skipped, epoch = DropCounter(), DropCounter()  # counts since the last batch, and of the epoch
-    usable = bool(batches_per_epoch and start % batches_per_epoch)  # a run goes on after a batch that it has used
+    usable = bool(batches_per_epoch and start % batches_per_epoch)  # a run continues after a batch that it has used
     for number, batch in enumerate(loader, start=start + 1):
         skipped.update(batch["dropped"])
         epoch.update(batch["dropped"])
         holds_a_row = batch["input_ids"] is not None
         if holds_a_row or blank is not None:
-            yield {"position": number} | batch | (blank if not holds_a_row else {}) | {"dropped": dict(skipped)}
+            filling = {} if holds_a_row or blank is None else blank
+            yield {"position": number} | batch | filling | {"dropped": dict(skipped)}
             skipped, usable = DropCounter(), usable or holds_a_row
         if batches_per_epoch and number % batches_per_epoch == 0:
             if not usable:
                 raise nothing_usable(epoch)
             epoch, usable = DropCounter(), False
-
-
-class EpochOrder:
-    """Endless lists of batch_size keys (epoch, index) of a VQADataset, after the first `start` of them."""
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int, start: int = 0, visits: EpochIndices | None = None):
-        """visits: the rows of each epoch; by default all num_rows."""
-        self.visits = visits or EpochIndices(range(num_rows), {}, seed)
-        num_rows = self.num_rows = len(self.visits)
-        self.batch_size = batch_size
-        self.batches_per_epoch = max(num_rows // batch_size, 1)
-        epoch_keys = num_rows if num_rows < batch_size else self.batches_per_epoch * batch_size  # the rest is left out
-        self.start_epoch, self.start_key = divmod(start * batch_size, epoch_keys)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        keys: list[tuple[int, int]] = []
-        for epoch in count(self.start_epoch):
-            order = self.visits[epoch].tolist()
-            keys += [(epoch, index) for index in order[self.start_key if epoch == self.start_epoch else 0 :]]
-            while len(keys) >= self.batch_size:
-                yield keys[: self.batch_size]
-                keys = keys[self.batch_size :]
-            if self.num_rows >= self.batch_size:
-                keys = []
-
-
-class _PartOfEach:
-    """The same part of each list of keys."""
-
-    def __init__(self, order: EpochOrder, part: slice):
-        self.order, self.part = order, part
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (keys[self.part] for keys in self.order)
-
-
-class StreamReaders(Readers):
-    """Endless batches of a RowStream."""
-
-    def items(self, reader: int, place: Place) -> Iterator[tuple[Sample, Place]]:
-        first_epoch, offset, _ = place
-        patience = Patience()
-        for epoch in count(first_epoch):
-            for number, row in enumerate(self.stream(reader, epoch, offset), start=offset + 1):
-                sample = self.dataset.sample(row, f"{epoch}/{row['id']}")
-                patience.see([sample])
-                yield sample, (epoch, number, 0)
-            patience.end_epoch()
-            offset = 0
 
 
 def eval_batches(
@@ -183,7 +146,7 @@ def _in_order(dataset: VQADataset, workers: int, questions: bool) -> Iterator[Sa
         return (rows[index] for index in range(len(rows)))
     # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
     torch.multiprocessing.set_sharing_strategy("file_system")
-    options = {"worker_init_fn": _init_worker, "generator": torch.Generator()}  # see train_batches
+    options: dict[str, Any] = {"worker_init_fn": _init_worker, "generator": torch.Generator()}  # see train_batches
     return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, **options))
 
 

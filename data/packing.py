@@ -21,8 +21,9 @@ import torch
 
 from data.collators import Collator
 from data.datasets import PreparedSample, Sample, VQADataset, count_drops
-from data.readers import Patience, Place, Readers
-from data.sources import EpochIndices, RowStream
+from data.order import EpochIndices
+from data.readers import FruitlessCounter, Place, Readers
+from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
 WINDOW_ROWS = 128  # a window has the tokens of this many full rows; about one row's worth of padding is left of it
 PADDING = -1  # the document id of what follows the last document of a row
@@ -152,7 +153,12 @@ class PackedReaders(Readers):
     """
 
     def __init__(
-        self, dataset: VQADataset, collator: PackedCollator, start: dict | None, rank: int = 0, world_size: int = 1
+        self,
+        dataset: VQADataset,
+        collator: PackedCollator,
+        start: dict | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         super().__init__(dataset, collator, start, rank, world_size)
         if not isinstance(dataset.rows, RowStream):
@@ -160,38 +166,44 @@ class PackedReaders(Readers):
 
     def items(self, reader: int, place: Place) -> Iterator[tuple[list[Sample], Place]]:
         """(samples of a row and those dropped before it, place after it)."""
-        first_epoch, offset, given = place
-        patience = Patience()
+        first_epoch, offset, at, given = place
+        fruitless = FruitlessCounter()
         dropped: list[Sample] = []  # since the last row
         for epoch in count(first_epoch):
-            for begin, window, rows in self.windows(reader, epoch, offset):
+            for begin, window, rows in self.windows(reader, epoch, (offset, at)):
                 if given == 0:
                     unusable = (sample for sample in window if not sample.conversations)
-                    dropped += patience.see(self.dataset.decode(sample) for sample in unusable)
+                    dropped += fruitless.see(self.dataset.decode(sample) for sample in unusable)
                 for number, pieces in islice(enumerate(rows, start=1), given, None):
                     samples = [self._sample(piece) for piece in pieces]
-                    dropped += patience.see(samples)
+                    dropped += fruitless.see(samples)
                     if used := [sample for sample in samples if sample.conversations]:
-                        yield dropped + used, (epoch, begin, number)
+                        yield dropped + used, (epoch, *begin, number)
                         dropped = []
                 given = 0
-            offset = 0
-            patience.end_epoch()
+            offset, at = 0, EPOCH_START
+            fruitless.end_epoch()
 
     def windows(
-        self, reader: int, epoch: int, offset: int
-    ) -> Iterator[tuple[int, list[PreparedSample], list[list[Piece]]]]:
-        """(samples of the epoch before it, its samples, its rows) of each window after the first `offset` samples."""
-        samples = self._prepared(reader, epoch, offset)
-        while window := list(_window(samples, WINDOW_ROWS * self.collator.vlm_cfg.lm_max_length)):
-            yield offset, window, self._packed(window, f"{self.dataset.cfg.seed}/{epoch}/{reader}/{offset}")
-            offset += len(window)
+        self, reader: int, epoch: int, begin: tuple[int, StreamPlace] = (0, EPOCH_START)
+    ) -> Iterator[tuple[tuple[int, StreamPlace], list[PreparedSample], list[list[Piece]]]]:
+        """(where it begins, its samples, its rows) of each window of an epoch, from the one that begins at `begin` on.
 
-    def _prepared(self, reader: int, epoch: int, offset: int) -> Iterator[PreparedSample]:
-        """The samples of the reader's rows of an epoch, after the first `offset` of them."""
+        A beginning is the number of the epoch's samples before it, and the place in a stream.
+        """
+        offset, at = begin
+        stream = self.stream(reader, epoch, at) if isinstance(self.dataset.rows, RowStream) else None
+        samples = self._prepared(reader, epoch, offset, stream)
+        while window := list(_window(samples, WINDOW_ROWS * self.collator.vlm_cfg.lm_max_length)):
+            yield (offset, at), window, self._packed(window, f"{self.dataset.cfg.seed}/{epoch}/{reader}/{offset}")
+            offset += len(window)
+            at = stream.place if stream is not None else EPOCH_START
+
+    def _prepared(self, reader: int, epoch: int, offset: int, stream: EpochRows | None) -> Iterator[PreparedSample]:
+        """The samples of the reader's rows of an epoch: of the stream, or of a table after the first `offset`."""
         dataset = self.dataset
-        if isinstance(dataset.rows, RowStream):
-            return (dataset.prepare_row(row, f"{epoch}/{row['id']}") for row in self.stream(reader, epoch, offset))
+        if stream is not None:
+            return (dataset.prepare_row(row, f"{epoch}/{row['id']}") for row in stream)
         # Where there are fewer rows than readers, other readers have one in each epoch.
         mine = self.order[epoch][(reader + epoch) % self.readers :: self.readers]
         return (dataset.prepare((epoch, index)) for index in mine[offset:].tolist())

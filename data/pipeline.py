@@ -6,18 +6,23 @@ import hashlib
 import itertools
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data import easy_vqa
 from data.collators import TrainCollator
 from data.datasets import BAD_SUBSET, DropCounter, VQADataset, check_words
+from data.formats import Row, Rows
 from data.images import ImageProcessor
-from data.loader import train_batches
-from data.sources import load_rows, split_rows
+from data.loader import epoch_order, shares_rows, train_batches
+from data.readers import start_of
+from data.rows import load_rows, split_rows
+from data.streams import RowStream
 from data.text import get_tokenizer
 from models.config import TrainConfig, VLMConfig
 
@@ -25,135 +30,172 @@ SOME_ROWS = 64  # at most this many are read to tell a data set from another one
 
 
 @dataclass
-class Data:
-    """Batches for training, and what the evaluations go through."""
+class Data(Iterator[dict]):
+    """The training batches of one rank, whose place is saved and restored, and what the evaluations go through.
 
-    tokenizer: object
-    train_rows: object
-    val_rows: object
-    test_rows: object | None
-    open: object
+    `start()` begins to read; each `next(data)` is a micro-batch: see TrainCollator. Its place is that after the batches
+    that `used` was told of. `dropped` counts by split what could not be used; of "train" what this rank has used.
+    """
+
+    tokenizer: Any
+    train_rows: Any
+    val_rows: Any
+    test_rows: Any | None
+    train_dataset: VQADataset
     val_dataset: VQADataset
     test_dataset: VQADataset | None
     cfg: TrainConfig
-    rank: int
-    world_size: int
-    dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))  # by split
-    position: int | dict = 0
+    rank: int = 0
+    world_size: int = 1
+    dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))
+    position: int | dict = 0  # of the last batch that was used: see train_batches
 
     def start(self) -> None:
-        batches = self.open(self.position)
+        """Begin to read at the position. Raises ValueError where no row can be used."""
+        dataset = self.train_dataset
+        collator = TrainCollator(self.tokenizer.pad_token_id, dataset.vlm_cfg)
+        batches = train_batches(dataset, collator, self.cfg, self.position, self.rank, self.world_size)
         first: list[dict] = []
         while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later
             first.append(next(batches))
-        self.batches = itertools.chain(first, batches)
+        self._batches = itertools.chain(first, batches)
 
-    def __next__(self):
-        return next(self.batches)
+    def __next__(self) -> dict:
+        return next(self._batches)
 
-    def used(self, batches):
+    def used(self, batches: list[dict]) -> None:
+        """Count the batches of a step that is done; a run continues after them."""
         self.position = batches[-1]["position"]
         for batch in batches:
             self.dropped["train"].update(batch["dropped"])
 
-    def add_up_ranks(self, gather):
+    def add_up_ranks(self, gather: Callable[[dict], list[dict]]) -> None:
+        """At the end of the run: let rank 0's counts be those of all ranks. gather: a value of each rank to rank 0."""
         for counts in gather(dict(self.dropped["train"]))[1:]:
             self.dropped["train"].update(counts)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
+        """This rank's place in the training rows and its counts: plain numbers."""
+        rows = self.train_rows
         return {
             "position": self.position,
-            "dropped": {s: dict(c) for s, c in self.dropped.items()},
+            "dropped": {split: dict(counts) for split, counts in self.dropped.items()},
             "batch_size": self.cfg.batch_size,
-            "workers_share_rows": self.cfg.packing or not hasattr(self.train_rows, "__len__"),
+            "shares_rows": shares_rows(rows, self.cfg),
+            "stream": rows.state_dict() if isinstance(rows, RowStream) else None,
         }
 
-    def load_rank_states(self, states):
-        same = len(states) == self.world_size
-        state = states[self.rank if same else 0]
-        saved = [s["position"] for s in states]
-        if not state["workers_share_rows"]:
-            self.position = saved[0] * (state["batch_size"] * len(states)) // (self.cfg.batch_size * self.world_size)
-        elif saved[0] == 0 or (
-            same and (len(saved[0]["places"]) == max(1, self.cfg.num_workers) or not self.cfg.resume_override)
-        ):
-            self.position = state["position"]
-        else:
-            epoch = 1 + max(place[0] for position in saved for place in position["places"])
-            self.position = {"places": [(epoch, 0, 0)] * max(1, self.cfg.num_workers), "turn": 0}
-        skipped = {split: dict(c) for split, c in self.dropped.items()}
-        for split, counts in state["dropped"].items():
-            self.dropped[split].clear()
-            self.dropped[split].update(counts)
-            self.dropped[split].update({k: v for k, v in skipped.get(split, {}).items() if k not in counts})
-        if not same:
-            self.dropped["train"].clear()
-            if self.rank == 0:
-                for s in states:
-                    self.dropped["train"].update(s["dropped"].get("train", {}))
+    def load_rank_states(self, states: list[dict]) -> None:
+        """Continue where a run was, of which these are the state_dicts of all ranks; to be called before `start`.
+
+        It may have had another number of ranks and another batch_size: then the batches of all ranks together continue
+        where its own ended. Where the rows are shared out among the workers (see shares_rows) another number of ranks
+        or workers begins an epoch that the run has not been in. Raises ValueError for another number of workers alone,
+        without resume_override.
+        """
+        if isinstance(self.train_rows, RowStream) and states[0]["stream"]:
+            self.train_rows.load_state_dict(states[0]["stream"])
+        self.position = self._position(states)
+        same_ranks = len(states) == self.world_size
+        counts = dict(states[self.rank if same_ranks else 0]["dropped"])
+        if not same_ranks:  # rank 0 takes the sum
+            of_ranks = states if self.rank == 0 else []
+            counts["train"] = dict(sum((Counter(state["dropped"].get("train", {})) for state in of_ranks), Counter()))
+        counts["train"] = counts.get("train", {}) | self.dropped["train"]  # subsets that cannot be loaded now
+        self.dropped.clear()
+        self.dropped.update({split: DropCounter(of_split) for split, of_split in counts.items()})
+
+    def _position(self, states: list[dict]) -> int | dict:
+        saved, cfg = [state["position"] for state in states], self.cfg
+        if not shares_rows(self.train_rows, cfg):
+            if not states[0]["shares_rows"]:  # each counts the batches of all ranks together
+                return saved[0] * states[0]["batch_size"] * len(states) // (cfg.batch_size * self.world_size)
+            return _new_epoch(saved) * epoch_order(self.train_rows, cfg, self.world_size).batches_per_epoch
+        workers = max(1, cfg.num_workers)
+        if saved[0] == 0:
+            return 0
+        if states[0]["shares_rows"] and len(saved) == self.world_size:
+            before = len(saved[0]["places"])
+            if before == workers:
+                return saved[self.rank]
+            if not cfg.resume_override:
+                raise ValueError(
+                    f"--num_workers {cfg.num_workers}: must be {before} as in the run that is resumed, or "
+                    "--resume_override given: of a stream, and with --packing, each worker reads rows of its own"
+                )
+        return {"places": [start_of(_new_epoch(saved))] * workers, "turn": 0}
 
 
-def some_rows(rows) -> Iterator[dict]:
+def _new_epoch(saved: list[int] | list[dict]) -> int:
+    """An epoch that none of the positions has been in. One number of batches has been in at most as many epochs."""
+    return 1 + max(
+        number
+        for position in saved
+        for number in ([position] if isinstance(position, int) else [epoch for epoch, *_ in position["places"]])
+    )
+
+
+def some_rows(rows: Rows | RowStream) -> Iterator[Row]:
     """Up to SOME_ROWS rows: spread over a table, the first ones of a stream."""
-    if not hasattr(rows, "__len__"):
+    if isinstance(rows, RowStream):
         return itertools.islice(rows, SOME_ROWS)
     places = np.linspace(0, len(rows) - 1, min(len(rows), SOME_ROWS)).astype(int)
     return (rows[place] for place in places.tolist())
 
 
-def identify(rows) -> dict[str, str]:
+def identify(rows: Rows | RowStream) -> dict[str, str]:
     """What tells loaded rows from others, as far as it is cheap: their "size" in words, and the "hash" of ids and texts
     of some of them. Of a stream the shards are known: their number, and the names that they are read by.
     """
-    if hasattr(rows, "__len__"):
-        known, size = [(row["id"], row["texts"]) for row in some_rows(rows)], f"{len(rows):,} rows"
-    else:
+    known: list[tuple]
+    if isinstance(rows, RowStream):
         known = [(part.name, part.table.num_shards) for part in rows.parts]
         size = f"{sum(shards for _, shards in known):,} shards of a stream"
+    else:
+        known, size = [(row["id"], row["texts"]) for row in some_rows(rows)], f"{len(rows):,} rows"
     if bad_subsets := getattr(rows, "bad_subsets", ()):
         size += f" without the subsets {', '.join(bad_subsets)}"
     return {"size": size, "hash": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
 
 
 def load_data(
-    rows, vlm: VLMConfig, cfg: TrainConfig, checkpoint: Path | None, rank: int = 0, world_size: int = 1
+    rows: Rows | RowStream,
+    vlm: VLMConfig,
+    cfg: TrainConfig,
+    checkpoint: Path | None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Data:
-    """rows: of the training data set, loaded. checkpoint: a folder whose tokenizer goes before vlm.lm_tokenizer.
-    start: training goes on after so many batches; rank, world_size: whose batches they are (see train_batches).
+    """rows: of the training data set, loaded. checkpoint: a folder whose tokenizer overrides vlm.lm_tokenizer.
+    rank, world_size: whose batches they are (see train_batches).
 
-    Raises ValueError or OSError where data or tokenizer cannot be used, before any training.
+    Raises ValueError or OSError where data or tokenizer cannot be used.
     """
     tokenizer = get_tokenizer(vlm, checkpoint)
     train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
     test_rows = None
-    if test_path := cfg.test_dataset_path or ("easy-vqa" if cfg.train_dataset_path == "easy-vqa" else None):
+    own_test_rows = easy_vqa.NAME if cfg.train_dataset_path == easy_vqa.NAME else None
+    if test_path := cfg.test_dataset_path or own_test_rows:
         test_rows = load_rows(test_path, split="test", flag="test_dataset_path")
 
-    def dataset(rows, train: bool) -> VQADataset:
+    def dataset(rows: Any, train: bool) -> VQADataset:
         return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
 
-    train_dataset = dataset(train_rows, train=True)
-    note = check_words(train_dataset, some_rows(rows))
-    if note and rank == 0:
-        print(f"NOTE {note}", file=sys.stderr)
-
-    def open(position):
-        return train_batches(train_dataset, TrainCollator(tokenizer.pad_token_id, vlm), cfg, position, rank, world_size)
-
-    dropped = defaultdict(DropCounter)
-    bad_subsets = getattr(rows, "bad_subsets", ())
-    if bad_subsets and rank == 0:
-        dropped["train"][BAD_SUBSET] = len(bad_subsets)
-    return Data(
+    data = Data(
         tokenizer=tokenizer,
         train_rows=train_rows,
         val_rows=val_rows,
         test_rows=test_rows,
-        open=open,
+        train_dataset=dataset(train_rows, train=True),
+        val_dataset=dataset(val_rows, train=False),
+        test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
         cfg=cfg,
         rank=rank,
         world_size=world_size,
-        val_dataset=dataset(val_rows, train=False),
-        test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
-        dropped=dropped,
     )
+    note = check_words(data.train_dataset, some_rows(rows))
+    if note and rank == 0:
+        print(f"NOTE {note}", file=sys.stderr)
+    if rank == 0 and (bad_subsets := getattr(rows, "bad_subsets", ())):
+        data.dropped["train"][BAD_SUBSET] = len(bad_subsets)
+    return data

@@ -1,44 +1,57 @@
-"""Readers, one in each worker process of every rank, that each read rows of their own: of streams and for packing."""
+"""Readers of rows, one in each worker process of every rank, that each read a share of their own.
+
+Used for streams and for packing, where a batch cannot be named by the indices of its rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.datasets import DropCounter, Sample, VQADataset, nothing_usable
-from data.sources import RowStream
+from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
-# Where a reader stands: its epoch, samples of the epoch that it is done with, and, with packing, how many rows it has
-# given of the window that begins after them.
-Place = tuple[int, int, int]
+# Where a reader continues: its epoch; the samples of the epoch that it is done with; where they end in a stream (of
+# other rows EPOCH_START); and, with packing, how many rows it has given of the window that begins there.
+Place = tuple[int, int, StreamPlace, int]
 
 FRUITLESS = 300  # rows and epochs, one after the other, that a reader tries before it gives up
 
 
-class Readers(IterableDataset):
-    """Endless (batch, place after it) of the reader that asks; `items` says what a batch holds."""
+def start_of(epoch: int) -> Place:
+    """The place before the first row of an epoch."""
+    return epoch, 0, EPOCH_START, 0
 
-    def __init__(self, dataset: VQADataset, collator, start: dict | None, rank: int = 0, world_size: int = 1):
-        """start: the `position` of the batch to go on after. Of another batch_size it is the same rows."""
+
+class Readers(IterableDataset):
+    """Endless (batch, place after it) of the reader whose process iterates; a subclass says what a batch holds."""
+
+    def __init__(
+        self,
+        dataset: VQADataset,
+        collator: Callable[[list], dict],
+        start: dict | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """start: the `position` of the batch to continue after, saved with equally many workers and ranks; its
+        batch_size may have been another one. None: the beginning."""
         cfg = dataset.cfg
         mine = max(1, cfg.num_workers)
-        start = start or {"places": [(0, 0, 0)] * mine, "turn": 0}
-        if len(start["places"]) != mine:
-            raise ValueError(
-                f"--num_workers {cfg.num_workers}: must be {len(start['places'])} as in the run that goes on, or "
-                "--resume_override given: of a stream, and with --packing, each worker reads rows of its own"
-            )
-        self.dataset, self.collator = dataset, collator
+        start = start or {"places": [start_of(0)] * mine, "turn": 0}
+        self.dataset = dataset
+        self.collator: Any = collator
         self.places, self.turn = list(start["places"]), start["turn"]  # of this rank, and whose batch comes next
         self.first, self.readers = rank * mine, world_size * mine
         if isinstance(dataset.rows, RowStream):
             dataset.rows.prepare(cfg.mixture_weights)
 
-    def items(self, reader: int, place: Place) -> Iterator[tuple[object, Place]]:
+    def items(self, reader: int, place: Place) -> Iterator[tuple[Any, Place]]:
         """(item, place after it) of one of all `self.readers`, from a place on."""
-        raise AssertionError("a subclass reads")
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[dict, Place]]:
         worker = get_worker_info()
@@ -51,33 +64,52 @@ class Readers(IterableDataset):
                 items = []
 
     def batches(self, options: dict) -> Iterator[dict]:
-        """Batches with their `position`: the places of this rank's readers, and whose turn is next. options: of the
-        DataLoader."""
+        """Batches with their `position`: the places of this rank's readers, and whose turn is next.
+
+        options: of the DataLoader.
+        """
         places, turn = list(self.places), self.turn
         for batch, place in DataLoader(self, batch_size=None, **options | {"collate_fn": as_it_is}):
             places[turn] = place
             turn = (turn + 1) % len(places)  # a loader takes from its workers in turn
             yield batch | {"position": {"places": list(places), "turn": turn}}
 
-    def stream(self, reader: int, epoch: int, offset: int) -> Iterator[dict]:
-        """The reader's rows of an epoch of a stream, after the first `offset` of them."""
+    def stream(self, reader: int, epoch: int, place: StreamPlace = EPOCH_START) -> EpochRows:
+        """The reader's rows of an epoch of a stream, after a place."""
         cfg = self.dataset.cfg
-        rows = self.dataset.rows.epoch(f"{cfg.seed}/{epoch}", cfg.mixture_weights, reader, self.readers)
-        return islice(rows, offset, None)
+        key = f"{cfg.seed}/{epoch}"
+        return self.dataset.rows.epoch(key, cfg.mixture_weights, reader, self.readers, place)
 
 
-class Patience:
+class StreamReaders(Readers):
+    """Batches of the samples of a RowStream's rows."""
+
+    def items(self, reader: int, place: Place) -> Iterator[tuple[Sample, Place]]:
+        first_epoch, done, at, _ = place
+        fruitless = FruitlessCounter()
+        for epoch in count(first_epoch):
+            rows = self.stream(reader, epoch, at)
+            for row in rows:
+                done += 1
+                sample = self.dataset.sample(row, f"{epoch}/{row['id']}")
+                fruitless.see([sample])
+                yield sample, (epoch, done, rows.place, 0)
+            fruitless.end_epoch()
+            done, at = 0, EPOCH_START
+
+
+class FruitlessCounter:
     """Ends a reader that finds nothing to use.
 
     Its share of one epoch may be empty, or bad to the last row, by chance: few rows, many readers, small weights.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.fruitless = 0  # rows and epochs since the last row that could be used
         self.dropped, self.dropped_before = DropCounter(), DropCounter()  # in this epoch, and the one before with rows
 
     def see(self, samples: Iterable[Sample]) -> list[Sample]:
-        """Those of the samples that cannot be used."""
+        """Count the samples; returns those that cannot be used."""
         unusable = []
         for sample in samples:
             if sample.conversations:
@@ -89,7 +121,7 @@ class Patience:
         return unusable
 
     def end_epoch(self) -> None:
-        """Raises ValueError where it was the last to be tried."""
+        """Raises ValueError where the reader has tried enough."""
         self.fruitless += 1
         self.dropped, self.dropped_before = DropCounter(), self.dropped or self.dropped_before
         if self.fruitless > FRUITLESS:
@@ -98,5 +130,6 @@ class Patience:
             raise ValueError("the training data has no rows")
 
 
-def as_it_is(item):
+def as_it_is(item: Any) -> Any:
+    """A collate_fn that changes nothing."""
     return item

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def questions(limit: int, seed: int) -> list[dict]:
     """At most `limit` questions of easy-VQA, each with the path of its image."""
-    from data.sources import load_rows
+    from data.rows import load_rows
 
     rows = [
         {"image": row["images"][0], "question": text["user"], "answer": text["assistant"]}

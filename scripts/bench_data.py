@@ -30,7 +30,7 @@ from data.datasets import VQADataset
 from data.images import ImageProcessor
 from data.loader import train_batches
 from data.packing import PackedCollator, PackedReaders
-from data.sources import load_rows
+from data.rows import load_rows
 from data.text import get_tokenizer
 from training.arguments import Settings, parse_arguments
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(time_throughput(batches, arguments.micro_batches)), flush=True)
     if settings.train.packing:
         dataset.prepared = None  # no image is decoded for a plan
-        print(time_packer(PackedReaders(dataset, PackedCollator(collator.pad_id, settings.vlm), None)), flush=True)
+        print(time_packer(PackedReaders(dataset, PackedCollator(collator.pad_id, settings.vlm))), flush=True)
     accumulated = settings.train.gradient_accumulation_steps
     print("\n".join(time_waits(batches, arguments.steps, arguments.step_s, accumulated)))
 
@@ -125,7 +125,7 @@ def time_throughput(batches: Iterator[dict], count: int) -> list[str]:
 def time_packer(readers: PackedReaders) -> str:
     """Samples of two windows that one reader plans and packs in a second, without the decoding of their images."""
     started = time.perf_counter()
-    samples = sum(len(window) for _, window, _ in itertools.islice(readers.windows(0, 0, 0), 2))
+    samples = sum(len(window) for _, window, _ in itertools.islice(readers.windows(0, 0), 2))
     return f"packer samples/s     {samples / (time.perf_counter() - started):,.0f}, nothing decoded"
 
 

@@ -23,7 +23,7 @@ import torch
 
 from data import easy_vqa
 from data.pipeline import load_data
-from data.sources import load_rows
+from data.rows import load_rows
 from grades import GradESMonitor
 from grades.metrics import METRICS
 from scripts.bench_common import Bench, Watcher, make_monitor, parse, parser, table, time_checks
@@ -104,16 +104,17 @@ def costs(arguments: argparse.Namespace, settings: Settings) -> list[str]:
 def on_easy_vqa(settings: Settings, steps: int) -> Settings:
     """The recipe on easy-VQA's rows and words for so many steps; the towers keep their shapes."""
     words = {"lm_tokenizer": "easy-vqa", "lm_base_vocab_size": easy_vqa.VOCAB_SIZE, "lm_vocab_size": None}
-    rows = {"train_dataset_path": "easy-vqa", "test_dataset_path": None, "val_size": 0, "max_training_steps": steps}
+    rows = {"train_dataset_path": easy_vqa.NAME, "test_dataset_path": None, "val_size": 0, "max_training_steps": steps}
     vlm, train = dataclasses.replace(settings.vlm, **words), dataclasses.replace(settings.train, **rows)
     return dataclasses.replace(settings, vlm=vlm, train=train)
 
 
 def train_watched(bench: Bench, monitors: list[GradESMonitor]) -> None:
     """The run of the bench's recipe, with its schedule; every monitor watches every step."""
-    data = load_data(load_rows("easy-vqa"), bench.settings.vlm, bench.cfg, None)
+    data = load_data(load_rows(easy_vqa.NAME), bench.settings.vlm, bench.cfg, None)
+    data.start()
     for step in range(1, bench.cfg.max_training_steps + 1):
-        bench.micro_batches = [next(data.train) for _ in bench.micro_batches]
+        bench.micro_batches = [next(data) for _ in bench.micro_batches]
         set_learning_rate(bench.optimizer, step, bench.cfg)
         bench.backward()
         for monitor in monitors:

@@ -1,14 +1,17 @@
+"""Batches for training and evaluation: what is in them, their order, and where a run continues."""
+
 from itertools import islice
 
-import datasets
 import pytest
 import torch
 from tiny.data import (
     STREAM_OF_10,
     dataset,
+    drawn,
     encoded,
     picture,
     row,
+    same,
     some_rows,
     stream,
     tiny_train,
@@ -18,8 +21,11 @@ from tiny.data import (
 
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import DropCounter
-from data.loader import EpochOrder, eval_batches, prompt_batches, train_batches
-from data.sources import RowStream, _Part
+from data.formats import Part
+from data.loader import eval_batches, prompt_batches, train_batches
+from data.order import EpochIndices, EpochOrder
+from data.pipeline import Data, load_data
+from data.streams import RowStream
 
 SMALL = tiny_vlm(resize_to_max_side_len=False)
 PAD = 1
@@ -79,12 +85,8 @@ def test_train_batch_leaves_out_and_counts_dropped_rows():
     assert len(batch["input_ids"]) == len(batch["images"]) == 1
     empty = train_collator()([data[0, 0]])
     assert empty == {"input_ids": None, "ids": [], "dropped": {"image does not decode": 1}}
-
-
-def test_text_only_batch_has_no_image_inputs():
-    data = dataset([row([])], SMALL)
-    batch = train_collator()([data[0, 0]])
-    assert [batch[name] for name in ("images", "image_slots", "image_sources")] == [None] * 3
+    text_only = train_collator()([dataset([row([])], SMALL)[0, 0]])
+    assert [text_only[name] for name in ("images", "image_slots", "image_sources")] == [None] * 3
 
 
 def test_prompt_batch_is_padded_on_the_left_and_shares_images():
@@ -105,101 +107,106 @@ def test_prompt_batch_is_padded_on_the_left_and_shares_images():
 # Order
 
 
+def order(rows: int, batch_size: int, count: int, seed: int = 0, start: int = 0) -> list[list[tuple[int, int]]]:
+    return list(islice(EpochOrder(EpochIndices(range(rows), {}, seed), batch_size, start), count))
+
+
 def test_every_epoch_is_a_new_permutation_without_the_last_incomplete_batch():
-    batches = list(islice(EpochOrder(10, 3, seed=0), 6))
+    batches = order(10, 3, 6)
     for epoch in (0, 1):
         keys = [key for batch in batches[epoch * 3 : epoch * 3 + 3] for key in batch]
         assert {key[0] for key in keys} == {epoch}
         assert len({key[1] for key in keys}) == 9
     assert [key[1] for key in batches[0]] != [key[1] for key in batches[3]]
-    assert list(islice(EpochOrder(10, 3, seed=0), 6)) == batches
-    assert list(islice(EpochOrder(10, 3, seed=1), 6)) != batches
+    assert order(10, 3, 6) == batches != order(10, 3, 6, seed=1)
     for start in range(5):
-        assert list(islice(EpochOrder(10, 3, seed=0, start=start), 6 - start)) == batches[start:]
+        assert order(10, 3, 6 - start, start=start) == batches[start:]
 
 
-def test_a_batch_larger_than_the_data_goes_on_into_the_next_epoch():
-    batches = list(islice(EpochOrder(3, 5, seed=0), 3))
-    keys = [key for batch in batches for key in batch]
+def test_a_batch_larger_than_the_data_continues_into_the_next_epoch():
+    keys = [key for batch in order(3, 5, 3) for key in batch]
     assert [key[0] for key in keys] == [epoch for epoch in range(5) for _ in range(3)]
     assert all(sorted(key[1] for key in keys[i : i + 3]) == [0, 1, 2] for i in range(0, 15, 3))
 
 
-def same(one: dict, other: dict) -> bool:
-    def equal(a, b):
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a is b or a == b
+def first(rows, count: int, start: int | dict = 0, **changes) -> list[dict]:
+    """The first training batches after a position."""
+    config = tiny_train(**changes)
+    return list(islice(train_batches(dataset(rows, SMALL, config), train_collator(), config, start), count))
 
-    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+def names(batches: list[dict]) -> list[str]:
+    return [name for batch in batches for name in batch["ids"]]
 
 
-def test_batches_are_the_same_with_and_without_workers():
-    rows = [*some_rows(9), row([b"junk"], name="bad")]
+@pytest.fixture
+def start_method(request):
+    """How processes start: "spawn" is the only way of Windows and macOS; None is this machine's own."""
+    default = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(request.param or default, force=True)
+    yield
+    torch.multiprocessing.set_start_method(default, force=True)
 
-    def first(count, **changes):
-        config = tiny_train(turns_per_image=2, flip_images=True, batch_size=3, **changes)
-        return list(islice(train_batches(dataset(rows, SMALL, config), train_collator(), config), count))
 
-    alone, workers = first(10), first(10, num_workers=2)
-    assert all(same(one, other) for one, other in zip(alone, workers, strict=True))
-    assert sum(batch["dropped"].get("image does not decode", 0) for batch in alone) >= 2
+@pytest.mark.parametrize("start_method", [None, pytest.param("spawn", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(("kind", "packing", "workers"), [("table", False, 2), ("stream", True, 1)])
+@pytest.mark.usefixtures("start_method")
+def test_batches_are_the_same_with_and_without_workers(kind, packing, workers):
+    """All that goes to a worker can be pickled."""
+    flags = {"turns_per_image": 2, "flip_images": True, "batch_size": 3, "packing": packing}
+    rows = stream(12) if kind == "stream" else [*some_rows(9), row([b"junk"], name="bad")]
+    alone, found = first(rows, 10, **flags), first(rows, 10, num_workers=workers, **flags)
+    assert all(same(one, other) for one, other in zip(alone, found, strict=True))
+    assert kind == "stream" or sum(batch["dropped"].get("image does not decode", 0) for batch in alone) >= 2
 
 
 def test_batches_of_dropped_rows_are_skipped_and_counted():
-    rows = [row([b"junk"])] * 5 + [row(name="good")]
-    config = tiny_train(batch_size=1)
-    batches = list(islice(train_batches(dataset(rows, SMALL, config), train_collator(), config), 3))
+    batches = first([row([b"junk"])] * 5 + [row(name="good")], 3, batch_size=1)
     assert [batch["ids"] for batch in batches] == [["good"]] * 3
-    order = list(islice(EpochOrder(6, 1, config.seed), 18))
-    places = [i for i, [key] in enumerate(order) if key[1] == 5]
+    places = [i for i, [key] in enumerate(order(6, 1, 18)) if key[1] == 5]
     assert sum(batch["dropped"].get("image does not decode", 0) for batch in batches) == places[2] - 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_usable_is_an_error_with_counts(workers):
-    config = tiny_train(batch_size=2, num_workers=workers)
-    rows = [row([b"junk"])] * 4 + [row(texts=[])] * 2
+    flags = {"batch_size": 2, "num_workers": workers}
     with pytest.raises(ValueError, match=r"dropped 6 rows \(4 image does not decode, 2 no text\)"):
-        next(train_batches(dataset(rows, SMALL, config), train_collator(), config))
-    with pytest.raises(ValueError, match="no rows"):
-        next(train_batches(dataset([], SMALL, config), train_collator(), config))
+        first([row([b"junk"])] * 4 + [row(texts=[])] * 2, 1, **flags)
+    with pytest.raises(ValueError, match="dropped 3 rows"):
+        first(stream(3, junk=True), 1, **flags)
+    for none in ([], stream(3).skip(5)):
+        with pytest.raises(ValueError, match="no rows"):
+            first(none, 1, **flags)
 
 
 # Streams
 
 
-def test_stream_is_shuffled_and_endless():
-    config = tiny_train(batch_size=4)
-    batches = train_batches(dataset(stream(10), SMALL, config), train_collator(), config)
-    names = [name for batch in islice(batches, 5) for name in batch["ids"]]
-    assert sorted(names[:10]) == sorted(names[10:]) == STREAM_OF_10
-    assert names[:10] != names[10:]
-
-
 def unequal(*sizes: int) -> RowStream:
     """A stream of a subset of one shard for each size."""
+    import datasets
+
     image = {"bytes": encoded(picture()), "path": None}
     tables = [datasets.Dataset.from_list([{"images": [image], "texts": [turn()]}] * size) for size in sizes]
     parts = [(f"s{i}", table.to_iterable_dataset().with_format("arrow")) for i, table in enumerate(tables)]
-    return RowStream([_Part(name, table, name) for name, table in parts])
+    return RowStream([Part(name, table, name) for name, table in parts])
 
 
-@pytest.mark.parametrize(("rows", "workers"), [(stream(10), 2), (stream(10), 5), (unequal(40, 4), 2)])
-def test_workers_share_every_epoch_of_a_stream(rows, workers):
-    """By its two shards, or row by row where they are too few for each to have as many."""
+@pytest.mark.parametrize(("sizes", "workers"), [(None, 0), (None, 2), (None, 5), ((40, 4), 2)])
+def test_workers_share_every_epoch_of_a_stream(sizes, workers):
+    """By its two shards, or row by row where they are too few for each to have as many; without end."""
+    rows = unequal(*sizes) if sizes else stream(10)
     size = len(list(rows))
-    config = tiny_train(batch_size=1, num_workers=workers)
-    batches = train_batches(dataset(rows, SMALL, config), train_collator(), config)
-    names = [name for batch in islice(batches, 3 * size) for name in batch["ids"]]
-    epochs = [names[start : start + size] for start in (0, size, 2 * size)]
+    found = names(first(rows, 3 * size, batch_size=1, num_workers=workers))
+    epochs = [found[start : start + size] for start in (0, size, 2 * size)]
     assert all(sorted(epoch) == sorted(one["id"] for one in rows) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_share_may_be_empty_for_many_epochs(packing):
-    config = tiny_train(batch_size=1, num_workers=2, mixture_weights={"s0": 0.1}, packing=packing)
-    batches = train_batches(dataset(unequal(2), SMALL, config), train_collator(), config)
-    assert {name for batch in islice(batches, 10) for name in batch["ids"]} == {"s0#0", "s0#1"}
+    flags = {"batch_size": 1, "num_workers": 2, "mixture_weights": {"s0": 0.1}, "packing": packing}
+    assert set(names(first(unequal(2), 10, **flags))) == {"s0#0", "s0#1"}
 
 
 def test_a_share_of_bad_rows_is_not_the_end():
@@ -211,44 +218,84 @@ def test_a_share_of_bad_rows_is_not_the_end():
         assert [batch["ids"] for batch in islice(batches, 3)] == [["good"]] * 3
 
 
+# Where a run continues
+
+
 @pytest.mark.parametrize("packing", [False, True])
-def test_another_batch_size_goes_on_after_the_same_rows(packing):
-    def first(count: int, size: int, start=0) -> list[dict]:
-        config = tiny_train(batch_size=size, num_workers=2, packing=packing, max_images_per_knapsack=2)
-        return list(islice(train_batches(dataset(stream(24), SMALL, config), train_collator(), config, start), count))
-
-    def names(batches: list[dict], worker: int) -> list[str]:
-        return [name for batch in batches[worker::2] for name in batch["ids"]]
-
-    whole, begun = first(12, 1), first(2, 2)
-    rest = first(8, 1, begun[-1]["position"])
-    assert all(names(begun, worker) + names(rest, worker) == names(whole, worker) for worker in (0, 1))
+def test_another_batch_size_continues_after_the_same_rows(packing):
+    flags = {"num_workers": 2, "packing": packing, "max_images_per_knapsack": 2}
+    whole, begun = first(stream(24), 12, batch_size=1, **flags), first(stream(24), 2, batch_size=2, **flags)
+    rest = first(stream(24), 8, begun[-1]["position"], batch_size=1, **flags)
+    for worker in (0, 1):
+        assert names(begun[worker::2]) + names(rest[worker::2]) == names(whole[worker::2])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_go_on_after_any_of_them(workers):
+def test_batches_continue_after_any_of_them(workers):
     """Of more rows than a batch holds and of fewer, and of a stream; batches of dropped rows count as well."""
-
-    def first(rows, size: int, count: int, start: int = 0) -> list[dict]:
-        config = tiny_train(batch_size=size, num_workers=workers, turns_per_image=1)
-        return list(islice(train_batches(dataset(rows, SMALL, config), train_collator(), config, start), count))
-
+    flags = {"num_workers": workers, "turns_per_image": 1}
     bad = [row([b"junk"], name="bad")] * 4
     for rows, size in (([*some_rows(7), *bad], 2), ([*some_rows(3), *bad[:1]], 5), (stream(9), 4)):
-        whole = first(rows, size, 9)
+        whole = first(rows, 9, batch_size=size, **flags)
         for batch, number in ((whole[0], 1), (whole[3], 4), (whole[5], 6)):
-            rest = first(rows, size, 9 - number, batch["position"])
+            rest = first(rows, 9 - number, batch["position"], batch_size=size, **flags)
             assert all(same(one, other) for one, other in zip(rest, whole[number:], strict=True))
-    assert first([*some_rows(2), *bad], 1, 3)[-1]["position"] > 3
+    assert first([*some_rows(2), *bad], 3, batch_size=1, **flags)[-1]["position"] > 3
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unusable_stream_is_an_error_with_counts(workers):
-    config = tiny_train(num_workers=workers)
-    with pytest.raises(ValueError, match="dropped 3 rows"):
-        next(train_batches(dataset(stream(3, junk=True), SMALL, config), train_collator(), config))
-    with pytest.raises(ValueError, match="no row"):
-        next(train_batches(dataset(stream(3).skip(5), SMALL, config), train_collator(), config))
+def ranks_of(rows, count: int, states: list[dict] | None = None, **changes) -> list[Data]:
+    """The data of `count` ranks, begun or continued."""
+    ranks = [load_data(rows, SMALL, tiny_train(val_size=0, **changes), None, rank, count) for rank in range(count)]
+    for data in ranks:
+        if states:
+            data.load_rank_states(states)
+        data.start()
+    return ranks
+
+
+def test_other_ranks_continue_with_the_batches_of_all():
+    rows = [*some_rows(22), row([b"junk"], name="bad")]
+    one = ranks_of(rows, 1, batch_size=12)[0]
+    whole = [drawn(one, 1)[0]["ids"] for _ in range(6)]
+    three = ranks_of(rows, 3, batch_size=4)
+    assert [[name for data in three for name in drawn(data, 1)[0]["ids"]] for _ in range(2)] == whole[:2]
+    states = [data.state_dict() for data in three]
+    two = ranks_of(rows, 2, states, batch_size=6)
+    assert [[name for data in two for name in drawn(data, 1)[0]["ids"]] for _ in range(4)] == whole[2:]
+    assert sum((data.dropped["train"] for data in two), DropCounter()) == one.dropped["train"] != {}
+    smaller = ranks_of(rows, 1, states, batch_size=6)[0]  # 24 rows in the saved run: four batches of six
+    assert smaller.position == 4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_other_ranks_begin_an_epoch_of_rows_that_are_shared_out(packing):
+    """Every row comes once in it, in an order that no epoch before had."""
+    flags = {"batch_size": 1, "packing": packing}
+    before = ranks_of(stream(10), 3, **flags)
+    for data in before:
+        drawn(data, 12)
+    states = [data.state_dict() for data in before]
+    again = ranks_of(stream(10), 3, states, **flags)
+    assert [data.position for data in again] == [data.position for data in before]
+    found = ranks_of(stream(10), 2, states, **flags)
+    begun = {data.position["places"][0][0] for data in found}
+    assert min(begun) > max(state["position"]["places"][0][0] for state in states)
+    assert sorted(name for data in found for name in names(drawn(data, 1 if packing else 5))) == STREAM_OF_10
+    with pytest.raises(ValueError, match="--num_workers 2: must be 1"):
+        ranks_of(stream(10), 3, states, num_workers=2, **flags)
+    overridden = ranks_of(stream(10), 3, states, num_workers=2, resume_override=True, **flags)
+    assert overridden[0].position["places"][1][0] in begun
+
+
+def test_with_packing_switched_on_or_off_a_new_epoch_begins():
+    rows = some_rows(12)
+    table, packed = ranks_of(rows, 1, batch_size=4)[0], ranks_of(rows, 1, batch_size=1, packing=True)[0]
+    for data in (table, packed):
+        drawn(data, 5)
+    ((epoch, *_),) = ranks_of(rows, 1, [table.state_dict()], packing=True)[0].position["places"]
+    assert epoch > 5 // 3
+    ((visited, *_),) = packed.position["places"]
+    assert ranks_of(rows, 1, [packed.state_dict()], batch_size=4)[0].position == (visited + 1) * 3
 
 
 # Evaluation
@@ -291,27 +338,3 @@ def test_streams_can_be_evaluated():
         "stream[0]#0", "stream[0]#1", "stream[0]#2", "stream[1]#0", "stream[1]#1"
     ]  # fmt: skip
     assert sum(len(answers) for _, answers, _, _ in prompt_batches(data, PromptCollator(PAD, SMALL), config)) == 5
-
-
-def test_model_takes_both_kinds_of_batches():
-    from models.vision_language_model import VisionLanguageModel
-
-    vlm = tiny_vlm(
-        resize_to_max_side_len=False,
-        **{"vit_hidden_dim": 8, "vit_inter_dim": 8, "vit_n_heads": 1, "vit_n_blocks": 1},
-        **{"lm_hidden_dim": 16, "lm_inter_dim": 16, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1},
-    )
-    model = VisionLanguageModel(vlm).eval()
-    config = tiny_train(turns_per_image=2)
-    batch = next(train_batches(dataset(some_rows(5), vlm, config), train_collator(vlm), config))
-    inputs = ("input_ids", "targets", "images", "image_slots", "image_sources", "label_positions")
-    summed = model(**{name: batch[name] for name in inputs})
-    each = []  # a conversation alone, its images found by the model
-    data = dataset(some_rows(5), vlm, config)
-    for [_, index] in next(iter(EpochOrder(5, 4, config.seed))):
-        sample = data[0, index]
-        for ids, labels in sample.conversations:
-            each.append(model(ids[None], sample.images, targets=labels[None])[1] * (labels != -100).sum())
-    torch.testing.assert_close(summed, sum(each))
-    prompts, *_ = next(prompt_batches(dataset(some_rows(5), vlm, train=False), PromptCollator(PAD, vlm), config))
-    assert model.generate(**prompts, max_new_tokens=2, greedy=True).shape == (4, 2)

@@ -7,7 +7,7 @@ from tiny.data import TILE_TOKENS, byte_level_tokenizer, dataset, row, tiny_trai
 
 from data import easy_vqa
 from data.datasets import check_words
-from data.sources import load_rows
+from data.rows import load_rows
 from data.text import encode_conversation, encode_prompt, get_tokenizer, image_string, knows_every_word, unknown_words
 
 CHATML = "<|im_start|>user\nwhat is the blue shape?<|im_end|>\n<|im_start|>assistant\ncircle<|im_end|>\n"

@@ -14,7 +14,7 @@ import models.language_model
 from data.collators import TrainCollator, to_device
 from data.loader import train_batches
 from data.packing import PADDING, PackedCollator, PackedReaders, pack
-from data.sources import load_rows
+from data.rows import load_rows
 from models.attention import attend_flex, document_block_mask, takes_flex_attention
 from models.config import TrainConfig, VLMConfig, check_settings
 from models.language_model import LanguageModel
@@ -182,19 +182,13 @@ def test_packed_batches_follow_from_the_seed_and_go_on_after_any_of_them(kind, w
         assert same(first(12 - number, whole[number - 1]["position"]), whole[number:])
 
 
-def test_other_workers_cannot_go_on():
-    position = next(batches(some_rows(9), small(), packing()))["position"]
-    with pytest.raises(ValueError, match="--num_workers 2: must be 1"):
-        next(batches(some_rows(9), small(), packing(num_workers=2), position))
-
-
 def test_what_cannot_be_used_is_counted_once_a_visit():
     late = row([encoded(picture(64, 64))[:200]], name="decodes only in part")
     rows = [*some_rows(12), row([b"junk"]), row(texts=[]), late]
     dropped = Counter()
     for batch in islice(batches(rows, small(), packing(batch_size=1)), 200):
         dropped.update(batch["dropped"])
-        [(epochs, _, _)] = batch["position"]["places"]
+        [(epochs, *_)] = batch["position"]["places"]
         if epochs == 8:
             break
     assert {name: round(n / epochs) for name, n in dropped.items()} == {"image does not decode": 2, "no text": 1}
@@ -216,7 +210,7 @@ def test_a_row_less_where_conversations_fit_into_the_others():
     rows = [row(texts=texts, name=f"row{i}") for i in range(23)] + [row([half], texts, "bad")]
     vlm, cfg = small(128), packing(batch_size=1, turns_per_image=3)
     data = dataset(rows, vlm, cfg)
-    (window,) = PackedReaders(data, PackedCollator(PAD, vlm), None).windows(0, 0, 0)
+    (window,) = PackedReaders(data, PackedCollator(PAD, vlm)).windows(0, 0)
     _, samples, packed = window
     (tokens,) = {sum(len(ids) for ids, _ in one.conversations) for one in samples if one.conversations}
     assert 64 < tokens < 128 - tokens / 3

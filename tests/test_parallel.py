@@ -19,8 +19,7 @@ from tiny.runs import TINY
 import train
 from data.collators import TrainCollator
 from data.loader import train_batches
-from grades import GradESConfig
-from training.arguments import Settings, parse_arguments
+from training.arguments import parse_arguments
 from training.checkpoint_folder import damage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,20 +347,6 @@ def test_ranks_read_other_rows_of_a_stream():
 def test_ranks_pack_other_rows():
     found = [batches_of(some_rows(10), rank, 2, 1, batch_size=1, packing=True)[0] for rank in (0, 1)]
     assert sorted(row for batch in found for row in batch["ids"]) == sorted(f"row{i}" for i in range(10))
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_other_ranks_begin_an_epoch_of_a_stream_or_of_packed_rows(packing):
-    """Every row comes once in it, in an order that no epoch before had."""
-    flags = {"batch_size": 1, "packing": packing}
-    before = [batches_of(stream(10), rank, 3, 12, **flags)[-1]["position"] for rank in range(3)]
-    settings = Settings(SMALL, tiny_train(**flags), GradESConfig(), ROOT, frozenset())
-    state = {"settings": {"batch_size": 1}, "workers_share_rows": True, "position": before[0]}
-    assert _pos(state, before, settings, 3) == before[0]
-    start = _position(state, before, settings, 2)
-    found = [batches_of(stream(10), rank, 2, 1 if packing else 5, start, **flags) for rank in (0, 1)]
-    assert sorted(row for batches in found for batch in batches for row in batch["ids"]) == STREAM_OF_10
-    assert start["places"][0][0] > max(position["places"][0][0] for position in before)
 
 
 def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data import easy_vqa
 from data.hub import require_hub
 from models.config import SCRATCH
 from training.arguments import Settings, end
 from training.trackers import check_tracker
 
-EASY_VQA = "easy-vqa"
 HUB_TIMEOUT_S = 2.5
 FILE_ENDINGS = (".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".gz", ".gguf")
 
@@ -91,7 +91,7 @@ def sources(settings: Settings) -> Iterator[Source]:
     vlm, cfg = settings.vlm, settings.train
     if not cfg.dry_run:
         for flag in ("train_dataset_path", "test_dataset_path"):
-            if (path := getattr(cfg, flag)) not in (None, EASY_VQA):
+            if (path := getattr(cfg, flag)) not in (None, easy_vqa.NAME):
                 yield Source(flag, path, "datasets")
     if cfg.resume is not None and (cfg.resume != "auto" or run_folder(settings).exists()):
         return
@@ -103,7 +103,7 @@ def sources(settings: Settings) -> Iterator[Source]:
         name = getattr(vlm, flag)
         if flag == "lm_tokenizer" and flags and name == vlm.lm_model_type:
             continue
-        if name not in (SCRATCH, EASY_VQA) and not name.startswith("package:"):
+        if name not in (SCRATCH, easy_vqa.NAME) and not name.startswith("package:"):
             yield Source(flag, name, "models")
 
 

@@ -11,7 +11,6 @@ import yaml
 
 from data import easy_vqa
 from data.pipeline import Data
-from eval.scoring import question_only
 from grades import GradESMonitor
 from grades.files import write_json, write_text
 from models.config import TrainConfig
@@ -111,7 +110,7 @@ def write_report(
     pictures = draw_pictures(monitor, folder) if monitor is not None else []
     baseline = None
     if test is not None and cfg.train_dataset_path == easy_vqa.NAME:  # goes through all rows, which are few
-        baseline = question_only(data.train_rows, data.test_rows)
+        baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
     summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter)
     write_json(folder / "summary.json", summary)
     for line in summary_lines(summary, folder, pictures):

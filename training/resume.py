@@ -242,8 +242,8 @@ def _check_settings(state: dict[str, Any], settings: Settings, processes: int) -
     The rows of a batch may be divided among another number of processes.
     """
     saved, now, before = state["settings"], _flat(settings), state["world_size"]
-    workers_share_rows = state["states"]["data"][0]["workers_share_rows"]
-    free = FREE - {"num_workers"} if workers_share_rows and processes == before else FREE
+    shares_rows = state["states"]["data"][0]["shares_rows"]
+    free = FREE - {"num_workers"} if shares_rows and processes == before else FREE
     if saved["batch_size"] * before == now["batch_size"] * processes:
         free = free | {"batch_size"}
     differing = [name for name in now if name in saved and name not in free and now[name] != saved[name]]
@@ -262,6 +262,6 @@ def _check_settings(state: dict[str, Any], settings: Settings, processes: int) -
     settings.given |= set(differing)  # what a recipe changes now overrides the checkpoint's config too
     if processes != before:
         lines.append(f"processes: {processes} now, {before} before")
-        if workers_share_rows:
+        if shares_rows:
             lines.append("the rows are divided among them again: training continues at the beginning of an epoch")
     return lines

@@ -7,8 +7,9 @@ from PIL import Image
 
 from data import easy_vqa
 from data.datasets import VQADataset
+from data.formats import Part
 from data.images import ImageProcessor
-from data.sources import RowStream, _Part
+from data.streams import RowStream
 from data.text import get_tokenizer
 from models.config import TrainConfig, VLMConfig
 
@@ -99,6 +100,7 @@ def some_rows(count: int) -> list[dict]:
 
 
 def stream(count: int, junk: bool = False) -> RowStream:
+    """Of two shards."""
     import datasets
 
     rows = [
@@ -106,7 +108,24 @@ def stream(count: int, junk: bool = False) -> RowStream:
         for i in range(count)
     ]
     table = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
-    return RowStream([_Part("stream", table.with_format("arrow"))])
+    return RowStream([Part("stream", table.with_format("arrow"))])
 
 
 STREAM_OF_10 = [f"stream[{shard}]#{i}" for shard in (0, 1) for i in range(5)]
+
+
+def drawn(data, count: int) -> list[dict]:
+    """The next training batches of a Data, which are used."""
+    batches = [next(data) for _ in range(count)]
+    data.used(batches)
+    return batches
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether two batches are equal to the last bit."""
+    import torch
+
+    def equal(a, b) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a is b or a == b
+
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
