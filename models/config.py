@@ -55,9 +55,7 @@ class VLMConfig(Checked):
     lm_rms_eps: float = doc("epsilon of its RMSNorms", 1e-5, gt=0)
     lm_re_base: int = doc("base of the rotary frequencies (rope theta)", 100_000, gt=0)
     lm_max_position_embeddings: int = doc("positions beyond this scale the rotary frequencies down", 8192, gt=0)
-    lm_base_vocab_size: int = doc(
-        "tokens of the tokenizer; the extra tokens follow, the image token first", 49_152, gt=0
-    )
+    lm_base_vocab_size: int = doc("tokens of the tokenizer, which the extra tokens follow", 49_152, gt=0)
     extra_token_amount: int = doc("number of vlm_extra_tokens", 66)
     lm_vocab_size: int | None = doc("rows of the embedding; by default lm_base_vocab_size + extra_token_amount", None)
     lm_n_heads: int = doc("query heads", 15, gt=0)
@@ -69,19 +67,17 @@ class VLMConfig(Checked):
     lm_use_tokens: bool = doc("the language model alone takes token ids and returns logits, not embeddings", False)
     lm_tie_weights: bool = doc("the head is the token embedding", True)
     lm_model_type: str = doc(
-        "pretrained language model: hub id, local folder, or scratch for random weights",
+        "pretrained language model: hub id, local folder, or scratch for random weights. scripts/convert_gguf.py makes "
+        "a folder of a GGUF file",
         "HuggingFaceTB/SmolLM2-360M-Instruct",
     )
-    lm_tokenizer: str | None = doc(
-        "tokenizer: hub id, local folder, or easy-vqa for the embedded one; by default that of lm_model_type", None
-    )
+    lm_tokenizer: str | None = doc("hub id, local folder or easy-vqa (embedded); by default lm_model_type's", None)
     lm_chat_template: str = doc("Jinja chat template", CHATML)
     lm_eos_token_id: int | None = doc("generation stops at this token; by default the tokenizer's <|im_end|>", None)
 
     mp_pixel_shuffle_factor: int = doc(
-        "the projector merges squares of this many patches a side into one image token", 4, gt=0,
-        section="Projector, images and tokens",
-    )  # fmt: skip
+        "side of the square of patches that becomes one image token", 4, gt=0, section="Projector, images and tokens"
+    )
     mp_image_token_length: int = doc("image tokens of one image (or tile)", 64, gt=0)
 
     max_img_size: int = doc("the longer side of an image is resized to at most this many pixels", 2048, gt=0)

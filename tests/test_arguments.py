@@ -230,7 +230,7 @@ def path_errors(capsys, words: str) -> str:
     return errors_of(capsys, *words.split(), of=lambda argv: preflight.check_paths(parse_arguments(argv)))
 
 
-def test_absent_files_and_folders_are_all_named(capsys, tmp_path):
+def test_absent_files_and_folders_are_all_named(capsys, tmp_path, monkeypatch):
     words = f"--train_dataset_path nope.jsonl --test_dataset_path {tmp_path}/no --vlm_load_backbone_weights "
     words += "--vit_model_type ./siglip --lm_model_type scratch --lm_tokenizer ~/none/at/all"
     errors = path_errors(capsys, words)
@@ -244,6 +244,8 @@ def test_absent_files_and_folders_are_all_named(capsys, tmp_path):
     assert len(errors.splitlines()) == 4
     assert "--resume gone" in path_errors(capsys, "--resume gone")
     assert "--vlm_checkpoint_path checkpoints" in path_errors(capsys, "--resume_from_vlm_checkpoint")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "--log_with trackio" in path_errors(capsys, "--log_with trackio")
     (tmp_path / "run").mkdir()
     taken = f"--output_dir {tmp_path} --run_name run"
     assert "--run_name run" in path_errors(capsys, taken)

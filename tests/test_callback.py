@@ -555,7 +555,7 @@ def test_options_of_the_authors_package_are_taken_with_its_defaults():
 
 
 def test_impossible_settings_are_named_before_training():
-    with pytest.raises(ValueError, match=r"^--tau -1: must be > 0 or auto\n--alpha 1: must be in \[0, 1\)$"):
+    with pytest.raises(ValueError, match=r"^--alpha 1: .*\n--tau -1: .*$"):
         GradEarlyStoppingCallback(GradEarlyStoppingConfig(tau=-1, alpha=1))
     with pytest.raises(ValueError, match="vision_tau 0"):
         VLMGradEarlyStoppingCallback(GradESConfig(vision_tau=0))

@@ -58,12 +58,16 @@ def path_problems(settings: Settings) -> list[str]:
         found.append(str(error))
     for source in sources(settings):
         if source.is_path() and not source.is_here():
-            asked = "" if source.flag in settings.given else f" (not given as a flag: see {settings.recipe})"
-            found.append(f"--{source.flag} {source.name}: no such file or folder{asked}")
+            origin = "" if source.flag in settings.given else f" (from {settings.recipe} or a default)"
+            found.append(f"--{source.flag} {source.name}: no such file or folder{origin}")
     if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_dir():
         found.append(f"--resume {cfg.resume}: no such folder")
     if cfg.run_name and cfg.resume is None and not cfg.dry_run and run_folder(settings).exists():
         found.append(f"--run_name {cfg.run_name}: {run_folder(settings)} exists already; --resume auto continues it")
+    try:
+        check_tracker(cfg)
+    except ValueError as error:
+        found.append(str(error))
     return found
 
 
