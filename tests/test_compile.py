@@ -93,10 +93,10 @@ def random_input(step: int) -> torch.Tensor:
     return torch.randn(2 + step % 3, 4, generator=torch.Generator().manual_seed(step))
 
 
-def train(model, names, inputs=random_input, on_step=lambda step, freezer: None, on_round=None) -> Freezer:
-    """A training loop; names: what to freeze after each step. on_round: a model that is not compiled has rounds too."""
+def train(model, names, inputs=random_input, on_step=lambda step, freezer: None, rewrap=None) -> Freezer:
+    """A training loop; names: what to freeze after each step. rewrap: a model that is not compiled has rounds too."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    freezer = Freezer(model, find_components(model), optimizer, on_round=on_round)
+    freezer = Freezer(model, find_components(model), optimizer, rewrap=rewrap)
     for step, now in enumerate(names):
         model(inputs(step)).backward()
         freezer.drop_gradients()
@@ -129,7 +129,7 @@ def test_any_order_of_freezing_stays_within_the_limit_and_trains_as_without_comp
             assert all(map(torch.equal, now, frozen_at.setdefault(name, now))), name
 
     freezer = train(compiled, order, on_step=watch)
-    train(eager, order, on_round=lambda: None)
+    train(eager, order, rewrap=lambda: None)
     alike(compiled, eager)
     assert last not in freezer.applied
     assert len(frozen_at) == 4 * blocks - 1
@@ -270,6 +270,6 @@ def test_inductor_trains_over_a_round_as_without_compilation():
     # torch, six times, which takes minutes on a busy machine.
     with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
         train(compiled, order, inputs=lambda step: random_input(0))
-    freezer = train(eager, order, inputs=lambda step: random_input(0), on_round=lambda: None)
+    freezer = train(eager, order, inputs=lambda step: random_input(0), rewrap=lambda: None)
     assert freezer.applied == set(names[2:])
     alike(compiled, eager)

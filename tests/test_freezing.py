@@ -302,7 +302,7 @@ def test_the_prefix_of_a_hugging_face_llama(tied):
     loss().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
     optimizer.step()
-    monitor.freezer.thaw(list(monitor.freezer.decided))
+    monitor.freezer.unfreeze(list(monitor.freezer.decided))
     assert trainable(model) == {name for name, _ in model.named_parameters()}
     assert needs_gradient(model, lambda: loss())["model.embed_tokens"]
 
@@ -320,7 +320,7 @@ def test_a_last_norm_that_is_defined_before_the_blocks_is_not_before_them():
 def test_a_tower_that_is_decided_whole_waits_for_no_share_of_the_other():
     model = make_model(lm_n_blocks=30)
     components = find_components(model)
-    freezer = Freezer(model, components, None, rounds=2, on_round=lambda: None)
+    freezer = Freezer(model, components, None, rounds=2, rewrap=lambda: None)
     vision = [c.name for c in components if c.tower == "vision"]
     for name in vision[:-1]:
         freezer.freeze([name])
@@ -331,7 +331,7 @@ def test_a_tower_that_is_decided_whole_waits_for_no_share_of_the_other():
 
 
 def test_what_waited_for_a_round_is_applied_where_a_run_goes_on_without_rounds(model):
-    freezer = Freezer(model, find_components(model), None, rounds=1, on_round=lambda: None)
+    freezer = Freezer(model, find_components(model), None, rounds=1, rewrap=lambda: None)
     freezer.freeze([c.name for c in freezer.components if c.tower == "vision"])
     assert not freezer.applied
     again = make_model()
@@ -347,19 +347,19 @@ def test_what_waited_for_a_round_is_applied_where_a_run_goes_on_without_rounds(m
 def test_ddp_cannot_be_probed_and_says_so_at_once(model):
     config = GradESConfig(metric="gradient_norm", unfreeze_factor=2.0)
     with pytest.raises(ValueError, match=r"--unfreeze_factor 2: .*--parallel fsdp"):
-        GradESMonitor(config, model, on_round=lambda: None)
+        GradESMonitor(config, model, rewrap=lambda: None)
 
 
 def test_thawing_takes_the_prefix_back_to_what_is_still_frozen(model):
     everything = trainable(model)
     freezer = freeze(model, "vision_encoder")
-    freezer.thaw(["vision_encoder.blocks.1.mlp.fc1"])
+    freezer.unfreeze(["vision_encoder.blocks.1.mlp.fc1"])
     assert trainable(model, "vision_encoder") == {
         f"vision_encoder.{name}.{part}"
         for name in ("blocks.1.ln1", "blocks.1.ln2", "blocks.1.mlp.fc1", "layer_norm") for part in ("weight", "bias")
     }  # fmt: skip
     assert not needs_gradient(model, lambda: loss_of(model))["vision_encoder.blocks.0"]
-    freezer.thaw(list(freezer.decided))
+    freezer.unfreeze(list(freezer.decided))
     assert trainable(model) == everything
 
 
@@ -368,7 +368,7 @@ def test_thawing_takes_the_cut_off_a_tied_embedding(without_projector):
     whole = gradients(model)
     freezer = freeze(model, "decoder.blocks.0.")
     assert freezer.cuts
-    freezer.thaw(["decoder.blocks.0.attn.q_proj"])
+    freezer.unfreeze(["decoder.blocks.0.attn.q_proj"])
     assert not freezer.cuts
     found = gradients(model)
     assert torch.equal(found["decoder.token_embedding.weight"], whole["decoder.token_embedding.weight"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from tiny.grades import Loop, make_model, same_weights
 
-from grades import GradESConfig, GradESMonitor, find_components, reading
+from grades import GradESConfig, GradESMonitor, find_components, sampling
 from grades.config import METRICS
 from grades.plots import convergence, draw, freezing
 
@@ -28,7 +28,7 @@ def model():
 @pytest.fixture
 def small_scale(monkeypatch):
     """Small matrices sampled too, where sampling is asked for."""
-    monkeypatch.setattr(reading, "MIN_SAMPLE_ELEMENTS", 64)
+    monkeypatch.setattr(sampling, "MIN_SAMPLE_ELEMENTS", 64)
 
 
 def test_components_are_the_projection_matrices_of_both_towers(model):
@@ -342,7 +342,7 @@ def test_every_process_goes_by_the_numbers_of_the_first(model):
     """The second one's own would freeze everything at once."""
     seen = []
     second = Loop(model, GradESConfig(alpha=0, vision_tau=1.0, language_tau=1.0), 4)
-    second.monitor.agree = lambda values: seen.append(values) or dict.fromkeys(values, 2.0)
+    second.monitor.broadcast = lambda values: seen.append(values) or dict.fromkeys(values, 2.0)
     second.run()
     assert len(seen) == 4
     assert max(v for v in seen[-1].values() if v is not None) < 1.0

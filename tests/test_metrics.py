@@ -5,10 +5,10 @@ import torch
 import torch.nn as nn
 from tiny.grades import Loop, make_model, same_weights
 
-from grades import GradESConfig, GradESMonitor, find_components, reading
+from grades import GradESConfig, GradESMonitor, find_components, sampling
 from grades.config import METRICS
 from grades.metrics import WeightChange
-from grades.reading import Exact, Sampled
+from grades.sampling import Exact, Sampled
 
 
 class LoRALinear(nn.Module):
@@ -26,9 +26,9 @@ class LoRALinear(nn.Module):
 
 
 @pytest.fixture
-def sampling(monkeypatch):
+def small_scale(monkeypatch):
     """Sample matrices of the tiny model, which else are so small that they are measured whole."""
-    monkeypatch.setattr(reading, "MIN_SAMPLE_ELEMENTS", 64)
+    monkeypatch.setattr(sampling, "MIN_SAMPLE_ELEMENTS", 64)
 
 
 class Recorder:
@@ -92,7 +92,7 @@ def test_each_metric_is_what_its_definition_says(metric, interval, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_more_than_one_chunk(dtype, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
+    monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", {"cpu": 1000, "cuda": 1000})
     generator = torch.Generator().manual_seed(0)
     weight, before = (torch.randn(70, 130, generator=generator).to(dtype) for _ in range(2))
     snapshot = before.clone()
@@ -173,7 +173,7 @@ def test_the_sample_of_a_matrix_is_the_same_in_every_process():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_sampled_metric_estimates_the_exact_one(metric, sampling):
+def test_a_sampled_metric_estimates_the_exact_one(metric, small_scale):
     """Over the whole model; each of its matrices is of 384 elements or more, of which a sixth is looked at."""
     exact = Loop(make_model(), GradESConfig(metric=metric, alpha=0.9), 6).run().monitor
     sampled = Loop(make_model(), GradESConfig(metric=metric, alpha=0.9, monitor_sample=6), 6).run().monitor
@@ -228,7 +228,7 @@ def test_gradients_are_copied_in_the_step_before_a_check_alone_into_the_same_mem
 
 @pytest.mark.parametrize("sample", [1, 4])
 @pytest.mark.parametrize("metric", METRICS)
-def test_one_host_synchronisation_a_check(metric, sample, monkeypatch, sampling):
+def test_one_host_synchronisation_a_check(metric, sample, monkeypatch, small_scale):
     loop = Loop(make_model(), GradESConfig(metric=metric, alpha=0.9, monitor_sample=sample), 8).run(until=6)
     components, measured = loop.monitor.components, loop.monitor.metric
     for component in components:

@@ -38,7 +38,7 @@ def test_patience_is_a_number_of_checks_in_a_row():
 
 
 def test_woken_are_those_well_above_their_own_tau():
-    assert policy.woken({"a": 2.1, "b": 2.0, "c": None, "d": 2.1}, {"a": 1, "b": 1, "c": 1, "d": 2}, factor=2) == ["a"]
+    assert policy.to_unfreeze({"a": 2.1, "b": 2.0, "c": None, "d": 2.1}, {"a": 1, "b": 1, "c": 1, "d": 2}, factor=2) == ["a"]
 
 
 @pytest.mark.parametrize(
