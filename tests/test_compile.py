@@ -133,19 +133,6 @@ def test_any_order_of_freezing_stays_within_the_limit_and_trains_as_without_comp
     assert graphs[-1] <= 8 * 2 * (PATTERNS + 1)
 
 
-def test_more_patterns_than_the_limit_would_stop_compilation():
-    """What the rounds prevent: the same freezes, applied as they come."""
-    compiled = Blocks(12, Counting().backend)
-
-    def freeze_at_once():
-        for step, component in enumerate(random.Random(0).sample(find_components(compiled), 30)):
-            component.weights[0].requires_grad_(False)
-            compiled(random_input(step)).backward()
-
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        freeze_at_once()
-
-
 def test_a_round_shrinks_the_compiled_backward_pass():
     counting = Counting(products=True)
     model = Blocks(3, counting.backend)

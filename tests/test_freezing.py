@@ -207,8 +207,12 @@ def test_gradients_and_optimizer_state_are_freed_of_matrices_and_prefix(model):
     assert len(fresh.state) == len(optimizer.state) == len(list(model.parameters())) - len(frozen)
 
 
-def test_frozen_weights_never_move_again():
-    loop = Loop(make_model(), GradESConfig(vision_tau=0.5, language_tau=0.1, alpha=0.2), 30, accumulation=2)
+@pytest.mark.parametrize("with_momentum", [False, True])
+def test_frozen_weights_never_move_again(model, with_momentum):
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    sgd = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
+    config = GradESConfig(vision_tau=ALWAYS, language_tau="auto", language_mlp_tau=NEVER, alpha=0.2)
+    loop = Loop(model, config, 30, sgd if with_momentum else make_optimizer(model), accumulation=2)
     at_freeze: dict[str, list[torch.Tensor]] = {}
 
     def keep(step):
@@ -220,19 +224,9 @@ def test_frozen_weights_never_move_again():
 
     loop.on_step = keep
     monitor = loop.run().monitor
-    assert 3 <= len(monitor.frozen) < 22
+    assert 8 < len(monitor.frozen) < 22
     assert len(set(monitor.frozen.values())) > 1
     assert monitor.freed_bytes > 0
-
-
-def test_momentum_does_not_move_a_frozen_weight(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    config = GradESConfig(vision_tau=ALWAYS, language_tau=NEVER, alpha=0)
-    loop = Loop(model, config, 5, optimizer).run(until=2)
-    assert loop.monitor.frozen_share("vision") == 1
-    kept = copy.deepcopy(list(model.vision_encoder.parameters()))
-    loop.run()
-    assert all(torch.equal(a, b) for a, b in zip(model.vision_encoder.parameters(), kept, strict=True))
 
 
 def tiny_text_model(name: str, **settings) -> nn.Module:

@@ -1,6 +1,7 @@
 """What `python -m grades report` says of a run of train.py or of a loop of one's own."""
 
 import pytest
+from PIL import Image
 from tiny.grades import ALWAYS, NEVER, train
 
 from grades.__main__ import main
@@ -17,7 +18,9 @@ def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, c
         assert any(component.name in line and line.endswith(f" {step}") for line in printed.splitlines())
     assert "vision: 8 of 8 frozen (100%), steps 3 to 3, at " in printed
     assert "language: 0 of 14 frozen (0%)\n" in printed
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"convergence.png", "freezing.png"}
+    pictures = {path.name: Image.open(path).convert("RGB") for path in (tmp_path / "pictures").iterdir()}
+    assert pictures.keys() == {"convergence.png", "freezing.png"}
+    assert all(len(picture.getcolors(maxcolors=10**6)) > 50 for picture in pictures.values())
     latest = tmp_path / "run" / "checkpoint-8"
     latest.mkdir(parents=True)
     (tmp_path / HISTORY_NAME).rename(latest / HISTORY_NAME)
