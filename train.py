@@ -90,8 +90,10 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     log = RunLog(start.folder, cfg.max_training_steps, bool(start.state)) if parallel.is_main else NoLog()
     monitor = None
     if cfg.enable_grades:
-        monitor = GradESMonitor(settings.grades, model, optimizer, cfg.max_training_steps, log.say,
-                                parallel.on_requires_grad_change, parallel.same_on_all)  # fmt: skip
+        monitor = GradESMonitor(
+            settings.grades, model, optimizer, cfg.max_training_steps, log.say, detail=log.detail,
+            rewrap=parallel.on_requires_grad_change, broadcast=parallel.same_on_all,
+        )  # fmt: skip
     stop = StopSignal(log.say, parallel)
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
     evaluator = Evaluator(model, data, cfg, device, autocast, stop.until)

@@ -1,4 +1,4 @@
-"""python -m grades report FOLDER: the table of components and the pictures, from a run's saved history alone."""
+"""python -m grades report FOLDER: print the table of components and draw the pictures of a run's saved history."""
 
 import argparse
 import json
@@ -9,10 +9,11 @@ from grades.report import find_history, summary, table
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """arguments: of the command line; None for the process's own. Errors end the process with a usage message."""
     parser = argparse.ArgumentParser(prog="python -m grades", description="What GradES did in a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="the table of components, when each froze, and the pictures")
-    report.add_argument("folder", type=Path, help="of a run or of a checkpoint, with grades_history.json in it")
+    report.add_argument("folder", type=Path, help="of a run or of a checkpoint; holds grades_history.json")
     report.add_argument("--output", type=Path, help="where the pictures go (default: beside the history)")
     given = parser.parse_args(arguments)
     try:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig
 from grades.config import GradESConfig
+from grades.files import written_beside
 from grades.monitor import GradESMonitor
 from grades.report import HISTORY_NAME
 
@@ -27,9 +28,9 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
 
         Trainer(..., callbacks=[VLMGradEarlyStoppingCallback(VLMGradEarlyStoppingConfig(vision_tau=3.3))])
 
-    On one device, with DataParallel, DDP and FSDP2; with DeepSpeed and FSDP1, which take the weights apart, training
-    raises ValueError. `monitor` is the GradESMonitor of the latest run. At the end of training requires_grad is again
-    what it was at its beginning.
+    Works on one device, with DataParallel, DDP and FSDP2. Training raises ValueError with DeepSpeed and FSDP1, which
+    take the weights apart. `monitor` is the GradESMonitor of the latest run. After training requires_grad is again what
+    it was before.
     """
 
     config_class: type[VLMGradEarlyStoppingConfig] = VLMGradEarlyStoppingConfig
@@ -41,20 +42,20 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             given = self.config_class(**given)
         elif type(given) is GradESConfig:
             given = VLMGradEarlyStoppingConfig(**vars(given))
-        self.config: Any = dataclasses.replace(given)  # what they do to theirs later is not ours
+        self.config: Any = dataclasses.replace(given)  # a copy, as the caller may change theirs later
         self.config.check()
         if ignored := self.config.without_effect():
             warnings.warn("options without effect: " + "; ".join(ignored), stacklevel=2)
         self.monitor: GradESMonitor | None = None
-        self.saved_state: dict[str, Any] | None = None  # of the checkpoint, where the trainer restores callbacks
-        self.trainer: Any = None  # while it trains
-        self.shown_step = 0  # the last step whose gradients the monitor was shown
-        self.has_ended = False  # in the run that the checkpoint is of
+        self.saved_state: dict[str, Any] | None = None  # from the checkpoint, where the trainer restores callbacks
+        self.trainer: Any = None  # set during training
+        self.shown_step = 0  # the last step whose gradients the monitor has read
+        self.has_ended = False  # the checkpoint is of a run that had ended
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """The model is wrapped, and weights and optimizer are those of the checkpoint where there is one."""
+        """Make the monitor. The model is wrapped now, and on a resume holds the checkpoint's weights and optimizer."""
         self._hand_back()
         trainer, checkpoint = find_trainer()
         accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
@@ -63,17 +64,19 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         optimizer = kwargs["optimizer"]
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
-        on_round = None if ddp is None else lambda: rebuild_ddp(ddp, accelerator.ddp_handler)
-        monitor = GradESMonitor(self.config, wrapped, optimizer, state.max_steps, logger.info, on_round)
+        rewrap = None if ddp is None else lambda: rebuild_ddp(ddp, accelerator.ddp_handler)
+        monitor = GradESMonitor(
+            self.config, wrapped, optimizer, state.max_steps, logger.info, detail=logger.debug, rewrap=rewrap
+        )
         self.trainer, self.monitor, self.shown_step, self.has_ended = trainer, monitor, state.global_step, False
         if self._is_sharded:
-            monitor.freezer.optimizer = None  # its state stays: torch loads a sharded optimizer whole or not at all
+            monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:
             self._resume(args, state, Path(checkpoint or ""))
         if monitor.enough_frozen():
-            # Trainer makes one more step before it looks whether to stop; that step is to change nothing.
+            # Trainer makes one more step before it checks whether to stop; that step must change nothing.
             self._say_why(state, "the run of the checkpoint had ended")
-            self._thaw()
+            self._unfreeze_all()
             self.has_ended = control.should_training_stop = True
         accelerator.unscale_gradients = self._unscale_gradients
         trainer.log = self._log
@@ -82,44 +85,43 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Trainer has clipped; where it does not clip, or not through accelerate, nobody has unscaled yet."""
+        """Trainer has clipped. Without clipping, or clipping without accelerate, gradients are unscaled here first."""
         if self.shown_step > state.global_step:
             return
         if args.max_grad_norm and self._running.metric.reads_gradients:
             raise ValueError(
-                f"metric {self.config.metric}: this trainer's clipping hides the gradient before it; set "
-                "max_grad_norm=0, or take metric weight_change"
+                f"metric {self.config.metric}: this trainer clips before the callback can read the gradients; set "
+                "max_grad_norm=0, or use metric weight_change"
             )
         self.trainer.accelerator.unscale_gradients()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Trainer has stepped and cleared the gradients."""
+        """Measure and freeze. Trainer has stepped and cleared the gradients."""
         if not self.has_ended and self._running.after_step(state.global_step):
             self._say_why(state, f"the run ends at step {state.global_step:,} of {state.max_steps:,}")
             control.should_training_stop = control.should_log = True
-            # What Trainer does besides at its last step.
+            # As Trainer does at its last step.
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
             control.should_save = control.should_save or args.save_strategy == "steps"
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write into the checkpoint the monitor's state, snapshots included, and the history so far."""
+        """Write the monitor's state, tensors included, and the history so far into the checkpoint."""
         run_folder = self.trainer._get_output_dir(trial=self.trainer._trial)
         folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero or self._is_sharded:
             folder.mkdir(parents=True, exist_ok=True)
-            path = self._state_path(args, folder)
-            beside = path.with_suffix(".tmp")
-            torch.save(self._running.state_dict(), beside)
-            beside.replace(path)
+            with written_beside(self._state_path(args, folder)) as path:
+                torch.save(self._running.state_dict(), path)
         if state.is_world_process_zero:
             self._running.save_history(folder / HISTORY_NAME)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Write the history and the pictures, and leave model and trainer as they were."""
         if self.config.save_stats and self.config.save_freezing_history and state.is_world_process_zero:
             folder = Path(self.config.output_dir or args.output_dir or "")
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         self._hand_back()
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json: the settings and what is frozen; no tensors, and not the values of all checks."""
+        """For trainer_state.json: the settings and what is frozen, without tensors and the values of all checks."""
         saved = self.saved_state
         if self.monitor is not None:
             saved = {k: v for k, v in self.monitor.state_dict().items() if k not in ("metric", "checks")}
@@ -144,32 +146,32 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         return any(hasattr(component.weights[0], "placements") for component in self._running.components)
 
     def _state_path(self, args: TrainingArguments, folder: Path) -> Path:
-        """The file of the monitor's state; each rank has one where its snapshots are of its shards."""
+        """The file of the monitor's state; one per rank where weights are sharded."""
         rank = f"-{args.process_index}-of-{args.world_size}" if self._is_sharded else ""
         return folder / f"grades_state{rank}.pt"
 
     def _say_why(self, state: TrainerState, what: str) -> None:
-        """As a warning, which is shown where nobody has set up logging: the progress bar stops short of its end."""
+        """Explain why training ends early: as a warning, which is shown even where logging is not set up."""
         if state.is_world_process_zero:
             frozen, total = len(self._running.frozen), len(self._running.components)
             logger.warning(f"GradES: {what}, as {frozen} of {total} matrices are frozen")
 
     def _resume(self, args: TrainingArguments, state: TrainerState, checkpoint: Path) -> None:
-        """Take up the run where the checkpoint left it."""
+        """Load the monitor's state from the checkpoint."""
         path = self._state_path(args, checkpoint)
         states: Any = state.stateful_callbacks or {}
         exported = states.get(type(self).__name__)
         if path.is_file():
             self._running.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         elif exported and exported["attributes"]["saved_state"]:
-            logger.warning(f"{path} is missing: what is frozen stays frozen, the rest is measured anew")
-            fresh = self._running.state_dict()
-            self._running.load_state_dict(fresh | exported["attributes"]["saved_state"])
+            logger.warning(f"{path} is missing: what is frozen stays frozen, the rest is measured from the beginning")
+            new = self._running.state_dict()
+            self._running.load_state_dict(new | exported["attributes"]["saved_state"])
         else:
             logger.warning(f"the checkpoint {checkpoint} holds no state of {type(self).__name__}: nothing is frozen")
 
     def _unscale_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """In place of the accelerator's, with which clipping begins: the gradients are whole, averaged and unscaled."""
+        """Replaces the accelerator's method, with which clipping begins: afterwards gradients are whole and unscaled."""
         accelerator = self.trainer.accelerator
         type(accelerator).unscale_gradients(accelerator, *args, **kwargs)
         step = self.trainer.state.global_step + 1
@@ -180,35 +182,35 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         self.shown_step = step
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """In place of the trainer's: training logs get the frozen shares and the metric."""
+        """Replaces the trainer's method: training logs get the frozen shares and the metric."""
         if "loss" in logs or "train_loss" in logs:
             logs = logs | self._running.scalars()
         type(self.trainer).log(self.trainer, logs, *args, **kwargs)
 
-    def _thaw(self) -> None:
-        """Let train again what was frozen; the record of it stays."""
+    def _unfreeze_all(self) -> None:
+        """Set requires_grad of what was frozen; the record of it stays."""
         freezer = self._running.freezer
         freezer.prefix = False
-        freezer.thaw(freezer.applied)
+        freezer.unfreeze(freezer.applied)
 
     def _hand_back(self) -> None:
-        """Leave no trace in model and trainer; where training ended in an error, before the next one."""
+        """Leave no trace in model and trainer. After training that ended in an error, before the next training."""
         if self.trainer is not None:
             vars(self.trainer).pop("log", None)
             vars(self.trainer.accelerator).pop("unscale_gradients", None)
-            self._running.freezer.on_round = None
-            self._thaw()
+            self._running.freezer.rewrap = None
+            self._unfreeze_all()
             self.trainer = None
 
 
 class GradEarlyStoppingCallback(VLMGradEarlyStoppingCallback):
-    """The same with one tau for all components: for language models."""
+    """VLMGradEarlyStoppingCallback with one tau for all components: for language models."""
 
     config_class = GradEarlyStoppingConfig
 
 
 def find_trainer() -> tuple[Any, str | None]:
-    """The Trainer that is calling, and the checkpoint that it resumes from: it tells a callback neither."""
+    """The calling Trainer and the checkpoint that it resumes from, found on the stack: it passes a callback neither."""
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(trainer := frame.f_locals.get("self"), Trainer):
@@ -218,29 +220,29 @@ def find_trainer() -> tuple[Any, str | None]:
 
 
 def find_ddp(wrapped: torch.nn.Module) -> DistributedDataParallel | None:
-    """The wrapper of a distributed model, which may be compiled."""
+    """The DDP wrapper in Trainer's wrapped model, which may be compiled; None without DDP."""
     inner = getattr(wrapped, "_orig_mod", wrapped)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def check_parallelism(accelerator: Any, ddp: DistributedDataParallel | None) -> None:
-    """Raise ValueError for what takes weights or gradients out of their parameters, or cannot freeze."""
+    """Raise ValueError where weights or gradients are not in the parameters, or parameters cannot freeze."""
     kind = accelerator.distributed_type
     if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ValueError(
             f"{kind.value}: GradES needs whole parameters with their gradients; use DDP, or FSDP version 2"
         )
     if ddp is not None and ddp.static_graph:
-        raise ValueError("ddp_static_graph True: must be False, as what trains changes with every freeze")
+        raise ValueError("ddp_static_graph True: must be False, as every freeze changes what trains")
 
 
 def rebuild_ddp(ddp: Any, handler: Any) -> None:
-    """Make the wrapper anew in place, as the training loop holds it too: its reducer knows what trained at its making.
+    """Wrap again: DDP waits for the gradients of all that trained when it was made. In place, as Trainer holds it too.
 
-    handler: accelerate's, with the arguments that it was made with.
+    handler: accelerate's, with the arguments that DDP was made with.
     """
     if not any(parameter.requires_grad for parameter in ddp.parameters()):
-        return  # the run ends here
+        return  # everything is frozen and the run ends; DDP refuses a model that does not train
     arguments = handler.to_kwargs() if handler is not None else {}
     ddp.reducer = ddp.logger = None  # takes the old reducer's hooks off the parameters
     DistributedDataParallel.__init__(
@@ -251,9 +253,10 @@ def rebuild_ddp(ddp: Any, handler: Any) -> None:
 
 
 def draw_pictures(history: Path) -> None:
+    """Draw the pictures beside the history; without matplotlib only a warning."""
     from grades.plots import draw
 
     try:
         draw(history)
     except ImportError:
-        logger.warning(f"no pictures without matplotlib; once it is there: python -m grades report {history.parent}")
+        logger.warning(f"no pictures without matplotlib; install it, then: python -m grades report {history.parent}")

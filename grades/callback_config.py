@@ -1,4 +1,4 @@
-"""The settings of the Hugging Face callbacks: GradESConfig, with what the authors' package takes besides.
+"""The settings of the Hugging Face callbacks: GradESConfig and the further options of the authors' package.
 
 Needs neither torch nor transformers.
 """
@@ -10,10 +10,10 @@ from grades.config import AUTO, GradESConfig
 from grades.fields import doc
 
 NO_EFFECT = {
-    "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always told apart",
-    "use_cuda_acceleration": "measuring always runs where the weights are",
-    "log_interval": "values are logged with the trainer's own, every logging_steps",
-    "enable_wandb_logging": "values are logged with the trainer's own, to all that report_to names",
+    "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always detected",
+    "use_cuda_acceleration": "weights are always measured on their own device",
+    "log_interval": "values are logged with the trainer's, every logging_steps",
+    "enable_wandb_logging": "values are logged with the trainer's, to all that report_to names",
 }
 
 
@@ -21,14 +21,14 @@ NO_EFFECT = {
 class VLMGradEarlyStoppingConfig(GradESConfig):
     """Settings of VLMGradEarlyStoppingCallback: every field of GradESConfig, with a tau for each tower, and these.
 
-    Options of the authors' package that mean nothing here are accepted; the callback names them in one warning.
+    Options of the authors' package without effect here are accepted; the callback names changed ones in one warning.
     """
 
     output_dir: str | None = doc(
         "where grades_history.json and the pictures go; None: the trainer's output_dir", "./grades_output"
     )
     save_stats: bool = doc("write them at the end of the run", True)
-    save_freezing_history: bool = doc("the same; either off: nothing is written", True)
+    save_freezing_history: bool = doc("the same; where either is off nothing is written", True)
     log_interval: int = doc("no effect: " + NO_EFFECT["log_interval"], 10)
     enable_wandb_logging: bool = doc("no effect: " + NO_EFFECT["enable_wandb_logging"], False)
     auto_detect_mode: bool = doc("no effect: " + NO_EFFECT["auto_detect_mode"], True)
@@ -39,12 +39,12 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
         self.output_dir = None if self.output_dir is None else str(self.output_dir)
 
     def without_effect(self) -> list[str]:
-        """The options that were changed from their default and do nothing, each with the reason."""
+        """The options that differ from their default and do nothing, each with the reason."""
         defaults = {f.name: f.default for f in fields(self)}
         return [f"{name}: {reason}" for name, reason in NO_EFFECT.items() if getattr(self, name) != defaults[name]]
 
     def as_arguments(self) -> dict[str, Any]:
-        """What makes an equal configuration again, as JSON."""
+        """The arguments that make an equal configuration, as JSON types."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
 

@@ -1,15 +1,15 @@
-"""Freezing under torch.compile: how much of a decision may show in requires_grad.
+"""Freezing under torch.compile: which of the decided components may set requires_grad.
 
-A compiled function holds one variant for each combination of requires_grad, input shapes and the like that it has met,
-and all blocks of one class share them, as dynamo keeps them with the code of the class. Every new combination compiles
-anew, and beyond `torch._dynamo.config.recompile_limit` variants the function runs uncompiled for good, with a warning
-as the only sign. Thirty blocks that freeze matrix by matrix would get there at once. Hence in a round
+Dynamo compiles one variant of a function for each combination of requires_grad, input shapes and the like that occurs,
+and all blocks of one class share their variants. Beyond `torch._dynamo.config.recompile_limit` variants the function
+runs uncompiled from then on, with a warning as the only sign. Thirty blocks that freeze matrix by matrix would reach
+the limit at once. Hence in each round
 
-- all variants are dropped (`restart`). torch 2.11 needs that anyway: the guards of what it has compiled do not see
+- all variants are dropped (`restart`). torch 2.11 needs that anyway: the guards of its compiled functions do not notice
   that requires_grad has changed, so nothing would be saved;
-- the blocks of a class show at most PATTERNS different sets of frozen matrices (`flippable`);
-- the limit becomes what dynamo grants by default for each pattern, so that a model which keeps within it while nothing
-  is frozen keeps within it ever after.
+- the blocks of a class have at most PATTERNS different sets of frozen matrices (`flippable`);
+- the limit is raised to dynamo's default for each pattern, so that a model which stays below it while nothing is frozen
+  stays below it in every round.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ import torch.nn as nn
 from grades import policy
 from grades.components import Component, clean_name
 
-# Of blocks that are neither without frozen matrices nor frozen whole, two sets of frozen matrices may occur: each costs
-# the compilation of a block, once for fixed and once for varying shapes.
+# Sets of frozen matrices: none, all, and two others. Each costs the compilation of a block, once for fixed and once for
+# varying shapes.
 PATTERNS = 4
-# A pattern is compiled once for an input that needs a gradient and once for one that does not; blocks before the first
-# trainable weight, whose norms are frozen too, are one pattern more.
+# A pattern is compiled once for inputs that need a gradient and once for others; blocks of the prefix, whose norms are
+# frozen too, are one more pattern.
 VARIANTS = 2 * (PATTERNS + 1)
 DEFAULT_RECOMPILE_LIMIT = 8
 
@@ -35,11 +35,15 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def has_compiled(model: nn.Module) -> bool:
+    """Whether the model or a module in it is compiled."""
     return any(is_compiled(module) for module in model.modules())
 
 
 def flippable(model: nn.Module, components: Sequence[Component], decided: set[str]) -> set[str]:
-    """Of the decided components those whose requires_grad may be off; all of them outside of compiled modules."""
+    """The names of decided components whose requires_grad may be off; outside of compiled modules that is all of them.
+
+    Inside, each block gets the largest subset that the limit on patterns allows.
+    """
     blocks_of: dict[type, list[dict[str, Component]]] = {}
     for path, region in _regions(model):
         parameters = set(region.parameters())
@@ -67,7 +71,7 @@ def _regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def restart() -> None:
-    """Drop everything that was compiled; the next step compiles what it meets."""
+    """Drop everything that was compiled; the next step compiles again."""
     from torch._dynamo import config  # takes a second to import
 
     torch.compiler.reset()

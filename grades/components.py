@@ -1,4 +1,4 @@
-"""Which matrices are watched: the projection matrices of a transformer's blocks, whatever library built the model.
+"""Which matrices are watched: the projection matrices of a transformer's blocks, in models of any library.
 
 A component is one matrix and its bias: the weight of a linear, a stack of experts, or the adapter of one of these.
 """
@@ -14,22 +14,22 @@ import torch.nn as nn
 from grades.config import is_named
 
 TOWERS = ("vision", "language")
-# Words, between dots and underscores, of the path to a module. A path with a word of NEITHER_WORDS leads to what joins
-# the towers or to another sense; else the first word that names a tower decides, and without one it is language.
+# Words, separated by dots and underscores, in the path of a module. With a word of NEITHER_WORDS the module joins the
+# towers or is for audio; else the first word that names a tower decides, and without any it is language.
 VISION_WORDS = {"vision", "visual", "vit", "image", "video"}
 LANGUAGE_WORDS = {"language", "text", "llm", "lm", "decoder"}
 NEITHER_WORDS = {
     "mp", "projector", "connector", "merger", "mergers", "aligner", "resampler", "perceiver", "qformer", "audio",
 }  # fmt: skip
-# A router scores the experts for each token: a classifier, not a projection.
+# A router scores the experts for each token; it is a classifier, not a projection.
 ROUTER = re.compile(r"\.(\w*expert_)?gate(\.|$)|[._]router([._]|$)")
-# What DDP, torch.compile, activation checkpointing and peft put into the paths of what they wrap.
+# What DDP, torch.compile, activation checkpointing and peft add to the paths of what they wrap.
 WRAPPER = re.compile(
     r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|base_model\.model|base_layer|modules_to_save\.[^.]+)(?=\.|$)"
 )
-# GPT-2, LLaMA, BLIP and their like call it attn, self_attn, attention; nn.TransformerEncoderLayer too.
+# How GPT-2, LLaMA, BLIP and nn.TransformerEncoderLayer name it: attn, self_attn, attention.
 ATTENTION = re.compile(r"attn|attention")
-LISTED_LINEARS = 30  # how many names an error holds
+LISTED_LINEARS = 30  # how many names an error lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,28 +38,29 @@ class Component:
 
     name: str  # dotted path of the module, without the names of wrappers
     tower: str  # "vision" or "language"
-    kind: str  # last part of the name: q_proj, fc1 ...; the path in the block where that has several of them
+    kind: str  # last part of the name: q_proj, fc1 ...; the path in the block where several matrices share that part
     layer: int  # index of its block
     weights: tuple[nn.Parameter, ...]  # what is measured: a matrix or a stack [experts, ., .]; an adapter's pair (A, B)
     parameters: tuple[nn.Parameter, ...]  # what freezes: the weights and, where there is one, the bias
 
     @property
     def elements(self) -> int:
+        """The number of elements that are measured."""
         return sum(weight.numel() for weight in self.weights)
 
     @property
     def part(self) -> str:
-        """ "attention" or "mlp": the part of the block that it belongs to."""
+        """The part of the block that it belongs to: "attention" or "mlp"."""
         return "attention" if ATTENTION.search(self.name) else "mlp"
 
 
 def find_components(model: nn.Module, targets: Sequence[str] = ()) -> list[Component]:
     """Every trainable projection matrix of the model's repeated blocks, once, in the order of its modules.
 
-    Linears, GPT-2's Conv1D, the fused input projection of nn.MultiheadAttention, and experts that are stacked in one
-    parameter [E, ., .]. Norms, embeddings, convolutions, heads, routers, what joins the towers and audio towers are
-    none. A module with trainable LoRA adapters (peft) is one component: their matrices A and B, adapter by adapter.
-    targets: only those that one of these names; see `is_named`. Raises ValueError where nothing is found.
+    These are linears, GPT-2's Conv1D, the fused input projection of nn.MultiheadAttention, and experts stacked in one
+    parameter [experts, ., .]; not norms, embeddings, convolutions, heads, routers, what joins the towers, audio towers.
+    A module with trainable LoRA adapters (peft) is one component: their matrices A and B, adapter by adapter.
+    targets: only matrices that one of these names, see `is_named`. Raises ValueError where nothing is found.
     """
     found: list[Component] = []
     seen: set[nn.Parameter] = set()
@@ -77,7 +78,7 @@ def find_components(model: nn.Module, targets: Sequence[str] = ()) -> list[Compo
     return _tell_kinds_apart(found)
 
 
-# Name, what is measured, what else freezes.
+# Name, what is measured, what else freezes with it.
 Matrix = tuple[str, tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]
 
 
@@ -94,18 +95,18 @@ def _matrices(model: nn.Module) -> Iterator[Matrix]:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    """Whether this is peft's wrapper of an adapted module; told by its structure, so that peft need not be there."""
+    """Whether this is peft's wrapper of an adapted module; told by its structure, as peft may not be installed."""
     return all(isinstance(getattr(module, side, None), nn.ModuleDict) for side in ("lora_A", "lora_B"))
 
 
 def _adapter(name: str, module: Any) -> Iterator[Matrix]:
-    """The trainable adapters of a module; with them freeze DoRA's magnitude and a trainable bias."""
+    """The trainable adapters of a module; DoRA's magnitude and a trainable bias freeze with them."""
     pairs = [side[adapter].weight for adapter in module.lora_A for side in (module.lora_A, module.lora_B)]
     weights = tuple(weight for weight in pairs if _is_trainable(weight) and weight.dim() == 2)
     others = [p for child, part in module.named_children() if child != "base_layer" for p in part.parameters()]
     others.append(getattr(module.base_layer, "bias", None))
     if weights:
-        # An adapter of a bare parameter knows its name; those of several parameters of a module lie in one another.
+        # An adapter of a bare parameter knows that parameter's name; for several parameters the wrappers are nested.
         parameter = getattr(module, "parameter_name", "weight")
         name = name if parameter == "weight" else f"{name}.{parameter}"
         yield name, weights, tuple(p for p in others if _is_trainable(p) and p not in set(weights))
@@ -114,7 +115,7 @@ def _adapter(name: str, module: Any) -> Iterator[Matrix]:
 def _own_matrices(name: str, module: nn.Module) -> Iterator[Matrix]:
     """The trainable matrices that the module itself holds: one of a linear, several of a stack of experts."""
     own = {key: p for key, p in module.named_parameters(recurse=False) if _is_trainable(p)}
-    # Experts are stacked in modules that tell so in their own or in their class's name.
+    # A module of stacked experts says so in its own name or its class's.
     experts = "expert" in f"{name} {type(module).__name__}".lower()
     for key, weight in own.items():
         if (
@@ -128,12 +129,12 @@ def _own_matrices(name: str, module: nn.Module) -> Iterator[Matrix]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D is a linear with weight [in, out]; known by its name, as this library needs torch alone.
+    # transformers' Conv1D is a linear with weight [in, out]; told by its name, as this library imports torch alone.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _is_trainable(parameter: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
-    """Quantized weights never are: integers cannot require a gradient."""
+    """Whether there is a parameter and it trains. Quantized weights never do: integers cannot require a gradient."""
     return parameter is not None and parameter.requires_grad
 
 
@@ -162,7 +163,7 @@ def _tell_kinds_apart(components: list[Component]) -> list[Component]:
 
 
 def _linears(model: nn.Module) -> str:
-    """The names of the model's linear modules, * for the index of a block; the first few of very many."""
+    """The names of the model's linear modules with * for the index of a block, at most LISTED_LINEARS of them."""
     paths = (clean_name(path) for path, module in model.named_modules() if _is_linear(module))
     names = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", path) for path in paths))
     rest = len(names) - LISTED_LINEARS

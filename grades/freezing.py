@@ -1,9 +1,10 @@
-"""What a freeze means for the weights, for the optimizer and for the part of the model before them."""
+"""What a freeze does to the weights, the optimizer's state and the part of the model before the weights."""
 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -11,16 +12,16 @@ import torch.nn as nn
 from grades import compiled, policy
 from grades.components import Component, clean_name, tower_of
 
-# Words of names of what comes after the blocks, though some models define it before them (OPT's final_layer_norm).
+# Words in the names of what runs after the blocks, though some models define it before them (OPT's final_layer_norm).
 COMES_LAST = re.compile(r"(^|[._])(final|post|out)([._]|$)")
 
 
 class Freezer:
-    """Makes decisions real. A component that was decided on never moves again; what it saves comes with `apply`.
+    """Carries out decisions to freeze. A decided component does not move any more; compute is saved from `apply` on.
 
-    Applying flips requires_grad, which a plain model notices at once. A compiled model compiles anew and a
-    distributed one is wrapped anew, so there decisions wait for one of few rounds, their gradients being dropped
-    before the optimizer sees them.
+    Applying sets requires_grad, which a plain model follows at once. A compiled model has to be compiled again and a
+    distributed one wrapped again, so there decisions are applied in a few rounds; until then the gradients of decided
+    components are dropped before the optimizer sees them.
     """
 
     def __init__(
@@ -30,28 +31,32 @@ class Freezer:
         optimizer: torch.optim.Optimizer | None,
         prefix: bool = True,
         rounds: int = 8,
-        on_round: Callable[[], None] | None = None,
+        rewrap: Callable[[], None] | None = None,
     ) -> None:
-        """on_round: called after requires_grad has changed, to wrap a distributed model anew."""
+        """optimizer: its state of frozen weights is freed. prefix: freeze what lies before the first trainable matrix.
+
+        rounds: at most this many with a compiled or distributed model. rewrap: called after requires_grad has changed,
+        to wrap a distributed model again.
+        """
         self.model, self.components, self.optimizer = model, components, optimizer
         self.by_name = {component.name: component for component in components}
         self.prefix = prefix
         self.rounds = rounds
-        self.on_round = on_round
+        self.rewrap = rewrap
         self.decided: set[str] = set()
         self.applied: set[str] = set()
         self.rounds_done = 0
         self.freed_bytes = 0
-        self.prefix_parameters: list[nn.Parameter] = []  # frozen for lying before the first unfrozen matrix
+        self.prefix_parameters: list[nn.Parameter] = []  # frozen because they lie before the first trainable matrix
         self.cuts: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def waits(self) -> bool:
         """Whether decisions wait for a round."""
-        return compiled.has_compiled(self.model) or self.on_round is not None
+        return compiled.has_compiled(self.model) or self.rewrap is not None
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Decide: these stop now. To be called between two optimizer steps, when gradients are cleared."""
+        """Decide that these train no more. To be called between two optimizer steps, when gradients are cleared."""
         names = list(names)
         self.decided |= set(names)
         self.freed_bytes += release((p for name in names for p in self.by_name[name].parameters), self.optimizer)
@@ -64,9 +69,9 @@ class Freezer:
         return policy.round_number([decided[tower] for tower in towers], list(towers.values()), self.rounds)
 
     def drop_gradients(self) -> None:
-        """After the backward pass: what was decided but not applied gets no update.
+        """After the backward pass: what is decided but not applied gets no update.
 
-        Nothing waits where a run goes on without what it waited for, compilation or several processes.
+        Applies everything where a resumed run has nothing to wait for: it is neither compiled nor distributed any more.
         """
         for name in self.decided - self.applied:
             for parameter in self.by_name[name].parameters:
@@ -75,7 +80,7 @@ class Freezer:
             self.apply()
 
     def apply(self) -> None:
-        """Flip requires_grad of what was decided, compiled blocks keeping to few patterns; and of the prefix."""
+        """Set requires_grad of what was decided, in compiled blocks by few patterns, and of the prefix."""
         self.rounds_done = self._round_number()
         is_compiled = compiled.has_compiled(self.model)
         flipped = compiled.flippable(self.model, self.components, self.decided) if is_compiled else set(self.decided)
@@ -87,11 +92,11 @@ class Freezer:
             self._freeze_prefix()
         if is_compiled:
             compiled.restart()
-        if self.on_round is not None:
-            self.on_round()
+        if self.rewrap is not None:
+            self.rewrap()
 
-    def thaw(self, names: Iterable[str]) -> None:
-        """Let frozen components train again, from fresh optimizer state."""
+    def unfreeze(self, names: Iterable[str]) -> None:
+        """Let frozen components train again, from new optimizer state."""
         names = set(names)
         self.decided -= names
         self.applied -= names
@@ -105,17 +110,17 @@ class Freezer:
         self.prefix_parameters, self.cuts = [], []
         if self.prefix:
             self._freeze_prefix()
-        if self.on_round is not None:
-            self.on_round()
+        if self.rewrap is not None:
+            self.rewrap()
 
     def begin_probe(self) -> None:
-        """Let the next backward pass make the gradients of what is frozen."""
+        """Let the next backward pass compute the gradients of what is frozen."""
         for name in self.applied:
             for weight in self.by_name[name].weights:
                 weight.requires_grad_(True)
 
     def end_probe(self) -> None:
-        """After that pass: the gradients were looked at, and go before anything uses them."""
+        """After that pass, when the gradients were looked at: drop them before anything uses them."""
         for name in self.applied:
             for weight in self.by_name[name].weights:
                 weight.grad = None
@@ -130,7 +135,8 @@ class Freezer:
         if not self.cuts:
             self.cuts = [module.register_forward_hook(_detach_output) for module in shared]
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """Which components are decided and applied, by name, and the counts."""
         return {
             "decided": sorted(self.decided),
             "applied": sorted(self.applied),
@@ -138,8 +144,8 @@ class Freezer:
             "freed_bytes": self.freed_bytes,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """What was frozen is frozen again at once, before a model is wrapped or compiled."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Freeze again at once what was frozen. To be called before the model is wrapped or compiled."""
         freed = state["freed_bytes"]
         self.decided = set(state["applied"])
         release((p for name in state["decided"] for p in self.by_name[name].parameters), self.optimizer)
@@ -150,10 +156,10 @@ class Freezer:
 
 
 def release(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> int:
-    """Free the gradients and the optimizer's state of the parameters; returns the bytes.
+    """Free the gradients and the optimizer's state of the parameters; returns the bytes freed.
 
-    The parameters stay in the optimizer's groups, where they are skipped for want of a gradient, weight decay
-    included: the groups of a saved optimizer fit again at the next start.
+    The parameters stay in the optimizer's groups, so that a saved optimizer fits after a resume. Without a gradient the
+    optimizer skips them, weight decay included.
     """
     freed = 0
     for parameter in parameters:
@@ -167,13 +173,13 @@ def release(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 def frozen_prefix(model: nn.Module, components: Sequence[Component]) -> tuple[list[nn.Parameter], list[nn.Module]]:
-    """What lies before the first trainable matrix of each tower: parameters to freeze, and modules to cut off.
+    """What lies before the first trainable matrix of each tower: parameters to freeze, and modules to detach.
 
-    A block is passed when no matrix in it trains. The vision tower has nothing before it; the language tower is passed
-    only where neither the vision tower nor the projector trains. What a passed block holds besides (norms) and what
-    lies before the blocks (embeddings, patch convolution) freezes; with its last block the whole vision tower does,
-    unless a matrix after the blocks trains.
-    An embedding whose weight is also the head's goes on training there; its module's output is to be cut off instead.
+    The prefix of a tower is its first blocks in which no matrix trains, and what lies before the blocks. What trains in
+    it besides matrices (norms, embeddings, patch convolution) is to freeze. Where all blocks of the vision tower are in
+    the prefix the whole tower is, unless a matrix after the blocks trains. The language tower has a prefix only where
+    neither the vision tower nor the projector trains.
+    An embedding whose weight is also the head's keeps training there; its module's output is to be detached instead.
     """
     modules = {clean_name(path): module for path, module in model.named_modules()}
     owners = _owners(model)
@@ -182,7 +188,7 @@ def frozen_prefix(model: nn.Module, components: Sequence[Component]) -> tuple[li
     for tower in ("vision", "language"):
         stacks = {_stack_of(component) for component in components if component.tower == tower}
         if len(stacks) != 1 or (tower == "language" and _trains_before_language(model, parameters)):
-            continue  # a tower that is not one row of blocks has no prefix that could be told
+            continue  # in a tower of several lists of blocks nothing tells which runs first
         (stack,) = stacks
         root = _root_of(stack, tower)
         for name, parameter in _leading(modules[root], root, modules[stack], tower):
@@ -199,7 +205,7 @@ def _stack_of(component: Component) -> str:
 
 
 def _root_of(stack: str, tower: str) -> str:
-    """Path of the module that runs the tower: the outermost of its name; of a language model what holds the blocks."""
+    """Path of the module that runs the tower: for vision the outermost of that name, for language the blocks' parent."""
     parts = stack.split(".")
     if tower == "vision":
         return next(root for i in range(len(parts)) if tower_of(root := ".".join(parts[: i + 1])) == "vision")
@@ -207,9 +213,9 @@ def _root_of(stack: str, tower: str) -> str:
 
 
 def _leading(root: nn.Module, path: str, stack: nn.Module, tower: str) -> list[tuple[str, nn.Parameter]]:
-    """The tower's trainable parameters before its first block with a trainable matrix, in the order of the modules.
+    """The tower's trainable parameters before its first block with a trainable matrix, with their names in the root.
 
-    path: of the root. Those of the whole vision tower where no matrix trains in it.
+    path: of the root. All trainable parameters of a vision tower in which no matrix trains.
     """
     blocks = list(stack.children())
     passed = list(itertools.takewhile(lambda block: not any(_trains_as_matrix(p) for p in block.parameters()), blocks))
@@ -219,7 +225,7 @@ def _leading(root: nn.Module, path: str, stack: nn.Module, tower: str) -> list[t
     in_passed = {p for block in passed for p in block.parameters()}
     first = next(p for p in root.parameters() if p in in_blocks)
     before = set(itertools.takewhile(lambda p: p is not first, root.parameters()))
-    # A projector that lives inside the vision tower is not of the tower.
+    # A projector inside the module of the vision tower is not part of the tower.
     own = {name: p for name, p in root.named_parameters() if p.requires_grad and tower_of(f"{path}.{name}") == tower}
     leading = {name: p for name, p in own.items() if p in in_passed or (p in before and not COMES_LAST.search(name))}
     whole = tower == "vision" and not any(_trains_as_matrix(own[name]) for name in own.keys() - leading.keys())
@@ -231,6 +237,7 @@ def _trains_as_matrix(parameter: nn.Parameter) -> bool:
 
 
 def _trains_before_language(model: nn.Module, about_to_freeze: Sequence[nn.Parameter]) -> bool:
+    """Whether anything outside of the language tower trains, apart from the parameters about to freeze."""
     frozen = set(about_to_freeze)
     return any(
         p.requires_grad and p not in frozen and tower_of(clean_name(name)) != "language"
@@ -239,7 +246,7 @@ def _trains_before_language(model: nn.Module, about_to_freeze: Sequence[nn.Param
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
-    """The modules that hold each parameter: a tied embedding has two."""
+    """The modules that hold each parameter: two for a tied embedding."""
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -247,5 +254,5 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return owners
 
 
-def _detach_output(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+def _detach_output(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     return output.detach()

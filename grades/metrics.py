@@ -1,7 +1,7 @@
 """What is measured of a component. A number that was not measured is None, never 0.0.
 
-Each metric is an element-wise sum in float32, over a component's weights (one matrix, or the pair of an adapter).
-All of a check's sums are made on the device and fetched together: one host synchronisation a check.
+Each metric is an element-wise sum in float32 over a component's weights (one matrix, or the pair of an adapter).
+All sums of a check are computed on the device and fetched together: one host synchronisation per check.
 """
 
 import math
@@ -11,31 +11,33 @@ from typing import Any
 import torch
 
 from grades.components import Component
-from grades.reading import make_reader, stack
+from grades.sampling import make_sampler, stack
 
 
 class Metric:
     """Gives each component a number; see the subclasses.
 
     The monitor calls `after_backward` in every step, when the gradients are whole and not yet clipped, and `measure`
-    after the optimizer step where a check is due. `forget` frees what is held for components that were frozen.
+    after the optimizer step where a check is due.
     """
 
     reads_gradients = False
-    first_check = 1  # which check gives the first number
+    first_check = 1  # the check, counted from 1, that gives the first number
 
     def __init__(self, sample: int = 1) -> None:
-        self.reader = make_reader(sample)
+        """sample: measure 1/sample of the elements and scale the sums up."""
+        self.sampler = make_sampler(sample)
         self.kept: dict[str, list[torch.Tensor]] = {}  # by component: what its weights are compared with next time
 
     def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
         """check: whether this step ends with a check; check_is_next: whether the step after it does."""
 
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
-        """One number a component, None where it is not known. Waits for the device once."""
+        """The number of each component by name, None where it is not known. Waits for the device once."""
         raise AssertionError("a subclass measures")
 
     def forget(self, names: Iterable[str]) -> None:
+        """Free what is held for these components, which were frozen."""
         for name in names:
             self.kept.pop(name, None)
 
@@ -54,15 +56,15 @@ class WeightChange(Metric):
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
-        """None at the first visit, and where the weight is what it was to the last bit: no update reached it (steps
-        without an image leave the vision tower alone), so nothing was measured of its convergence.
+        """None at a component's first check, and where its weight is the same to the last bit: no update reached it
+        (steps without an image leave the vision tower alone), which says nothing about its convergence.
         """
         known = [component for component in components if component.name in self.kept]
         weights = [weight for component in known for weight in component.weights]
-        sums = self.reader.change(weights, [kept for component in known for kept in self.kept[component.name]])
+        sums = self.sampler.change(weights, [kept for component in known for kept in self.kept[component.name]])
         for component in components:
             if component.name not in self.kept:
-                self.kept[component.name] = self.reader.copy(component.weights)
+                self.kept[component.name] = self.sampler.copy(component.weights)
         return fetch(sums, known, components)
 
 
@@ -73,14 +75,14 @@ class GradientNorm(Metric):
 
     def __init__(self, sample: int = 1) -> None:
         super().__init__(sample)
-        self.measured: list[Component] = []  # in the step under way
-        self.sums = torch.empty(0)  # a number for each of their weights
+        self.measured: list[Component] = []  # in the current step
+        self.sums = torch.empty(0)  # one per weight of the measured components
 
     @torch.no_grad()
     def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
         if check:
             self.measured = [component for component in components if gradients_of(component)]
-            self.sums = self.reader.norm([g for component in self.measured for g in gradients_of(component)])
+            self.sums = self.sampler.norm([g for component in self.measured for g in gradients_of(component)])
 
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
         """None where the step made no gradient."""
@@ -90,11 +92,12 @@ class GradientNorm(Metric):
 class GradientChange(GradientNorm):
     """sum |g_t - g_(t-1)|, g the accumulated gradient before clipping: the paper's Eq. 1, Algorithm 1.
 
-    Gradients are copied in the step before a check: in every step only at a compute_interval of 1. On a CPU the copies
-    stay for the next time, as fresh memory costs more there than the check; on a GPU they go after the check.
+    Gradients are copied in the step before a check, so in every step only at a compute_interval of 1. On a CPU the
+    memory of the copies is kept, as allocating it again costs more there than the check; on a GPU it is freed after
+    the check.
     """
 
-    first_check = 2  # at a compute_interval above 1 the first
+    first_check = 2  # at a compute_interval of 1; else the first
 
     def __init__(self, sample: int = 1) -> None:
         super().__init__(sample)
@@ -111,13 +114,13 @@ class GradientChange(GradientNorm):
             compared = {component.name for component in self.measured}
             gradients = [g for component in self.measured for g in gradients_of(component)]
             kept = [k for component in self.measured for k in self.kept[component.name]]
-            self.sums = self.reader.change(gradients, kept, update=check_is_next)
+            self.sums = self.sampler.change(gradients, kept, update=check_is_next)
             self.copied = set()
         if check_is_next:  # where there was a comparison the copy has become this step's
             for component in present:
                 if component.name not in compared:
                     old = self.kept.get(component.name)
-                    self.kept[component.name] = self.reader.copy(gradients_of(component), old)
+                    self.kept[component.name] = self.sampler.copy(gradients_of(component), old)
             self.copied = {component.name for component in present}
         else:
             self.kept = {name: kept for name, kept in self.kept.items() if kept[0].device.type == "cpu"}
@@ -137,29 +140,29 @@ class GradientChange(GradientNorm):
 class GradientRms(Metric):
     """sum sqrt(v_t), v_t Adam's running mean of the squared gradient, bias-corrected: not in the paper.
 
-    A gradient norm over the last 1 / (1 - beta2) steps, of clipped gradients, and the only one of them that is there
-    already: no gradient is looked at and nothing is held. The learning rate is not in it.
+    A gradient norm over about the last 1 / (1 - beta2) steps, of clipped gradients. Adam keeps it anyway: no gradient
+    is looked at and nothing is held. It does not depend on the learning rate.
     """
 
     def __init__(self, sample: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Raises ValueError where the optimizer is none of Adam's kind."""
+        """Raises ValueError where the optimizer is not of Adam's kind."""
         super().__init__(sample)
         groups = [] if optimizer is None else optimizer.param_groups
         if optimizer is None or not all("betas" in group for group in groups):
-            raise ValueError("--metric gradient_rms: must go with an optimizer of Adam's kind, whose state it reads")
+            raise ValueError("--metric gradient_rms: needs an optimizer of Adam's kind, whose state it reads")
         self.optimizer = optimizer
         self.beta2 = {id(p): group["betas"][1] for group in groups for p in group["params"]}
-        self.steps: dict[str, list[float]] = {}  # by component: updates that its weights had got at the last check
+        self.steps: dict[str, list[float]] = {}  # by component: number of updates of its weights at the last check
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
-        """None where no update reached the weight since the last check. Raises ValueError for another optimizer."""
+        """None where no update reached the weights since the last check. Raises ValueError for another optimizer."""
         known = [c for c in components if all(self.optimizer.state.get(weight) for weight in c.weights)]
         weights = [weight for component in known for weight in component.weights]
         states = [self.optimizer.state[weight] for weight in weights]
         if odd := [state for state in states if "exp_avg_sq" not in state]:
             raise ValueError(f"--metric gradient_rms: reads exp_avg_sq; this optimizer's state has {', '.join(odd[0])}")
-        sums = _reduce_shards(self.reader.root([state["exp_avg_sq"] for state in states]), weights)
+        sums = _reduce_shards(self.sampler.root([state["exp_avg_sq"] for state in states]), weights)
         steps = stack([torch.as_tensor(state["step"]) for state in states]).to(sums)
         found = iter(zip(weights, *torch.stack([sums, steps]).tolist(), strict=True))
         values: dict[str, float | None] = dict.fromkeys(c.name for c in components)
@@ -192,12 +195,12 @@ METRICS: dict[str, type[Metric]] = {
 
 
 def make_metric(name: str, sample: int, optimizer: torch.optim.Optimizer | None) -> Metric:
-    """The metric of that name. Raises ValueError where it needs another optimizer."""
+    """The metric of that name over 1/sample of the elements. Raises ValueError where it needs another optimizer."""
     return GradientRms(sample, optimizer) if name == "gradient_rms" else METRICS[name](sample)
 
 
 def gradients_of(component: Component) -> list[torch.Tensor]:
-    """The gradients of the component's weights; empty where one has none."""
+    """The gradients of the component's weights; an empty list where a weight has none."""
     gradients = [weight.grad for weight in component.weights if weight.grad is not None]
     return gradients if len(gradients) == len(component.weights) else []
 
@@ -205,11 +208,11 @@ def gradients_of(component: Component) -> list[torch.Tensor]:
 def fetch(
     sums: torch.Tensor, measured: Sequence[Component], components: Sequence[Component]
 ) -> dict[str, float | None]:
-    """sums: a number for each weight of the measured components. Their sums by component, on the host.
+    """The number of each component by name, on the host. sums: [weights of the measured components], in their order.
 
-    None for components that were not measured, are exactly 0, where nothing happened, or are not finite, as gradients
-    in float16 are at times. Sums over the shards of weights are added up over the ranks first: one reduction, one
-    host synchronisation.
+    None for a component that was not measured, whose number is exactly 0 (nothing happened to it) or not finite (as
+    with overflows in float16). Sums over the shards of weights are added over the ranks first: one reduction, one host
+    synchronisation.
     """
     weights = [weight for component in measured for weight in component.weights]
     values = iter(_reduce_shards(sums, weights).tolist() if weights else [])
@@ -219,7 +222,7 @@ def fetch(
 
 
 def _reduce_shards(sums: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sums, those of sharded weights (DTensor) over all of their shards, which all lie on one mesh alike."""
+    """sums [weights], those of sharded weights (DTensor) added over the shards. All are sharded alike on one mesh."""
     sharded = [i for i, weight in enumerate(weights) if hasattr(weight, "placements")]
     if not sharded:
         return sums

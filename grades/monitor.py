@@ -1,4 +1,4 @@
-"""GradESMonitor: measures the components, asks the policy, freezes, and remembers all of it."""
+"""GradESMonitor: measures the components, asks the policy, freezes, and records it."""
 
 import json
 import statistics
@@ -13,6 +13,7 @@ import torch.nn as nn
 from grades import policy
 from grades.components import TOWERS, Component, find_components
 from grades.config import AUTO, GradESConfig
+from grades.files import write_text
 from grades.freezing import Freezer
 from grades.metrics import GradientNorm, make_metric
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
@@ -26,7 +27,7 @@ class GradESMonitor:
 
     In every step call `after_backward(step)` between the backward pass and the clipping of the gradient, and
     `after_step(step)` after the optimizer step, when the gradients are cleared. A run in which nothing freezes is bit
-    for bit the run without it.
+    for bit the run without the monitor.
     """
 
     def __init__(
@@ -36,43 +37,44 @@ class GradESMonitor:
         optimizer: torch.optim.Optimizer | None = None,
         total_steps: int | None = None,
         log: Callable[[str], None] = print,
-        on_round: Callable[[], None] | None = None,
-        agree: Callable[[Values], Values] | None = None,
+        *,
+        detail: Callable[[str], None] = lambda line: None,
+        rewrap: Callable[[], None] | None = None,
+        broadcast: Callable[[Values], Values] | None = None,
     ) -> None:
-        """total_steps: length of the run, which the grace period is a share of; may be set later, before step 1.
+        """optimizer: its state of frozen weights is freed. total_steps: of the run; may be set later, before step 1.
 
-        optimizer: its state of frozen weights is freed. log: takes one line a freeze. on_round: called after
-        requires_grad has changed, where that asks for the model to be wrapped anew (DDP). agree: given a check's
-        numbers, returns those that every process goes by, rank 0's. Raises ValueError on impossible settings and
-        where the model has no component.
+        log: takes one line per check and tower in which something froze. detail: takes one line per component that
+        froze. rewrap: called after requires_grad has changed, for models that have to be wrapped again then (DDP).
+        broadcast: given a check's numbers, returns those of rank 0, by which all ranks decide.
+        Raises ValueError on impossible settings and where the model has no component.
         """
         config.check()
-        if config.unfreeze_factor is not None and on_round is not None:
+        if config.unfreeze_factor is not None and rewrap is not None:
             raise ValueError(
                 f"--unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "
                 "cannot be probed; FSDP2 (--parallel fsdp) can"
             )
         self.config = config
-        self.log = log
-        self.agree = agree
+        self.log, self.detail, self.broadcast = log, detail, broadcast
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
-        # What target_components leaves out trains on, so that a run does not end for the lack of it.
+        # What target_components leaves out keeps training, so it counts for the end of the run.
         self.num_matrices = len(find_components(model) if config.target_components else self.components)
         self.total_steps = total_steps
         self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
-        self.scale = make_scale(config, self.components, optimizer)
-        self.freezer = Freezer(model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, on_round)
+        self.scale = make_scale(config.tau_mode)
+        self.freezer = Freezer(model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, rewrap)
         self.prober = GradientNorm(config.monitor_sample)
-        self.taus = resolve_taus(config, self.components)  # by name; without those that are still to be found
-        self.plan = self._replay_plan()
+        self.taus = resolve_taus(config, self.components)  # by name; empty while one is still to be found
+        self.replayed = self._draw_replay()  # step -> names
         self.frozen: dict[str, int] = {}  # name -> step of freezing
         self.streaks: dict[str, int] = {}  # name -> checks in a row below tau
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
-        self.grace_checks: list[dict[str, Any]] = []  # the last of the grace period, where taus are to be found
+        self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
         self.events: list[dict[str, Any]] = []
-        self.latest: dict[str, float | None] = {}
+        self.latest: Values = {}  # of the last check
         self._seen_backward = False
         if total_steps is not None:
             self._check_grace()
@@ -90,42 +92,42 @@ class GradESMonitor:
         return self.freezer.freed_bytes
 
     def after_backward(self, step: int) -> None:
-        """Look at the gradients of step `step`, counted from 1: whole, averaged over ranks, not yet clipped."""
+        """Read the gradients of step `step`, counted from 1: accumulated, averaged over ranks, not yet clipped."""
         self._seen_backward = True
         if self._is_probe(step):
             self.prober.after_backward([self.by_name[name] for name in self.frozen], True, False)
             self.freezer.end_probe()
         self.freezer.drop_gradients()
-        self.metric.after_backward(self._live(), self._is_check(step), self._is_check(step + 1))
+        self.metric.after_backward(self._unfrozen(), self._is_check(step), self._is_check(step + 1))
 
     def after_step(self, step: int) -> bool:
         """Measure and freeze after optimizer step `step`, counted from 1. True: enough is frozen, end the run."""
         self._check_use()
         self.last_step = step
         if self._is_probe(step):
-            self._wake(step)
+            self._unfreeze(step)
         if self._is_check(step):
             self.latest = self._measure(step)
             if step > self.grace_steps:
                 self._judge(step)
-        if step in self.plan:
-            self._freeze(self.plan[step], step)
+        if step in self.replayed:
+            self._freeze(self.replayed[step], step)
         enough = self.enough_frozen()
         if self._is_probe(step + 1) and not enough:
             self.freezer.begin_probe()
         return enough
 
     def enough_frozen(self) -> bool:
-        """Whether so many of the model's projection matrices, watched or not, are frozen that the run ends."""
+        """Whether max_frozen_ratio of the model's projection matrices, watched or not, are frozen: the run ends."""
         return policy.enough_frozen(len(self.frozen), self.num_matrices, self.config.max_frozen_ratio)
 
     def frozen_share(self, tower: str | None = None) -> float | None:
-        """Share of the components (of a tower) that are frozen; None where there are none."""
-        names = [component.name for component in self.components if tower in (None, component.tower)]
+        """Share of the components (of a tower) that are frozen, in [0, 1]; None where there are none."""
+        names = self._names(tower)
         return sum(name in self.frozen for name in names) / len(names) if names else None
 
     def scalars(self) -> dict[str, float]:
-        """What a training log wants: the frozen shares and each tower's metric at the last check."""
+        """For a training log: the frozen shares, and of each tower the metric's median and mean at the last check."""
         found = {"grades/frozen_share": self.frozen_share()}
         for tower in TOWERS:
             found[f"grades/frozen_share_{tower}"] = self.frozen_share(tower)
@@ -134,7 +136,10 @@ class GradESMonitor:
             found[f"grades/{self.config.metric}_{tower}_mean"] = statistics.fmean(values) if values else None
         return {name: value for name, value in found.items() if value is not None}
 
-    def _live(self) -> list[Component]:
+    def _names(self, tower: str | None = None) -> list[str]:
+        return [component.name for component in self.components if tower in (None, component.tower)]
+
+    def _unfrozen(self) -> list[Component]:
         return [component for component in self.components if component.name not in self.frozen]
 
     def _is_check(self, step: int) -> bool:
@@ -147,7 +152,7 @@ class GradESMonitor:
         return wanted and within and policy.is_check(step, self.config.probe_interval)
 
     def _check_use(self) -> None:
-        """What would go wrong in silence: a gradient that nobody showed, a waiting freeze that nobody stops."""
+        """Raise ValueError where after_backward is not called but needed, else unnoticed."""
         if not self._seen_backward and (self.metric.reads_gradients or self.freezer.waits):
             what = f"metric {self.config.metric}" if self.metric.reads_gradients else "a compiled or distributed model"
             raise ValueError(f"{what} needs after_backward(step) between the backward pass and the clipping")
@@ -165,9 +170,9 @@ class GradESMonitor:
                 f"to find a tau of auto it must hold {needed} or more: raise --alpha or lower --compute_interval"
             )
 
-    def _measure(self, step: int) -> dict[str, float | None]:
-        values = self.metric.measure(self._live())
-        values = self.scale.apply(values if self.agree is None else self.agree(values))
+    def _measure(self, step: int) -> Values:
+        values = self.metric.measure(self._unfrozen())
+        values = self.scale.apply(values if self.broadcast is None else self.broadcast(values))
         self.checks.append({"step": step, "values": [values.get(component.name) for component in self.components]})
         if not self.taus and step <= self.grace_steps:
             self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
@@ -175,7 +180,7 @@ class GradESMonitor:
         return values
 
     def _thin_checks(self) -> None:
-        """Of more than history_maxlen checks keep those whose number is even; then a multiple of four, and so on."""
+        """With more than history_maxlen checks keep those with an even number, then with a multiple of 4, and so on."""
         stride = 1
         while len(self.checks) > self.config.history_maxlen:
             stride *= 2
@@ -192,34 +197,48 @@ class GradESMonitor:
 
     def _freeze(self, names: Iterable[str], step: int) -> None:
         names = [name for name in names if name not in self.frozen]
+        events: list[dict[str, Any]] = []
         for name in names:
             self.frozen[name] = step
-            component, value, tau = self.by_name[name], self.latest.get(name), self.taus.get(name)
-            self.events.append({"step": step, "name": name, "value": value, "tau": tau})
-            why = "drawn at random" if name in self.plan.get(step, []) else f"{value:.4g} < tau {tau:.4g}"
-            self.log(f"step {step:,}: froze {name}, {why} ({self._count(component)})")
+            events.append({"step": step, "name": name, "value": self.latest.get(name), "tau": self.taus.get(name)})
         self.metric.forget(names)
         self.freezer.freeze(names)
+        self._record(events, "froze", "<")
 
-    def _wake(self, step: int) -> None:
-        """Let frozen components train again whose gradient the probe of this step found too large."""
+    def _unfreeze(self, step: int) -> None:
+        """Let frozen components train again whose gradient norm in the probe of this step is too large."""
         assert self.config.unfreeze_factor is not None
         values = self.prober.measure([self.by_name[name] for name in self.frozen])
-        names = policy.woken(values, self.taus, self.config.unfreeze_factor)
+        names = policy.to_unfreeze(values, self.taus, self.config.unfreeze_factor)
+        events: list[dict[str, Any]] = []
         for name in names:
             del self.frozen[name]
             self.streaks.pop(name, None)
             value, tau = values[name], self.taus[name]
-            self.events.append({"step": step, "name": name, "value": value, "tau": tau, "unfrozen": True})
-            self.log(f"step {step:,}: unfroze {name}, gradient {value:.4g} > {self.config.unfreeze_factor:g} tau")
+            events.append({"step": step, "name": name, "value": value, "tau": tau, "unfrozen": True})
         if names:
-            self.freezer.thaw(names)
+            self.freezer.unfreeze(names)
+        self._record(events, "unfroze", f"> {self.config.unfreeze_factor:g} *")
 
-    def _count(self, component: Component) -> str:
-        tower = [other for other in self.components if other.tower == component.tower]
-        return f"{component.tower} {sum(other.name in self.frozen for other in tower)}/{len(tower)}"
+    def _record(self, events: list[dict[str, Any]], what: str, sign: str) -> None:
+        """Keep the events of a step and tell `log` and `detail`. sign: how their values compare with tau."""
+        self.events += events
+        drawn = "drawn at random" if self.config.replay_history is not None else ""
+        for tower in TOWERS:
+            names = self._names(tower)
+            own = [event for event in events if event["name"] in names]
+            if own:
+                taus = sorted({f"{event['tau']:.4g}" for event in own}, key=float) if not drawn else []
+                why = drawn or f"tau {taus[0]}" + (f" to {taus[-1]}" if len(taus) > 1 else "")
+                frozen = sum(name in self.frozen for name in names)
+                count = f"{len(own)} of {len(names)} {tower} matrices ({frozen} frozen)"
+                self.log(f"step {own[0]['step']:,}: {what} {count}: {why}")
+        for event in events:
+            why = drawn or f"{event['value']:.4g} {sign} tau {event['tau']:.4g}"
+            self.detail(f"step {event['step']:,}: {what} {event['name']}, {why}")
 
-    def _replay_plan(self) -> dict[int, list[str]]:
+    def _draw_replay(self) -> dict[int, list[str]]:
+        """What to freeze at which step under replay_history."""
         if self.config.replay_history is None:
             return {}
         events = json.loads(Path(self.config.replay_history).read_text(encoding="utf-8"))["events"]
@@ -227,12 +246,12 @@ class GradESMonitor:
         if odd := sorted({event["name"] for event in events} - set(towers)):
             raise ValueError(
                 f"--replay_history {self.config.replay_history}: must be of a run with the same components; "
-                f"there are none here named {', '.join(odd)}"
+                f"this model has none named {', '.join(odd)}"
             )
         return policy.replay(events, towers, self.config.replay_seed)
 
     def history(self) -> dict[str, Any]:
-        """Everything that happened, as JSON: the pictures are drawn from this alone."""
+        """Everything that happened, as JSON types: the pictures are drawn from this alone."""
         return {
             "version": HISTORY_VERSION,
             "config": asdict(self.config),
@@ -250,14 +269,11 @@ class GradESMonitor:
         }
 
     def save_history(self, path: str | Path) -> None:
-        """Write grades_history.json, beside its name first."""
-        path = Path(path)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.history()), encoding="utf-8")
-        beside.replace(path)
+        """Write the history as JSON."""
+        write_text(Path(path), json.dumps(self.history()))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to decide as the uninterrupted one would; snapshots are tensors."""
+        """All that a resumed run needs to decide as the uninterrupted one would: tensors and plain types."""
         return {
             "components": [component.name for component in self.components],
             "measure": self._measure_settings(),
@@ -276,25 +292,24 @@ class GradESMonitor:
         }
 
     def _measure_settings(self) -> dict[str, Any]:
-        """The settings that give numbers their meaning."""
+        """The settings that give the measured numbers their meaning."""
         return {name: getattr(self.config, name) for name in ("metric", "tau_mode", "monitor_sample")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; what was frozen is frozen again at once. Taus that the config gives hold from here on.
+        """Continue from a saved state; what was frozen is frozen again at once. Taus that the config gives override it.
 
-        Where its "metric" is None, as the weights are sharded otherwise now, nothing is judged before it was measured
-        again. To be called before the model is wrapped or compiled. Raises ValueError for another model or another
-        measure.
+        A "metric" of None (its tensors belong to other shards of the weights) means to measure from the beginning.
+        To be called before the model is wrapped or compiled. Raises ValueError for another model or another measure.
         """
         names = [component.name for component in self.components]
         if state["components"] != names:
             odd = sorted(set(state["components"]) ^ set(names))
-            raise ValueError(f"the saved GradES state watches other components: {', '.join(odd) or 'another order'}")
+            raise ValueError(f"the saved GradES state is of other components: {', '.join(odd) or 'another order'}")
         for name, now in self._measure_settings().items():
             if (saved := state["measure"][name]) != now:
                 raise ValueError(f"--{name} {now}: the saved GradES state was measured with {saved}")
         self.frozen, self.streaks = dict(state["frozen"]), dict(state["streaks"])
-        if not self.taus:  # those that are still to be found; a number that is given now holds
+        if not self.taus:  # one is auto: take what the saved run found, but keep numbers that are given now
             given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}
             if state["taus"] and (fixed := [name for name in given if given[name] == AUTO and name in state["given"]]):
                 tower = self.by_name[fixed[0]].tower

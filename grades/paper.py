@@ -30,11 +30,12 @@ TABLE_10 = {
 class Presets(Mapping[str, VLMGradEarlyStoppingConfig]):
     """A new configuration by its name: "model/full" and "model/lora" of Table 9, the names of Table 10.
 
-    The metric is weight_change throughout: the paper defines gradient metrics, but the authors' code, whose examples
-    have these taus, measures the change of the weights.
+    The metric is always weight_change: the paper defines gradient metrics, but the authors' code, whose examples have
+    these taus, measures the change of the weights.
     """
 
     def __getitem__(self, name: str) -> VLMGradEarlyStoppingConfig:
+        """Raises KeyError with the names there are."""
         model, _, method = name.rpartition("/")
         if name in TABLE_10:
             vision, language, alpha, interval = TABLE_10[name]

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grades.files import written_beside
 from grades.policy import lasting
 
-# Okabe and Ito's palette: told apart by readers with any kind of colour vision.
+# From Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
 COLORS = {"vision": "#0072B2", "language": "#D55E00"}
 NOT_FROZEN = "#E6E6E6"
 UNITS = {
@@ -15,24 +16,28 @@ UNITS = {
     "gradient_norm": "L1 gradient norm",
     "gradient_rms": "sum of sqrt(v) of Adam",
 }
-MODES = {"absolute": "", "relative": " / own peak", "per_element_lr": " / (elements x sum of lr)"}
 
 
 def draw(history_path: str | Path, folder: str | Path | None = None) -> list[Path]:
-    """Draw convergence.png and freezing.png beside the history, or into folder; returns their paths."""
+    """Draw convergence.png and freezing.png beside the history, or into folder; returns their paths.
+
+    Raises ImportError where matplotlib is missing.
+    """
     history = json.loads(Path(history_path).read_text(encoding="utf-8"))
     folder = Path(folder) if folder else Path(history_path).parent
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "convergence.png", folder / "freezing.png"]
     for path, figure in zip(paths, (convergence(history), freezing(history)), strict=True):
-        beside = path.with_suffix(".tmp.png")
-        figure.savefig(beside, dpi=120)
-        beside.replace(path)
+        with written_beside(path) as beside:
+            figure.savefig(beside, dpi=120)
     return paths
 
 
 def convergence(history: dict[str, Any]) -> Any:
-    """Per tower: the metric's median and spread over its unfrozen components, tau, grace period and freezes."""
+    """A figure: per tower the metric's median and spread over its unfrozen components, tau, grace period and freezes.
+
+    history: what GradESMonitor.history returns.
+    """
     figure, towers = _figure(history, height_per_row=3.2)
     axes = figure.subplots(len(towers), 1, sharex=True, squeeze=False)[:, 0]
     for axis, tower in zip(axes, towers, strict=True):
@@ -40,7 +45,8 @@ def convergence(history: dict[str, Any]) -> Any:
         axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
         axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
         config = history["config"]
-        axis.set_ylabel(UNITS[config["metric"]] + MODES[config["tau_mode"]], fontsize=8)
+        unit = " / own peak" if config["tau_mode"] == "relative" else ""
+        axis.set_ylabel(UNITS[config["metric"]] + unit, fontsize=8)
         axis.set_xlim(0, history["total_steps"] or history["last_step"] or 1)
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     axes[-1].set_xlabel("optimizer step")
@@ -60,13 +66,13 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
     for check in history["checks"]:
         values = [check["values"][i] for i in columns if check["values"][i] is not None]
         frozen = next(count for step, count in reversed(counts) if step < check["step"])
-        if values or frozen == len(columns):  # a gap in the lines while nothing in the tower is live
+        if values or frozen == len(columns):  # while the whole tower is frozen the lines have a gap
             steps.append(check["step"])
             for series, quantile in ((low, 5), (median, 50), (high, 95)):
                 series.append(np.percentile(values, quantile) if values else np.nan)
     color = COLORS[tower]
-    axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="5-95 % of its live matrices")
-    axis.plot(steps, median, color=color, linewidth=1.8, label="median of its live matrices")
+    axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="5-95 % of its unfrozen matrices")
+    axis.plot(steps, median, color=color, linewidth=1.8, label="median of its unfrozen matrices")
     found = {history["components"][i]["tau"] for i in columns} - {None, 0}  # 0: never measured in the grace period
     taus = [] if history["config"]["replay_history"] else sorted(found)
     for tau in taus:
@@ -83,7 +89,7 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
 
 
 def _draw_events(axis: Any, history: dict[str, Any], tower: str) -> None:
-    """A triangle down for each freeze, one up for each matrix that trains again, at the value that brought it about."""
+    """A triangle down for each freeze, a triangle up for each matrix that trains again, at the value that caused it."""
     names = {component["name"] for component in history["components"] if component["tower"] == tower}
     _, last = _frozen_counts(history, tower)[-1]
     for unfrozen, marker, fill in ((False, "v", COLORS[tower]), (True, "^", "white")):
@@ -98,7 +104,7 @@ def _draw_events(axis: Any, history: dict[str, Any], tower: str) -> None:
 
 
 def _frozen_counts(history: dict[str, Any], tower: str) -> list[tuple[int, int]]:
-    """(step, how many of the tower's matrices are frozen after it): from (0, 0), one for each event."""
+    """(step, number of the tower's frozen matrices after it): (0, 0), then one for each event."""
     names = {component["name"] for component in history["components"] if component["tower"] == tower}
     counts = [(0, 0)]
     for event in history["events"]:
@@ -108,7 +114,10 @@ def _frozen_counts(history: dict[str, Any], tower: str) -> list[tuple[int, int]]
 
 
 def freezing(history: dict[str, Any]) -> Any:
-    """The share frozen by tower over steps, and a map of layer x matrix coloured by the step of freezing."""
+    """A figure: the frozen share of each tower over steps, and a map of layers x matrices by the step of freezing.
+
+    history: what GradESMonitor.history returns.
+    """
     figure, towers = _figure(history, height_per_row=0)
     layers = max(component["layer"] for component in history["components"]) + 1
     map_height = 1.4 + max(1.2, 0.24 * layers)
@@ -140,7 +149,7 @@ def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
     total_steps = history["total_steps"] or end or 1
     if history["stopped_early"]:
         axis.axvline(end, color="black", linestyle=":", linewidth=1)
-        side = "left" if end <= 0.75 * total_steps else "right"  # where there is room beside the curves
+        side = "left" if end <= 0.75 * total_steps else "right"  # of the line; there is room
         axis.text(end, 4, f" stopped at {end:,} ", ha=side, fontsize=9)
     axis.set_xlim(0, total_steps)
     axis.set_ylim(-4, 108)
@@ -190,7 +199,7 @@ def _draw_map(axis: Any, history: dict[str, Any], tower: str) -> Any:
 
 
 def _figure(history: dict[str, Any], height_per_row: float) -> tuple[Any, list[str]]:
-    """An empty figure that needs no display, and the towers there are."""
+    """An empty figure that needs no display, and the towers that the history has."""
     from matplotlib.figure import Figure
 
     towers = [tower for tower in COLORS if any(c["tower"] == tower for c in history["components"])]

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 
 def grace_steps(alpha: float, total_steps: int) -> int:
@@ -19,7 +20,7 @@ def is_check(step: int, compute_interval: int) -> bool:
 def count_below(
     streaks: Mapping[str, int], values: Mapping[str, float | None], taus: Mapping[str, float]
 ) -> dict[str, int]:
-    """For each component the checks in a row in which its value was below its tau; one not measured keeps its count."""
+    """For each component, the number of checks in a row with a value below its tau; None leaves the number as it is."""
     counts = {}
     for name, value in values.items():
         before = streaks.get(name, 0)
@@ -32,8 +33,8 @@ def converged(values: Mapping[str, float | None], streaks: Mapping[str, int], pa
     return [name for name, value in values.items() if value is not None and streaks[name] >= patience]
 
 
-def woken(values: Mapping[str, float | None], taus: Mapping[str, float], factor: float) -> list[str]:
-    """The frozen names to train again: their gradient norm is above factor times their tau."""
+def to_unfreeze(values: Mapping[str, float | None], taus: Mapping[str, float], factor: float) -> list[str]:
+    """The frozen names to unfreeze: their gradient norm is above factor times their tau."""
     return [name for name, value in values.items() if value is not None and value > factor * taus[name]]
 
 
@@ -43,10 +44,10 @@ def enough_frozen(frozen: int, total: int, max_frozen_ratio: float) -> bool:
 
 
 def round_number(decided: Sequence[int], totals: Sequence[int], rounds: int) -> int:
-    """The round, counted from 1, that so many decisions in each tower are enough for.
+    """The latest of the rounds, counted from 1, that is due; 0 for none. decided, totals: components of each tower.
 
-    The first of two towers to be decided whole is worth a round, as that spares the most; the other rounds come at
-    equal shares of all.
+    The first of two towers to be decided whole gets a round of its own, as that saves the most; the other rounds are
+    due at equal shares of all components.
     """
     for_towers = min(len(totals), rounds) - 1
     whole = sum(n == total for n, total in zip(decided, totals, strict=True))
@@ -54,9 +55,9 @@ def round_number(decided: Sequence[int], totals: Sequence[int], rounds: int) -> 
 
 
 def few_patterns(decided: Sequence[frozenset[str]], elements: Mapping[str, int], limit: int) -> list[frozenset[str]]:
-    """A subset of each block's set such that at most `limit` different ones occur, the empty one among them.
+    """For each block a subset of its decided names; at most `limit` different subsets occur, the empty one included.
 
-    Chosen one after the other, each for what it adds to the elements that the subsets cover.
+    They are chosen one after the other, each to cover as many further elements as possible. elements: by name.
     """
 
     def size(pattern: frozenset[str]) -> int:
@@ -66,30 +67,30 @@ def few_patterns(decided: Sequence[frozenset[str]], elements: Mapping[str, int],
         return max((pattern for pattern in patterns if pattern <= block), key=size)
 
     chosen: list[frozenset[str]] = [frozenset()]
-    candidates = sorted({a & b for a in decided for b in decided}, key=sorted)  # alike in every process
+    candidates = sorted({a & b for a in decided for b in decided}, key=sorted)  # the same order in every process
     while candidates and len(chosen) < limit:
         covered = [sum(size(largest(block, [*chosen, c])) for block in decided) for c in candidates]
         chosen.append(candidates[covered.index(max(covered))])
     return [largest(block, chosen) for block in decided]
 
 
-def replay(events: Iterable[Mapping], towers: Mapping[str, str], seed: int) -> dict[int, list[str]]:
-    """What to freeze at which step: as many of each tower as the events froze there, drawn at random.
+def replay(events: Iterable[Mapping[str, Any]], towers: Mapping[str, str], seed: int) -> dict[int, list[str]]:
+    """The names to freeze at each step: of each tower as many as the events froze at that step, drawn at random.
 
-    events: of a history; counted are the freezes that lasted. towers: the tower of each component.
+    events: of a history; only freezes that lasted count. towers: the tower of each component by name.
     """
-    waiting = {
+    remaining = {
         tower: sorted(name for name in towers if towers[name] == tower) for tower in sorted(set(towers.values()))
     }
-    for names in waiting.values():
+    for names in remaining.values():
         random.Random(seed).shuffle(names)
-    plan: dict[int, list[str]] = {}
+    drawn: dict[int, list[str]] = {}
     for event in sorted(lasting(events), key=lambda event: event["step"]):
-        plan.setdefault(event["step"], []).append(waiting[towers[event["name"]]].pop())
-    return plan
+        drawn.setdefault(event["step"], []).append(remaining[towers[event["name"]]].pop())
+    return drawn
 
 
-def lasting(events: Iterable[Mapping]) -> list[Mapping]:
-    """The freezes that lasted: of a component that was let train again, only a later one."""
+def lasting(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The freezes that lasted: for a component that was unfrozen only a later freeze."""
     last = {event["name"]: event for event in events}
     return [event for event in last.values() if not event.get("unfrozen")]

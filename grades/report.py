@@ -11,7 +11,7 @@ HISTORY_NAME = "grades_history.json"
 
 
 def find_history(path: Path) -> Path:
-    """The history in a run's folder, in a checkpoint's or in the latest of its checkpoints; or the file itself.
+    """The history in the folder of a run or of a checkpoint, else of the run's latest checkpoint; path may be the file.
 
     Raises ValueError where there is none.
     """
@@ -23,7 +23,7 @@ def find_history(path: Path) -> Path:
 
 
 def table(history: dict[str, Any]) -> str:
-    """A line for each component: tower, layer, name, tau, last value measured, and the step of its freezing."""
+    """One line per component: tower, layer, name, tau, last measured value, and the step at which it froze."""
     frozen = {event["name"]: event for event in lasting(history["events"])}
     rows: list[Sequence[str]] = [("tower", "layer", "component", "tau", "last value", "frozen at step")]
     for column, component in enumerate(history["components"]):
@@ -39,13 +39,13 @@ def table(history: dict[str, Any]) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """The cells side by side: words from the left, numbers from the right."""
+    """The cells side by side: words aligned on the left, numbers on the right."""
     padded = [f"{row[i]:<{width}}" if i in (0, 2) else f"{row[i]:>{width}}" for i, width in enumerate(widths)]
     return "  ".join(padded).rstrip()
 
 
 def summary(history: dict[str, Any]) -> list[str]:
-    """What was measured, how long the run was, and what of each tower froze."""
+    """Lines: what was measured, how long the run was, and what froze in each tower."""
     config, total = history["config"], history["total_steps"]
     interval = config["compute_interval"]
     of = f" of {total:,}" if total else ""
@@ -60,7 +60,7 @@ def summary(history: dict[str, Any]) -> list[str]:
 
 
 def _tower_line(history: dict[str, Any], tower: str) -> str:
-    """How many of a tower's matrices froze, when, and how far below its own peak each had come."""
+    """How many of a tower's matrices froze, when, and at which share of its own peak each was then."""
     columns = {c["name"]: i for i, c in enumerate(history["components"]) if c["tower"] == tower}
     events = [event for event in lasting(history["events"]) if event["name"] in columns]
     line = f"{tower}: {len(events)} of {len(columns)} frozen ({len(events) / len(columns):.0%})"
@@ -69,7 +69,7 @@ def _tower_line(history: dict[str, Any], tower: str) -> str:
         line += f", steps {min(steps):,} to {max(steps):,}"
     shares = []
     for event in events:
-        if event["value"] is not None:  # else drawn at random before anything was measured
+        if event["value"] is not None:  # None: drawn at random before anything was measured
             measured = [check["values"][columns[event["name"]]] for check in history["checks"]]
             shares.append(event["value"] / max(value for value in [event["value"], *measured] if value is not None))
     if shares:

@@ -66,7 +66,7 @@ def frozen(bench: Bench, state: State) -> Iterator[None]:
     yield
     for parameter in rest:
         parameter.requires_grad_(True)
-    freezer.thaw(names)
+    freezer.unfreeze(names)
 
 
 def time_states(bench: Bench, states: Sequence[State], rounds: int, steps: int) -> list[list[float]]:

@@ -65,7 +65,7 @@ class OneSyncEach(Reference):
 
 
 def reading(monitor: GradESMonitor) -> str:
-    n = getattr(monitor.metric.reader, "n", 1)
+    n = getattr(monitor.metric.sampler, "n", 1)
     return "exact" if n == 1 else f"1 in {n}"
 
 

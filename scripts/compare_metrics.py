@@ -35,7 +35,6 @@ ROWS = {
         "weight_change, relative",
         "--metric weight_change --tau_mode relative --vision_tau auto --language_tau auto",
     ),
-    "weight_per_lr": ("weight_change, per_element_lr", "--metric weight_change --tau_mode per_element_lr"),
     "gradient_norm": ("gradient_norm", "--metric gradient_norm"),
     "gradient_change": ("gradient_change", "--metric gradient_change"),
     "gradient_rms": ("gradient_rms", "--metric gradient_rms"),

@@ -8,9 +8,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn as nn
-import transformers
-from peft import LoraConfig, get_peft_model
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from grades import find_components
 
@@ -33,56 +30,46 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LLAMA_BLOCK = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CLIP_BLOCK = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
-# Configuration, the model's class, and the matrices of each block by the last part of their names.
-LANGUAGE_MODELS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT, LLAMA_BLOCK),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", TEXT, LLAMA_BLOCK),
-    "mistral": ("MistralForCausalLM", "MistralConfig", TEXT, LLAMA_BLOCK),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
-    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", TEXT, LLAMA_BLOCK),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
+EXPERT_BLOCK = [*ATTENTION, "gate_up_proj", "down_proj"]  # each a stack of all experts
+SIGLIP = {"vision_config": VISION | {"model_type": "siglip_vision_model"}}
+CLIP = {"vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 16}}
+LLAMA, GPT2, QWEN_VL, PALIGEMMA = (
+    "LlamaForCausalLM", "GPT2LMHeadModel", "Qwen2_5_VLForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+)  # fmt: skip
+
+
+def text(model_type: str) -> dict:
+    return {"text_config": TEXT | {"model_type": model_type}}
+
+
+# The model's class: its settings, and the last part of the names of the matrices of a vision and of a language block.
+MODELS = {
+    LLAMA: (TEXT, [], LLAMA_BLOCK),
+    "Qwen3ForCausalLM": (TEXT, [], LLAMA_BLOCK),
+    "MistralForCausalLM": (TEXT, [], LLAMA_BLOCK),
+    "Phi3ForCausalLM": (TEXT, [], ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "Gemma3ForCausalLM": (TEXT, [], LLAMA_BLOCK),
+    GPT2: (
         {"vocab_size": 64, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 32},
+        [],
         ["c_attn", "c_proj", "c_fc", "c_proj"],  # of the attention and of the MLP
     ),
-    "mixtral": (
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        TEXT | {"num_local_experts": EXPERTS},
-        [*ATTENTION, "gate_up_proj", "down_proj"],  # each a stack of all experts
+    "MixtralForCausalLM": (TEXT | {"num_local_experts": EXPERTS}, [], EXPERT_BLOCK),
+    "Qwen3MoeForCausalLM": (
+        TEXT | {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, [], EXPERT_BLOCK,
     ),
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        TEXT | {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-        [*ATTENTION, "gate_up_proj", "down_proj"],
-    ),
-    "qwen2_moe": (
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
+    "Qwen2MoeForCausalLM": (
         TEXT | {"num_experts": EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
-        [*ATTENTION, "gate_up_proj", "down_proj", "gate_proj", "up_proj", "down_proj"],  # and a shared expert
+        [],
+        [*EXPERT_BLOCK, "gate_proj", "up_proj", "down_proj"],  # and a shared expert
     ),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        TEXT | {"num_local_experts": EXPERTS},
-        [*ATTENTION, "gate_up_proj", "down_proj"],
-    ),
-}
-# The same with the matrices of a vision block before those of a language block.
-VISION_LANGUAGE_MODELS = {
-    "qwen2_5_vl": (
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLConfig",
+    "GptOssForCausalLM": (TEXT | {"num_local_experts": EXPERTS}, [], EXPERT_BLOCK),
+    QWEN_VL: (
         {"text_config": TEXT | MROPE, "vision_config": QWEN_VISION | {"fullatt_block_indexes": [2]}},
         ["qkv", "proj", "gate_proj", "up_proj", "down_proj"],
         LLAMA_BLOCK,
     ),
-    "qwen3_vl": (
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLConfig",
+    "Qwen3VLForConditionalGeneration": (
         {
             "text_config": TEXT,
             "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
@@ -90,55 +77,19 @@ VISION_LANGUAGE_MODELS = {
         ["qkv", "proj", "linear_fc1", "linear_fc2"],
         LLAMA_BLOCK,
     ),
-    "smolvlm": (
-        "SmolVLMForConditionalGeneration",
-        "SmolVLMConfig",
-        {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION},
-        CLIP_BLOCK,
-        LLAMA_BLOCK,
-    ),
-    "idefics3": (
-        "Idefics3ForConditionalGeneration",
-        "Idefics3Config",
-        {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION},
-        CLIP_BLOCK,
-        LLAMA_BLOCK,
-    ),
-    "llava": (
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        {
-            "text_config": TEXT | {"model_type": "llama"},
-            "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 16},
-        },
-        CLIP_BLOCK,
-        LLAMA_BLOCK,
-    ),
-    "paligemma": (
-        "PaliGemmaForConditionalGeneration",
-        "PaliGemmaConfig",
-        {
-            "text_config": TEXT | {"model_type": "gemma"},
-            "vision_config": VISION | {"model_type": "siglip_vision_model"},
-        },
-        CLIP_BLOCK,
-        LLAMA_BLOCK,
-    ),
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        "Gemma3Config",
-        {"text_config": TEXT, "vision_config": VISION},
-        CLIP_BLOCK,
-        LLAMA_BLOCK,
-    ),
-}
+    "SmolVLMForConditionalGeneration": (text("llama") | {"vision_config": VISION}, CLIP_BLOCK, LLAMA_BLOCK),
+    "Idefics3ForConditionalGeneration": (text("llama") | {"vision_config": VISION}, CLIP_BLOCK, LLAMA_BLOCK),
+    "LlavaForConditionalGeneration": (text("llama") | CLIP, CLIP_BLOCK, LLAMA_BLOCK),
+    PALIGEMMA: (text("gemma") | SIGLIP, CLIP_BLOCK, LLAMA_BLOCK),
+    "Gemma3ForConditionalGeneration": ({"text_config": TEXT, "vision_config": VISION}, CLIP_BLOCK, LLAMA_BLOCK),
+}  # fmt: skip
 
 
 def build(name: str, device: str = "meta") -> nn.Module:
-    model, config, settings, *_ = (LANGUAGE_MODELS | VISION_LANGUAGE_MODELS)[name]
+    model = getattr(pytest.importorskip("transformers"), name)
     torch.manual_seed(0)
     with torch.device(device):
-        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+        return model(model.config_class(**MODELS[name][0]))
 
 
 def tally(components) -> Counter:
@@ -151,30 +102,19 @@ def expected(vision_block: list[str], language_block: list[str]) -> Counter:
     return Counter(vision + [("language", layer, kind) for layer in range(LAYERS) for kind in language_block])
 
 
-def assert_each_once(components) -> None:
-    parameters = [id(p) for component in components for p in component.parameters]
+@pytest.mark.parametrize("name", MODELS)
+def test_every_projection_matrix_of_both_towers_once(name):
+    components = find_components(build(name))
+    assert tally(components) == expected(*MODELS[name][1:])
+    parameters = [p for component in components for p in component.parameters]
     assert len(set(parameters)) == len(parameters)
     assert len({component.name for component in components}) == len(components)
     assert len({(c.tower, c.layer, c.kind) for c in components}) == len(components)
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_every_projection_matrix_of_a_language_model(name):
-    components = find_components(build(name))
-    assert tally(components) == expected([], LANGUAGE_MODELS[name][3])
-    assert_each_once(components)
-
-
-@pytest.mark.parametrize("name", VISION_LANGUAGE_MODELS)
-def test_every_projection_matrix_of_both_towers_of_a_vision_language_model(name):
-    components = find_components(build(name))
-    assert tally(components) == expected(*VISION_LANGUAGE_MODELS[name][3:])
-    assert_each_once(components)
-
-
 def test_weights_are_measured_and_biases_freeze_with_them():
     attention, narrow, mlp = WIDTH * WIDTH, WIDTH * WIDTH // 2, WIDTH * INNER
-    components = find_components(build("qwen2_5_vl"))
+    components = find_components(build(QWEN_VL))
     vision = [c for c in components if c.tower == "vision"]
     language = [c for c in components if c.tower == "language"]
     assert sum(c.elements for c in vision) == VISION_LAYERS * (4 * attention + 3 * mlp)
@@ -185,7 +125,7 @@ def test_weights_are_measured_and_biases_freeze_with_them():
 
 
 def test_gpt2_stores_its_matrices_transposed_and_has_two_of_one_name():
-    first = [c for c in find_components(build("gpt2")) if c.layer == 0]
+    first = [c for c in find_components(build(GPT2)) if c.layer == 0]
     assert {c.kind: tuple(c.weights[0].shape) for c in first} == {
         "c_attn": (WIDTH, 3 * WIDTH),
         "attn.c_proj": (WIDTH, WIDTH),
@@ -195,7 +135,7 @@ def test_gpt2_stores_its_matrices_transposed_and_has_two_of_one_name():
 
 
 def test_the_experts_of_a_layer_are_one_stack_a_matrix_and_routers_are_none():
-    components = find_components(build("gpt_oss"))
+    components = find_components(build("GptOssForCausalLM"))
     stacks = {c.name: [tuple(p.shape) for p in c.parameters] for c in components if "experts" in c.name}
     assert stacks == {
         f"model.layers.{layer}.mlp.experts.{kind}": shapes
@@ -234,38 +174,27 @@ def test_convolutions_embeddings_norms_and_tables_in_a_block_are_none():
     assert [c.name for c in find_components(nn.ModuleDict({"h": nn.ModuleList([block])}))] == ["h.0.proj"]
 
 
-@pytest.mark.parametrize(
-    ("path", "tower"),
-    [
-        ("vision_tower.encoder.layers", "vision"),
-        ("model.vision_model.encoder.layers", "vision"),
-        ("visual.blocks", "vision"),
-        ("image_encoder.layers", "vision"),
-        ("layers", "language"),
-        ("language_model.vision_experts", "language"),  # the first word decides
-        ("text_model.encoder.layers", "language"),
-        ("visual.deepstack_merger_list", None),
-        ("model.connector.perceiver_resampler.layers", None),
-        ("qformer.encoder.layer", None),
-        ("aligner.layers", None),
-        ("audio_tower.layers", None),
-    ],
-)
+PATHS = {
+    "vision": ["vision_tower.encoder.layers", "model.vision_model.layers", "visual.blocks", "image_encoder.layers"],
+    "language": ["layers", "language_model.vision_experts", "text_model.encoder.layers"],  # the first word decides
+    None: ["visual.deepstack_merger_list", "model.connector.perceiver_resampler.layers", "qformer.encoder.layer",
+           "aligner.layers", "audio_tower.layers"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "tower"), [(path, tower) for tower in PATHS for path in PATHS[tower]])
 def test_the_path_tells_the_tower(path, tower):
-    model = nn.Module()
-    inner = model
-    for part in path.split(".")[:-1]:
-        inner.add_module(part, nn.Module())
-        inner = inner.get_submodule(part)
-    inner.add_module(path.split(".")[-1], nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(2, 2)})]))
-    model.layers_of_another = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(2, 2)})])
+    model = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(2, 2)})])
+    for part in reversed(path.split(".")):
+        model = nn.ModuleDict({part: model})
+    model["layers_of_another"] = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(2, 2)})])
     found = {c.name: c.tower for c in find_components(model)}
     assert found.get(f"{path}.0.fc1") == tower
     assert len(found) == (2 if tower else 1)
 
 
 def test_frozen_and_integer_weights_are_left_alone():
-    model = build("llama")
+    model = build(LLAMA)
     for layer in model.model.layers:
         layer.self_attn.requires_grad_(False)
         layer.mlp.up_proj.weight = nn.Parameter(torch.zeros(INNER, WIDTH, dtype=torch.uint8), requires_grad=False)
@@ -273,7 +202,7 @@ def test_frozen_and_integer_weights_are_left_alone():
 
 
 def test_a_matrix_that_two_modules_share_is_found_once():
-    model = build("llama")
+    model = build(LLAMA)
     first, second = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     names = [c.name for c in find_components(model) if c.kind == "up_proj"]
@@ -281,7 +210,9 @@ def test_a_matrix_that_two_modules_share_is_found_once():
 
 
 def test_wrappers_leave_no_trace_in_the_names():
-    model = build("llama")
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = build(LLAMA)
     plain = [c.name for c in find_components(model)]
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = checkpoint_wrapper(layer)
@@ -290,35 +221,32 @@ def test_wrappers_leave_no_trace_in_the_names():
 
 
 def adapted(name: str, **settings) -> nn.Module:
+    peft = pytest.importorskip("peft")
     given = {"r": 4, "target_modules": "all-linear"} | settings
-    return get_peft_model(build(name, "cpu"), LoraConfig(**given))
+    return peft.get_peft_model(build(name, "cpu"), peft.LoraConfig(**given))
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "qwen2_5_vl", "paligemma"])
+@pytest.mark.parametrize("name", [LLAMA, "Phi3ForCausalLM", GPT2, QWEN_VL, PALIGEMMA])
 def test_an_adapted_matrix_is_one_component_of_its_adapter_alone(name):
-    plain = {c.name: c for c in find_components(build(name))}
-    # all-linear leaves the language model's head out, and gives merger, projector and pooling head adapters too.
-    found = find_components(model := adapted(name))
-    assert {c.name: (c.tower, c.kind, c.layer) for c in found} == {
-        c.name: (c.tower, c.kind, c.layer) for c in plain.values()
-    }
-    for component in found:
-        base = plain[component.name].weights[0].shape
-        inner, outer = (base[0], base[1]) if name == "gpt2" else (base[1], base[0])
+    model = adapted(name)
+    plain, found = find_components(build(name)), find_components(model)
+    for component, base in zip(found, plain, strict=True):
+        assert [getattr(component, key) == getattr(base, key) for key in ("name", "tower", "kind", "layer")] == [
+            True
+        ] * 4
+        shape = base.weights[0].shape
+        inner, outer = shape if name == GPT2 else reversed(shape)
         assert [tuple(weight.shape) for weight in component.weights] == [(4, inner), (outer, 4)]
         assert component.parameters == component.weights
         assert component.elements == 4 * (inner + outer)
-    adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    beyond = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if "lora_" in name and any(part in name for part in ("merger", "projector", "head"))
-    )
-    assert sum(c.elements for c in found) == adapters - beyond
+    # all-linear leaves out the language model's head, and gives merger, projector and pooling head adapters too.
+    adapters = {path: p.numel() for path, p in model.named_parameters() if "lora_" in path}
+    beyond = [path for path in adapters if any(part in path for part in ("merger", "projector", "head"))]
+    assert sum(c.elements for c in found) == sum(adapters.values()) - sum(adapters[path] for path in beyond)
 
 
 def test_everything_trainable_of_an_adapter_freezes_with_it():
-    model = adapted("qwen2_5_vl", use_dora=True, bias="lora_only", target_modules=["q_proj", "o_proj"])
+    model = adapted(QWEN_VL, use_dora=True, bias="lora_only", target_modules=["q_proj", "o_proj"])
     kinds = {c.kind: c for c in find_components(model) if c.tower == "language"}
     magnitude = (WIDTH,)
     assert [tuple(p.shape) for p in kinds["o_proj"].parameters] == [(4, WIDTH), (WIDTH, 4), magnitude]
@@ -327,8 +255,8 @@ def test_everything_trainable_of_an_adapter_freezes_with_it():
 
 
 def test_several_active_adapters_of_a_matrix_are_one_component_and_an_inactive_one_is_none():
-    model = adapted("llama", target_modules=["q_proj"])
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model = adapted(LLAMA, target_modules=["q_proj"])
+    model.add_adapter("second", model.peft_config["default"].__class__(r=2, target_modules=["q_proj", "v_proj"]))
     assert {c.kind for c in find_components(model)} == {"q_proj"}
     model.base_model.set_adapter(["default", "second"])
     sizes = {c.kind: [tuple(w.shape) for w in c.weights] for c in find_components(model)}
@@ -340,7 +268,7 @@ def test_several_active_adapters_of_a_matrix_are_one_component_and_an_inactive_o
 
 def test_adapters_of_stacked_experts_are_told_apart():
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    components = find_components(adapted("mixtral", target_modules=["q_proj"], target_parameters=names))
+    components = find_components(adapted("MixtralForCausalLM", target_modules=["q_proj"], target_parameters=names))
     assert tally(components) == expected([], ["q_proj", "gate_up_proj", "down_proj"])
     stacks = {c.kind: c.elements for c in components}
     assert stacks["gate_up_proj"] == 4 * EXPERTS * (WIDTH + 2 * INNER)
@@ -348,7 +276,7 @@ def test_adapters_of_stacked_experts_are_told_apart():
 
 
 def test_a_4_bit_base_is_not_touched():
-    model = adapted("llama", target_modules=["q_proj"])
+    model = adapted(LLAMA, target_modules=["q_proj"])
     for layer in model.base_model.model.model.layers:
         packed = torch.zeros(WIDTH * WIDTH // 2, 1, dtype=torch.uint8)
         layer.self_attn.q_proj.base_layer.weight = nn.Parameter(packed, requires_grad=False)
@@ -358,14 +286,14 @@ def test_a_4_bit_base_is_not_touched():
 
 
 def test_a_base_that_trains_beside_its_adapter_is_no_component():
-    model = adapted("llama", target_modules=["q_proj"])
+    model = adapted(LLAMA, target_modules=["q_proj"])
     for layer in model.base_model.model.model.layers:
         layer.self_attn.q_proj.base_layer.requires_grad_(True)
     assert all(min(weight.shape) == 4 for c in find_components(model) for weight in c.weights)
 
 
 def test_wholly_trained_copies_have_the_names_of_what_they_replace():
-    model = adapted("llama", target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = adapted(LLAMA, target_modules=["q_proj"], modules_to_save=["down_proj"])
     assert {c.name for c in find_components(model) if c.layer == 0} == {
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.down_proj",
@@ -373,7 +301,7 @@ def test_wholly_trained_copies_have_the_names_of_what_they_replace():
 
 
 def test_a_model_without_components_lists_its_linears_once_a_block_and_not_without_end():
-    model = build("qwen2_5_vl")
+    model = build(QWEN_VL)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable projection matrix") as error:
         find_components(model)
@@ -384,4 +312,4 @@ def test_a_model_without_components_lists_its_linears_once_a_block_and_not_witho
         find_components(many)
     assert len(str(error.value)) < 1000
     with pytest.raises(ValueError, match="named by proj_out"):
-        find_components(build("llama"), ["proj_out"])
+        find_components(build(LLAMA), ["proj_out"])

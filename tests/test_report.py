@@ -1,20 +1,34 @@
 """What `python -m grades report` says of a run of train.py or of a loop of one's own."""
 
-from tiny.grades import Loop, make_model
+import pytest
+from PIL import Image
+from tiny.grades import ALWAYS, NEVER, train
 
-from grades import GradESConfig
 from grades.__main__ import main
-from grades.report import summary
+from grades.report import HISTORY_NAME, summary
 
 
-def test_a_run_is_reported_from_its_history(tmp_path, capsys):
-    loop = Loop(make_model(), GradESConfig(alpha=0.25, vision_tau=1e9, language_tau=1e-9), total_steps=8).run()
-    loop.monitor.save_history(tmp_path / "grades_history.json")
+def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, capsys):
+    monitor = train({"alpha": 0.25, "vision_tau": ALWAYS, "language_tau": NEVER}, 8).monitor
+    monitor.save_history(tmp_path / HISTORY_NAME)
     main(["report", str(tmp_path), "--output", str(tmp_path / "pictures")])
     printed = capsys.readouterr().out
+    for component in monitor.components:
+        step = monitor.frozen.get(component.name, "-")
+        assert any(component.name in line and line.endswith(f" {step}") for line in printed.splitlines())
     assert "vision: 8 of 8 frozen (100%), steps 3 to 3, at " in printed
     assert "language: 0 of 14 frozen (0%)\n" in printed
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"convergence.png", "freezing.png"}
+    pictures = {path.name: Image.open(path).convert("RGB") for path in (tmp_path / "pictures").iterdir()}
+    assert pictures.keys() == {"convergence.png", "freezing.png"}
+    assert all(len(picture.getcolors(maxcolors=10**6)) > 50 for picture in pictures.values())
+    latest = tmp_path / "run" / "checkpoint-8"
+    latest.mkdir(parents=True)
+    (tmp_path / HISTORY_NAME).rename(latest / HISTORY_NAME)
+    main(["report", str(tmp_path / "run")])
+    assert capsys.readouterr().out.splitlines()[-1] == str(latest / "freezing.png")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert HISTORY_NAME in capsys.readouterr().err
 
 
 def test_a_tower_is_told_how_far_below_its_peaks_it_froze():

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from grades import find_components
 from grades.components import Component
-from grades.reading import make_reader
+from grades.sampling import make_sampler
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.activations import activation_bytes
@@ -18,7 +18,7 @@ from training.flops import model_cost
 
 META = torch.device("meta")
 LABEL_SHARE = 0.25  # of a row's tokens carry a label: questions, image tokens and templates do not
-# Copies that a metric keeps of the matrices, or of the reader's sample of them.
+# Copies that a metric keeps of the matrices, or of a sample of them.
 SNAPSHOTS = {"weight_change": 1, "gradient_change": 1, "gradient_norm": 0, "gradient_rms": 0}
 NOTES = """\
             Activations: kept for the backward pass of one micro-batch, {dtype} products, fused attention.
@@ -97,8 +97,8 @@ def make_plan(model: VisionLanguageModel, settings: Settings, device: torch.devi
 def _held(model: nn.Module, settings: Settings, components: list[Component], shards: int) -> dict[str, int]:
     """Bytes that one process holds from step to step, with FSDP its share."""
     gradients = _bytes(p for p in model.parameters() if p.requires_grad)
-    reader = make_reader(settings.grades.monitor_sample)
-    copied = sum(_bytes(reader.copy(component.weights)) for component in components)
+    sampler = make_sampler(settings.grades.monitor_sample)
+    copied = sum(_bytes(sampler.copy(component.weights)) for component in components)
     whole = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": gradients,

@@ -13,11 +13,12 @@ from models.vision_language_model import VisionLanguageModel
 TINY = {
     "vit_hidden_dim": 16, "vit_inter_dim": 32, "vit_patch_size": 4, "vit_img_size": 16, "vit_n_heads": 2,
     "vit_n_blocks": 2, "lm_hidden_dim": 24, "lm_inter_dim": 48, "lm_n_heads": 3, "lm_n_kv_heads": 1, "lm_n_blocks": 2,
-    "lm_base_vocab_size": 30,
-    "extra_token_amount": 1, "vlm_extra_tokens": {"image_token": "<|image|>"}, "mp_pixel_shuffle_factor": 2,
-    "mp_image_token_length": 4, "max_img_size": 16, "lm_max_length": 32,
+    "lm_base_vocab_size": 30, "extra_token_amount": 1, "vlm_extra_tokens": {"image_token": "<|image|>"},
+    "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "max_img_size": 16, "lm_max_length": 32,
 }  # fmt: skip
 LR = 1e-2
+NEVER = 1e-9  # a tau that nothing is below
+ALWAYS = 1e9  # a tau that everything measured is below
 
 
 def make_model(seed: int = 0, **fields) -> VisionLanguageModel:
@@ -44,7 +45,7 @@ def batch(seed: int, dtype: torch.dtype = torch.float32) -> dict:
 
 
 class Loop:
-    """A training loop with all its state, which can be stopped and taken up again."""
+    """A training loop with all its state, which can be stopped and continued. config: None for one without GradES."""
 
     def __init__(
         self, model: nn.Module, config: GradESConfig | None, total_steps: int, optimizer=None, accumulation: int = 1
@@ -52,13 +53,15 @@ class Loop:
         self.model, self.total_steps, self.accumulation = model, total_steps, accumulation
         self.optimizer = optimizer or make_optimizer(model)
         self.lines: list[str] = []
+        self.details: list[str] = []
         self.monitor = None
         if config is not None:
-            self.monitor = GradESMonitor(config, model, self.optimizer, total_steps, log=self.lines.append)
+            self.monitor = GradESMonitor(
+                config, model, self.optimizer, total_steps, self.lines.append, detail=self.details.append
+            )
         self.step = 0
-        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.clip_norms: list[float] = []
-        self.losses: list[float] = []
         self.loss_scale: Callable[[int], float] = lambda step: 1.0
         self.on_backward: Callable[[int], None] = lambda step: None  # when the gradients are whole, not yet clipped
         self.on_step: Callable[[int], None] = lambda step: None  # after the monitor's after_step
@@ -73,12 +76,10 @@ class Loop:
 
     def _train_step(self, step: int) -> bool:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            set_lr(group, peak * (1 - 0.9 * step / self.total_steps))
+            group["lr"] = peak * (1 - 0.9 * step / self.total_steps)
         dtype = self.model.MP.proj.weight.dtype
         for micro in range(self.accumulation):
-            loss = self.model(**batch(step * 10 + micro, dtype))[1] * self.loss_scale(step)
-            loss.backward()
-            self.losses.append(loss.item())
+            (self.model(**batch(step * 10 + micro, dtype))[1] * self.loss_scale(step)).backward()
         self.on_backward(step)
         if self.monitor:
             self.monitor.after_backward(step)
@@ -91,7 +92,7 @@ class Loop:
         return stop
 
     def save(self) -> bytes:
-        """A checkpoint as it lies on a disk."""
+        """A checkpoint as it is on a disk."""
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -103,7 +104,7 @@ class Loop:
         return file.getvalue()
 
     def load(self, checkpoint: bytes) -> "Loop":
-        """Take up a checkpoint, read as plain types and tensors alone."""
+        """Continue from a checkpoint, which holds plain types and tensors alone."""
         state = torch.load(io.BytesIO(checkpoint), weights_only=True)
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
@@ -112,11 +113,21 @@ class Loop:
         return self
 
 
-def set_lr(group: dict, lr: float) -> None:
-    if torch.is_tensor(group["lr"]):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
+def train(config: dict, steps: int, model: nn.Module | None = None, **fields) -> Loop:
+    """A finished run of the tiny model. config: of GradESConfig; fields: of Loop."""
+    return Loop(model or make_model(), GradESConfig(**config), steps, **fields).run()
+
+
+def unfreezing_loop(**others) -> Loop:
+    """Gradients grow to 1,000 times in steps 9 to 12: the vision tower freezes at 5, unfreezes at 9, freezes at 13.
+
+    others: of GradESConfig.
+    """
+    given = {"metric": "gradient_norm", "vision_tau": 50.0, "language_tau": NEVER, "alpha": 0.2}
+    config = GradESConfig(**given | {"unfreeze_factor": 3.0, "probe_interval": 3} | others)
+    loop = Loop(make_model(), config, 16)
+    loop.loss_scale = lambda step: 1000.0 if 9 <= step < 13 else 1.0
+    return loop
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

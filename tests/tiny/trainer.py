@@ -1,0 +1,144 @@
+"""A tiny Llama in transformers' Trainer with the callback. Takes seconds to import."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
+from tiny.grades import ALWAYS, NEVER
+
+ROWS, LAYERS, MATRICES = 48, 2, 14
+OLDEST = transformers.__version__.startswith("5.0.")
+
+
+class EightBit(torch.nn.Linear):
+    """A linear of integer weights with one scale, as quantizing libraries hold them."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.detach().abs().max() / 127
+        whole = (linear.weight.detach() / self.scale).round().add(128).byte()
+        self.weight = torch.nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, (self.weight.float() - 128) * self.scale)
+
+
+def llama(lora: dict | None = None, quantized: bool = False) -> torch.nn.Module:
+    """Two layers, 14 matrices; lora: arguments of LoraConfig; quantized: the layers' weights are integers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if quantized:
+        for name, module in list(model.model.layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                model.model.layers.set_submodule(name, EightBit(module))
+    return model if lora is None else get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **lora))
+
+
+def rows() -> list[dict]:
+    ids = torch.randint(64, (ROWS, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def arguments(folder, **others) -> dict:
+    """Of TrainingArguments and its subclasses."""
+    return {
+        "output_dir": str(folder), "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "logging_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no",
+        "disable_tqdm": True, "seed": 0, "weight_decay": 0.1,
+    } | others  # fmt: skip
+
+
+def settings(**others) -> GradEarlyStoppingConfig:
+    """The attention freezes at step 5, the MLP never."""
+    given = {"alpha": 0.3, "save_stats": False, "language_attention_tau": ALWAYS, "language_mlp_tau": NEVER}
+    return GradEarlyStoppingConfig(**given | others)
+
+
+def never(**others) -> GradEarlyStoppingConfig:
+    """Nothing freezes."""
+    return settings(language_attention_tau=NEVER, **others)
+
+
+def run(folder, config=None, model=None, watchers=(), trainer=Trainer, resume=None, **others):
+    """A finished run: its trainer, and its callback where it has a configuration."""
+    callback = GradEarlyStoppingCallback(config) if config is not None else None
+    made = trainer(
+        model=model or llama(),
+        args=TrainingArguments(**arguments(folder, **others)),
+        train_dataset=rows(),
+        callbacks=[*([callback] if callback else []), *watchers],
+    )
+    made.train(resume_from_checkpoint=resume)
+    return made, callback
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters, sharded ones whole."""
+    parameters = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in parameters}
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    theirs = weights(b)
+    return all(torch.equal(weight, theirs[name]) for name, weight in weights(a).items())
+
+
+def matrices(model: torch.nn.Module, component: str) -> list[str]:
+    """The names of the parameters that are measured for a component."""
+    names = [name for name, _ in model.named_parameters()]
+    stem = component.removeprefix("model.") if component not in dict(model.named_modules()) else component
+    return [name for name in names if stem in name and ("lora" in name) == hasattr(model, "peft_config")]
+
+
+class SlowTrainer(Trainer):
+    """Keeps the gradient of every parameter after each backward pass: at a step's last one, whole and not clipped."""
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        seen = self.__dict__.setdefault("seen", {})
+        seen[self.state.global_step + 1] = {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+        return loss
+
+
+class ClipsItself(Trainer):
+    """Clips without accelerate."""
+
+    def training_step(self, model, *args, **kwargs):
+        self.accelerator.clip_grad_norm_ = lambda parameters, norm: torch.nn.utils.clip_grad_norm_(
+            list(parameters), norm
+        )
+        return super().training_step(model, *args, **kwargs)
+
+
+class Weights(TrainerCallback):
+    """Keeps all parameters after each step, and which of them train."""
+
+    def __init__(self):
+        self.at: dict[int, dict[str, torch.Tensor]] = {}
+        self.trains: dict[int, set[str]] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.at[state.global_step] = weights(model)
+        self.trains[state.global_step] = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def moved(self, model: torch.nn.Module, frozen: dict[str, int]) -> list[tuple[str, int]]:
+        """Frozen matrices that moved, and the steps after which they did. frozen: steps by component."""
+        return [
+            (name, step)
+            for component, frozen_at in frozen.items()
+            for step in range(frozen_at, max(self.at))
+            for name in matrices(model, component)
+            if not torch.equal(self.at[step][name], self.at[step + 1][name])
+        ]
