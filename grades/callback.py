@@ -171,7 +171,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             logger.warning(f"the checkpoint {checkpoint} holds no state of {type(self).__name__}: nothing is frozen")
 
     def _unscale_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Replaces the accelerator's method, with which clipping begins: afterwards gradients are whole and unscaled."""
+        """Replaces the accelerator's method, with which clipping begins: after it gradients are whole and unscaled."""
         accelerator = self.trainer.accelerator
         type(accelerator).unscale_gradients(accelerator, *args, **kwargs)
         step = self.trainer.state.global_step + 1

@@ -205,7 +205,7 @@ def _stack_of(component: Component) -> str:
 
 
 def _root_of(stack: str, tower: str) -> str:
-    """Path of the module that runs the tower: for vision the outermost of that name, for language the blocks' parent."""
+    """Path of the module that runs the tower: for vision the outermost of that name, else the blocks' parent."""
     parts = stack.split(".")
     if tower == "vision":
         return next(root for i in range(len(parts)) if tower_of(root := ".".join(parts[: i + 1])) == "vision")

@@ -385,7 +385,7 @@ def test_options_without_effect_are_named_in_one_warning(hf):
 
 
 def test_impossible_settings_are_named_before_training(hf):
-    with pytest.raises(ValueError, match="--alpha 1(.|\n)*--tau -1|--tau -1(.|\n)*--alpha 1"):
+    with pytest.raises(ValueError, match=r"--alpha 1(.|\n)*--tau -1|--tau -1(.|\n)*--alpha 1"):
         grades.GradEarlyStoppingCallback(GradEarlyStoppingConfig(tau=-1, alpha=1))
     with pytest.raises(ValueError, match="vision_tau 0"):
         grades.VLMGradEarlyStoppingCallback(GradESConfig(vision_tau=0))
