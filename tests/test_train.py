@@ -65,7 +65,7 @@ def test_a_run_leaves_everything_it_promises(start):
     assert lines[-1]["val/loss"] == summary["val_loss"]
     log = (folder / "log.txt").read_text()
     assert log.count("froze vision_encoder.blocks.0.") == 4
-    assert "(vision 4/4)" in log
+    assert "step 5: froze 4 of 4 vision matrices (4 frozen): tau 1e+09" in log
 
 
 def test_a_run_never_overwrites_another(start, capsys):
