@@ -84,7 +84,7 @@ def main(given: argparse.Namespace) -> None:
             temperature=given.temperature,
             eos_token_id=tokenizer.eos_token_id,
         )
-        print(tokenizer.decode(new_ids[0], skip_special_tokens=True).strip())
+        print(str(tokenizer.decode(new_ids[0], skip_special_tokens=True)).strip())
 
 
 if __name__ == "__main__":
