@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny.data import encoded, picture
 from tiny.grades import make_model
-from tiny.runs import ROOT
 
 from data.easy_vqa import NAME, VOCAB_SIZE
 from generate import main, parse_arguments
@@ -17,7 +17,9 @@ def test_everything_wrong_with_the_flags_is_told_without_torch(tmp_path):
     wrong = {"max_new_tokens": 0, "temperature": -1.0, "top_k": -3, "top_p": 0.0, "generations": 0}
     flags = ["--prompt=?", "--image", "absent.png", "two words.png", f"--checkpoint={tmp_path}"]
     flags += [f"--{name}={value}" for name, value in wrong.items()]
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 2
     told = [f"--{name} {value}" for name, value in wrong.items()]
     for problem in (*told, "--image absent.png", "--image 'two words.png'", f"--checkpoint {tmp_path}"):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny.grades import batch, make_model
-from tiny.runs import arguments
 
 from grades import find_components
 from models.config import TrainConfig
@@ -213,6 +212,8 @@ def test_peft_and_transformers_are_imported_only_where_they_are_used():
 
 @pytest.mark.parametrize("metric", ["weight_change", "gradient_norm"])
 def test_a_run_freezes_adapters_that_then_stop_moving(data, tmp_path, monkeypatch, metric):
+    from tiny.runs import arguments
+
     import train
 
     real, models, states = train.forward_backward, [], []
