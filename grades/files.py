@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Within this context write to the path it gives, which has the same ending and lies in the same folder.
+    """Within this context write to the path it gives, a file or a folder with the same ending in the same folder.
 
-    At the end that file takes the place of `path` at once. After an exception `path` is as it was before.
+    At the end it takes the place of `path` at once. After an exception `path` is as it was before.
     """
     beside = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         yield beside
         beside.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
         raise
 
 

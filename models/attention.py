@@ -6,7 +6,8 @@ Shapes: B rows, H query heads, G key/value heads (G divides H), T queries, S key
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,17 @@ import torch.nn.functional as F
 if TYPE_CHECKING:  # takes seconds to import
     from torch.nn.attention.flex_attention import BlockMask
 
-# Longest sequence that takes the path of plain products: its scores take T * S memory, SDPA's kernels do not.
+# bool, broadcasts to [B, 1, T, S], True where a key is seen; or what document_block_mask makes; None: no mask.
+Mask: TypeAlias = Union[torch.Tensor, "BlockMask", None]
+
+# Longest sequence for which plain_attention is used: its scores take T * S memory, those of SDPA's kernels do not.
 MAX_PLAIN_LENGTH = 512
-# FlexAttention skips whole blocks of so many queries and keys where a document ends.
+# FlexAttention skips whole blocks of this many queries and keys where a document ends.
 FLEX_BLOCK = 128
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that matrix products of x come out in; the residual stream keeps to it."""
+    """The dtype of matrix products of x, which is also that of the residual stream."""
     device = x.device.type
     if device == "meta":  # which autocast does not know
         return x.dtype
@@ -32,16 +36,13 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | BlockMask | None,
+    mask: Mask,
     causal: bool,
     dropout: float,
 ) -> torch.Tensor:
-    """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D].
-
-    mask: bool, broadcasts to [B, 1, T, S], True is seen; or what document_block_mask has made.
-    """
+    """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]. causal: only without a mask. dropout: of the weights."""
     if mask is not None and not isinstance(mask, torch.Tensor):
-        # Uncompiled it would hold the scores of all pairs of positions; in a compiled block it is compiled with it.
+        # Not compiled, it would store the scores of all pairs of positions. A compiled block compiles it along.
         within_documents = attend_flex if torch.compiler.is_compiling() else compiled_attend_flex()
         return within_documents(q, k, v, mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and dropout == 0 and k.shape[2] <= MAX_PLAIN_LENGTH:
@@ -53,9 +54,9 @@ def attention(
 def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    """The same as two matrix products: in bfloat16 on a CPU 1.2 to 10 times as fast as SDPA, forward and backward.
+    """`attention` as two matrix products: in bfloat16 on a CPU 1.2 to 10 times as fast as SDPA, forward and backward.
 
-    The query heads of a key/value head lie beside each other in one product, so that nothing is expanded.
+    The query heads that share a key/value head are rows of one product, so that keys and values are not repeated.
     """
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
@@ -70,16 +71,16 @@ def plain_attention(
 
 
 def takes_flex_attention(device: torch.device, length: int, head_dim: int, dropout: float) -> bool:
-    """Whether FlexAttention can attend within documents: its training kernels are CUDA's and have no dropout."""
+    """Whether FlexAttention can be used within documents: only on CUDA, without dropout, at lengths in whole blocks."""
     in_blocks = length % FLEX_BLOCK == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
     return device.type == "cuda" and in_blocks and dropout == 0
 
 
 def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
-    """FlexAttention's mask of int document_ids [B, T]: causal within equal ids. Made once a forward, for all blocks."""
+    """FlexAttention's mask for int document_ids [B, T]: causal within equal ids. Made once per forward pass."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def is_seen(row, _head, query, key):
+    def is_seen(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (document_ids[row, query] == document_ids[row, key])
 
     B, T = document_ids.shape
@@ -87,11 +88,13 @@ def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
 
 
 def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """q [B, H, T, D], k and v [B, G, T, D] -> [B, H, T, D], within documents."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @functools.cache
-def compiled_attend_flex():
+def compiled_attend_flex() -> Callable[..., torch.Tensor]:
+    """attend_flex, compiled once per process."""
     return torch.compile(attend_flex)

@@ -67,8 +67,8 @@ class VLMConfig(Checked):
     lm_use_tokens: bool = doc("the language model alone takes token ids and returns logits, not embeddings", False)
     lm_tie_weights: bool = doc("the head is the token embedding", True)
     lm_model_type: str = doc(
-        "pretrained language model: hub id, local folder, or scratch for random weights. scripts/convert_gguf.py makes "
-        "a folder of a GGUF file",
+        "pretrained language model: hub id, local folder (scripts/convert_gguf.py makes one of a GGUF file), or "
+        "scratch for random weights",
         "HuggingFaceTB/SmolLM2-360M-Instruct",
     )
     lm_tokenizer: str | None = doc("hub id, local folder or easy-vqa (embedded); by default lm_model_type's", None)

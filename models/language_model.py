@@ -7,14 +7,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.attention import attention, compute_dtype, document_block_mask, takes_flex_attention
-from models.config import VLMConfig
+from models.attention import Mask, attention, compute_dtype, document_block_mask, takes_flex_attention
+from models.backbones import configure_language
+from models.config import SCRATCH, VLMConfig
+from models.hub import WEIGHT_FILES
+from models.tensors import copy_tensors, named_parameters, set_extra_rows, stored_tensors
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one buffer [B, G, max_length, D] a block."""
+    """Keys and values of the positions seen so far: for each block two buffers [B, G, max_length, D]."""
 
-    def __init__(self, cfg: VLMConfig, batch_size: int, max_length: int, device, dtype: torch.dtype):
+    def __init__(
+        self, cfg: VLMConfig, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
         head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
         shape = (cfg.lm_n_blocks, 2, batch_size, cfg.lm_n_kv_heads, max_length, head_dim)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
@@ -30,14 +35,16 @@ class KVCache:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: PyTorch's fused kernel wants the weight in the same."""
+    """RMSNorm in the dtype of its input: PyTorch's fused kernel requires a weight of the same dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions [B, T] -> cos, sin [B, 1, T, D], in rotate-half layout."""
+    """int positions [B, T] -> cos, sin, float32 [B, 1, T, D], in rotate-half layout."""
+
+    inv_freq: torch.Tensor  # float32 [D / 2]
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
@@ -49,7 +56,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # The longest position is known on the host as `length`, so that the device is not asked for a maximum.
+        """length: positions of the whole sequence. The host knows it, so that the device is not asked for a maximum."""
         inv_freq = self.inv_freq / max(1.0, length / self.max_positions)
         angles = position_ids[..., None].float() * inv_freq.float()  # [B, T, D/2]
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, D]
@@ -57,7 +64,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + D/2) of the last dimension of x [B, H, T, D] by its angle."""
+    """Rotate each pair (i, i + D/2) of the last dimension of x [B, H, T, D] by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -70,12 +77,12 @@ def attention_mask_4d(
     attention_mask: bool or int [B, S], zero at padding on either side. document_ids: int [B, T], attention stays
     within equal ids.
     """
-    if attention_mask is None and document_ids is None:
+    given = [ids for ids in (attention_mask, document_ids) if ids is not None]
+    if not given:
         return None
-    reference = document_ids if attention_mask is None else attention_mask
-    total = reference.shape[1]
-    query = torch.arange(total - length, total, device=reference.device)[:, None]
-    key = torch.arange(total, device=reference.device)[None]
+    total, device = given[0].shape[1], given[0].device
+    query = torch.arange(total - length, total, device=device)[:, None]
+    key = torch.arange(total, device=device)[None]
     mask = (key <= query)[None]
     if attention_mask is not None:
         mask = mask & attention_mask[:, None].bool()
@@ -86,6 +93,8 @@ def attention_mask_4d(
 
 
 class LanguageModelGroupedQueryAttention(nn.Module):
+    """[B, T, C] -> [B, T, C]; H / G query heads share a key/value head."""
+
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads = cfg.lm_n_heads, cfg.lm_n_kv_heads
@@ -97,7 +106,16 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=False)
         self.out_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_hidden_dim, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, block: int = 0) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+        block: int = 0,
+    ) -> torch.Tensor:
+        """cos, sin: of RotaryEmbedding. mask: None is causal. block: index of this block in the cache."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, H, T, D]
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, G, T, D]
@@ -115,6 +133,8 @@ class LanguageModelGroupedQueryAttention(nn.Module):
 
 
 class LanguageModelMLP(nn.Module):
+    """[B, T, C] -> [B, T, C] through lm_inter_dim, gated by a SiLU."""
+
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
@@ -126,6 +146,8 @@ class LanguageModelMLP(nn.Module):
 
 
 class LanguageModelBlock(nn.Module):
+    """[B, T, C] -> [B, T, C]: attention, then MLP, each behind an RMSNorm and with a residual connection."""
+
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.norm1 = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
@@ -133,16 +155,25 @@ class LanguageModelBlock(nn.Module):
         self.norm2 = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
         self.mlp = LanguageModelMLP(cfg)
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, block: int = 0) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+        block: int = 0,
+    ) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, mask, cache, block)
         return x + self.mlp(self.norm2(x))
 
 
 class LanguageModel(nn.Module):
-    """Embeddings [B, T, C] (token ids [B, T] with lm_use_tokens) -> hidden states [B, T, C] (then logits [B, T, V])."""
+    """Embeddings [B, T, C] (see token_embedding) -> hidden states [B, T, C], of which head makes logits [B, T, V]."""
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
+        assert cfg.lm_vocab_size is not None  # VLMConfig fills it in
         self.cfg = cfg
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.rotary_embd = RotaryEmbedding(cfg)
@@ -155,12 +186,13 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fan-in initialisation; what writes into the residual stream starts at half of it."""
+        """Fan-in initialisation; projections into the residual stream start at half of it."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=self.cfg.lm_hidden_dim**-0.5)
         for block in self.blocks:
+            assert isinstance(block, LanguageModelBlock)
             block.attn.out_proj.weight.mul_(0.5)
             block.mlp.down_proj.weight.mul_(0.5)
 
@@ -172,13 +204,11 @@ class LanguageModel(nn.Module):
         document_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """attention_mask: [B, S], zero at padding; None where every position counts or padding is on the right.
+        """attention_mask: [B, S], zero at padding; None without padding or with padding on the right.
 
         position_ids: int [B, T], counting from 0 along the row by default. document_ids: int [B, T]; attention is
         confined to equal ids. cache: holds the S - T positions before x and takes in the new ones.
         """
-        if self.cfg.lm_use_tokens:
-            x = self.token_embedding(x)
         x = x.to(compute_dtype(x))
         T, start = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
@@ -191,20 +221,53 @@ class LanguageModel(nn.Module):
             x = block(x, cos, sin, mask, cache, index)
         if cache is not None:
             cache.length += T
-        x = self.norm(x)
-        return self.head(x) if self.cfg.lm_use_tokens else x
+        return self.norm(x)
 
-    def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int):
-        """Which positions each of the last `length` may see, in the form that attention is fastest with here."""
+    def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int) -> Mask:
+        """Which positions each of the last `length` may see, in the form with which attention is fastest here."""
         if attention_mask is None and document_ids is not None:
-            head_dim, dropout = self.blocks[0].attn.head_dim, self.cfg.lm_dropout if self.training else 0.0
+            head_dim = self.cfg.lm_hidden_dim // self.cfg.lm_n_heads
+            dropout = self.cfg.lm_dropout if self.training else 0.0
             if takes_flex_attention(document_ids.device, length, head_dim, dropout):
                 return document_block_mask(document_ids)
         return attention_mask_4d(attention_mask, document_ids, length)
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "LanguageModel":
-        """SmolLM2 (Llama) weights from cfg.lm_model_type: a hub id or a local folder in the hub's format."""
-        from models.backbones import load_language_backbone
+        """The SmolLM2 (Llama) model cfg.lm_model_type: a hub id or a local folder; random weights with `scratch`.
 
-        return load_language_backbone(cls(cfg))
+        Sets cfg's lm_* sizes to the model's; the embeddings of the extra tokens start at the mean embedding. Raises
+        ValueError for another architecture and for tensors that do not fit, BackboneUnavailable without folder and hub.
+        """
+        if cfg.lm_model_type == SCRATCH:
+            return cls(cfg)
+        stored = stored_tensors(configure_language(cfg, WEIGHT_FILES))
+        stored = {key.removeprefix("model."): tensor for key, tensor in stored.items()}
+        stored = {key: tensor for key, tensor in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+        if cfg.lm_tie_weights:
+            stored.pop("lm_head.weight", None)
+        elif "lm_head.weight" not in stored and "embed_tokens.weight" in stored:
+            stored["lm_head.weight"] = stored["embed_tokens.weight"]  # a tied model's embedding starts an untied head
+        lm = cls(cfg)
+        copy_tensors(f"--lm_model_type {cfg.lm_model_type}", stored, lm._llama_tensors())
+        for matrix in {lm.token_embedding.weight, lm.head.weight}:
+            set_extra_rows(matrix, cfg.lm_base_vocab_size)
+        return lm
+
+    def _llama_tensors(self) -> dict[str, torch.Tensor]:
+        """Llama's tensor names -> our tensors; of embedding and head the rows of the base vocabulary."""
+        base = self.cfg.lm_base_vocab_size
+        found = {"embed_tokens.weight": self.token_embedding.weight[:base], "norm.weight": self.norm.weight}
+        if not self.cfg.lm_tie_weights:
+            found["lm_head.weight"] = self.head.weight[:base]
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, LanguageModelBlock)
+            layer, attn = f"layers.{i}", block.attn
+            found[f"{layer}.input_layernorm.weight"] = block.norm1.weight
+            found[f"{layer}.post_attention_layernorm.weight"] = block.norm2.weight
+            found |= {
+                f"{layer}.self_attn.{letter}_proj.weight": getattr(attn, f"{letter}_proj").weight for letter in "qkv"
+            }
+            found[f"{layer}.self_attn.o_proj.weight"] = attn.out_proj.weight
+            found |= named_parameters(f"{layer}.mlp", block.mlp)
+        return found

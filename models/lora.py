@@ -1,8 +1,10 @@
 """LoRA (arXiv:2106.09685): low-rank adapters on the projection matrices of the towers, through the library peft.
 
-An adapted linear becomes a module around it: `base_layer`, the linear, which stays as it is, and beside it
-scale * B A x with A [rank, in] and B [out, rank], zero at first; scale = lora_alpha / lora_rank.
+An adapted linear layer is wrapped in a module that holds it unchanged as `base_layer` and adds scale * B A x,
+with A [rank, in], B [out, rank], zero at first, and scale = lora_alpha / lora_rank.
 """
+
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,12 +16,12 @@ ADAPTER = "default"  # peft's name for the only adapter
 
 
 def inject_lora(model: nn.Module, cfg: TrainConfig) -> None:
-    """Adapt a VisionLanguageModel in place: from here on its adapters and its projector alone are trainable.
+    """Adapt a VisionLanguageModel in place: from here on only its adapters and its projector are trainable.
 
-    Without cfg.lora_vision the vision tower gets no adapters and trains in full. A tower whose learning rate is 0 is
-    left to make_optimizer, which freezes it. Raises ValueError where cfg.lora_targets name no matrix.
+    Without cfg.lora_vision the vision tower gets no adapters and trains in full. A tower whose learning rate is 0 gets
+    no adapters either. Raises ValueError where cfg.lora_targets match no matrix.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
     towers = {"decoder": cfg.lr_language_backbone > 0, "vision_encoder": cfg.lora_vision and cfg.lr_vision_backbone > 0}
     matrices = [
@@ -33,25 +35,29 @@ def inject_lora(model: nn.Module, cfg: TrainConfig) -> None:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
         raise ValueError(f"--lora_targets {' '.join(cfg.lora_targets)}: must name some of {kinds}")
     settings = LoraConfig(
-        r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=targets
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # peft annotates an int and takes a float
+        lora_dropout=cfg.lora_dropout,
+        target_modules=targets,
     )
     inject_adapter_in_model(settings, model, ADAPTER)
     model.MP.requires_grad_(True)
     if not cfg.lora_vision:
         model.vision_encoder.requires_grad_(True)
     for _, layer in _adapted(model):
-        layer.cast_input_dtype_enabled = False  # autocast does it; peft's way there is through a float32 copy
+        layer.cast_input_dtype_enabled = False  # autocast casts; peft would first make a float32 copy
 
 
 def is_adapted(model: nn.Module) -> bool:
+    """Whether the model has LoRA adapters."""
     return bool(_adapted(model))
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of the plain model that computes the same: its names, the adapters added to the weights.
+    """The state dict of the plain model that computes the same: its names, with the adapters added to the weights.
 
-    Merged weights are new tensors on the CPU, the others the model's own. The model is only read.
+    Merged weights are new tensors on the CPU, the others the model's own. The model does not change.
     """
     state = {
         name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
@@ -62,13 +68,13 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a merged checkpoint has lost: the adapters, and the weights under them (the difference would be rounded)."""
+    """What a merged checkpoint does not hold: the adapters, and the weights they adapt (subtracting would round)."""
     under = {f"{name}.base_layer.weight" for name, _ in _adapted(model)}
     return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name or name in under}
 
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Take up a state of lora_state_dict, after inject_lora on a merged checkpoint: the model is as it was, exactly.
+    """Load what lora_state_dict returned, after inject_lora on a merged checkpoint: restores the model exactly.
 
     Raises ValueError where the saved run had other adapters.
     """
@@ -79,6 +85,6 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> No
     model.load_state_dict(state, strict=False)
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """peft's modules in the model, by the names of the linears that they adapt."""
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name of an adapted linear layer, peft's module around it) of all in the model."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]

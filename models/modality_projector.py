@@ -1,4 +1,4 @@
-"""From vision features to image tokens: pixel shuffle, then one linear without bias."""
+"""From vision features to image tokens: pixel shuffle, then one linear layer without bias."""
 
 import torch
 import torch.nn as nn
@@ -7,7 +7,7 @@ from models.config import VLMConfig
 
 
 class ModalityProjector(nn.Module):
-    """Features [B, T, C] on a square grid -> image embeddings [B, T / s^2, lm_hidden_dim]; s merges s x s patches."""
+    """Features [B, T, C] on a square grid -> image embeddings [B, T / s^2, lm_hidden_dim], each of s x s patches."""
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
@@ -16,10 +16,11 @@ class ModalityProjector(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Fan-in initialisation."""
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
 
     def pixel_shuffle(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, h * w, C] -> [B, h/s * w/s, s * s * C], rows before columns."""
+        """[B, h * w, C] -> [B, h/s * w/s, s * s * C], rows before columns. ValueError where s does not divide h = w."""
         B, T, C = x.shape
         side, s = int(T**0.5), self.factor
         if side * side != T or side % s:

@@ -1,36 +1,46 @@
 """The vision-language model: vision tower -> projector -> image slots of the token embeddings -> decoder -> loss.
 
-Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens an image, L label positions, V vocabulary.
+Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens per image, L label positions, V vocabulary.
 """
 
-import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeAlias, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from grades.files import write_json, written_beside
 from models.attention import compute_dtype
 from models.config import VLMConfig
+from models.hub import checkpoint_folder, push_folder
 from models.language_model import KVCache, LanguageModel
 from models.lora import is_adapted, merged_state
 from models.modality_projector import ModalityProjector
+from models.tensors import copy_tensors, set_extra_rows, stored_tensors
 from models.vision_transformer import ViT
+
+EMBEDDING, HEAD, INV_FREQ = "decoder.token_embedding.weight", "decoder.head.weight", "decoder.rotary_embd.inv_freq"
+
+# float [N, 3, S, S], or (nested) sequences of [n, 3, S, S] or [3, S, S]; None or empty: no image.
+Images: TypeAlias = Union[torch.Tensor, Sequence["Images"], None]  # noqa: UP007  # `|` takes no string
 
 
 class VisionLanguageModel(nn.Module):
     """ViT + projector + decoder. Takes ids and tensors, never text: tokenizer and images belong to `data`."""
 
     def __init__(self, cfg: VLMConfig, load_backbone: bool = False):
-        """load_backbone: start from the pretrained vit_model_type and lm_model_type instead of random weights.
+        """load_backbone: start from the pretrained vit_model_type and lm_model_type, whose sizes cfg then gets.
 
-        Their sizes must stand in cfg: models.backbones.configure_from_backbones puts them there.
+        Otherwise the weights are random and the sizes are cfg's.
         """
         super().__init__()
         self.cfg = cfg
-        self.loss_chunk_size = 0  # label positions whose logits are held at a time in training; 0: all
+        self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
         self.MP = ModalityProjector(cfg)
@@ -38,7 +48,7 @@ class VisionLanguageModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        images: torch.Tensor | list | None = None,
+        images: Images = None,
         attention_mask: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         *,
@@ -47,12 +57,12 @@ class VisionLanguageModel(nn.Module):
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
-    ):
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """(logits [B, T, V], mean loss or None) as nanoVLM; with label_positions the summed loss alone.
 
         input_ids, targets: int [B, T]; targets are already shifted, -100 where there is no label.
-        images: float [N, 3, S, S], or (nested) lists of such. attention_mask: [B, T], zero at padding.
-        The collator's indices, which spare the device a search for them:
+        images: see Images. attention_mask: [B, T], zero at padding.
+        Indices from the collator, so that the device need not search for them:
         image_slots, int [K]: flat positions in B * T that hold image tokens, in ascending order;
         image_sources, int [K]: for each of them its row of the N * M image embeddings (default: in order), so that
         rows can share an image; label_positions, int [L]: flat positions in B * T that have a target.
@@ -61,6 +71,7 @@ class VisionLanguageModel(nn.Module):
         x = self.embed(input_ids, images, image_slots, image_sources)
         x = self.decoder(x, attention_mask, position_ids, document_ids)
         if label_positions is not None:
+            assert targets is not None
             hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
             return self._summed_loss(hidden, targets.flatten().index_select(0, label_positions))
         logits = self.decoder.head(x)
@@ -70,10 +81,10 @@ class VisionLanguageModel(nn.Module):
         return logits, loss
 
     def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy summed over hidden states [L, C] and labels [L]: float32.
+        """Cross-entropy of hidden states [L, C] and int labels [L], summed: float32 [].
 
-        The float32 logits [L, V] can be the largest tensor of a step; in chunks they are made a chunk at a time, and
-        again in the backward pass.
+        The float32 logits [L, V] can be the largest tensor of a step. With loss_chunk_size they are computed a chunk at
+        a time, and again in the backward pass.
         """
 
         def of_chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -87,8 +98,17 @@ class VisionLanguageModel(nn.Module):
         losses = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(losses).sum()
 
-    def embed(self, input_ids, images=None, image_slots=None, image_sources=None) -> torch.Tensor:
-        """Token embeddings [B, T, C] with image embeddings in the image slots."""
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        images: Images = None,
+        image_slots: torch.Tensor | None = None,
+        image_sources: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token embeddings [B, T, C] with image embeddings in the image slots; arguments as in `forward`.
+
+        Raises ValueError where input_ids do not hold one image token per image embedding.
+        """
         x = self.decoder.token_embedding(input_ids)
         images = _stack_images(images)
         if images is None:
@@ -109,7 +129,7 @@ class VisionLanguageModel(nn.Module):
     def generate(
         self,
         input_ids: torch.Tensor,
-        images: torch.Tensor | list | None = None,
+        images: Images = None,
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 5,
         top_k: int | None = 50,
@@ -118,19 +138,21 @@ class VisionLanguageModel(nn.Module):
         greedy: bool = False,
         *,
         eos_token_id: int | None = None,
-        **indices,
+        image_slots: torch.Tensor | None = None,
+        image_sources: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """New token ids [B, at most max_new_tokens]; a row that has ended is filled with the end token.
+        """New token ids, int [B, at most max_new_tokens]; a row that has ended is filled with the end token.
 
-        Rows of different lengths are padded on the left, attention_mask [B, T] zero there. The end token is
-        eos_token_id, else cfg.lm_eos_token_id; without either every row runs to max_new_tokens.
-        indices: image_slots and image_sources as in `forward`.
+        Rows of different lengths are padded on the left, with attention_mask [B, T] zero there. The end token is
+        eos_token_id, else cfg.lm_eos_token_id; without either every row gets max_new_tokens. Sampling: greedy, or from
+        logits / temperature, limited to the top_k most likely tokens and to the most likely ones that reach top_p
+        together. images, image_slots, image_sources: as in `forward`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 1")
         eos = self.cfg.lm_eos_token_id if eos_token_id is None else eos_token_id
         B, T = input_ids.shape
-        x = self.embed(input_ids, images, **indices)
+        x = self.embed(input_ids, images, image_slots, image_sources)
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
@@ -147,23 +169,24 @@ class VisionLanguageModel(nn.Module):
             if ended.all():
                 break
             x = self.decoder.token_embedding(next_ids)[:, None]
-            if attention_mask is not None:
+            if attention_mask is not None and positions is not None:
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)
                 positions = positions[:, -1:] + 1
         return torch.stack(new_ids, dim=1)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "VisionLanguageModel":
-        """A checkpoint in nanoVLM's format: a local folder with config.json and model.safetensors, or a hub id."""
-        from models.backbones import checkpoint_folder, load_vlm_weights
+        """A checkpoint in nanoVLM's format: a local folder with config.json and model.safetensors, or a hub id.
 
+        Raises BackboneUnavailable without folder and hub, ValueError for tensors that do not fit.
+        """
         folder = checkpoint_folder(path, revision)
         return load_vlm_weights(cls(VLMConfig.load(folder)), folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (the tied head once) into the folder, made if need be.
+        """Write config.json and model.safetensors (the tied head once) into the folder, created if necessary.
 
-        LoRA adapters are merged into what is written, under the plain model's names, and stay apart in this model.
+        LoRA adapters are written merged, under the plain model's names; in this model they stay separate.
         """
         from safetensors.torch import save_model
 
@@ -175,29 +198,60 @@ class VisionLanguageModel(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n", encoding="utf-8")
-        save_model(plain, str(folder / "model.safetensors"))
+        write_json(folder / "config.json", asdict(self.cfg))
+        with written_beside(folder / "model.safetensors") as beside:
+            save_model(plain, str(beside))
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> None:
-        """Upload weights, config and a model card to the hub repository (default cfg.hf_repo_name), made if need be."""
-        from models.backbones import push_folder
-
+        """Upload weights, config and a model card to a hub repository (default cfg.hf_repo_name)."""
         push_folder(self.save_pretrained, repo_id or self.cfg.hf_repo_name, private)
 
 
-def _stack_images(images) -> torch.Tensor | None:
-    """One tensor [N, 3, S, S] of a tensor or of (nested) lists of tensors [n, 3, S, S] or [3, S, S]; None if empty."""
-    if isinstance(images, list | tuple):
-        stacked = [_stack_images(image) for image in images]
-        stacked = [image for image in stacked if image is not None]
-        return torch.cat(stacked) if stacked else None
-    if images is None or images.numel() == 0:
-        return None
-    return images[None] if images.dim() == 3 else images
+def load_vlm_weights(model: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
+    """Fill the model with the nanoVLM checkpoint in the folder, and return it.
+
+    Raises ValueError that lists every tensor that does not fit. A checkpoint from before the image token has no
+    embeddings for the extra tokens: they start at the mean embedding, with a warning.
+    """
+    cfg = model.cfg
+    stored, destinations = stored_tensors(folder), model.state_dict()
+    if cfg.lm_tie_weights:  # one matrix, in the file under either name or both
+        spare = HEAD if EMBEDDING in stored else EMBEDDING
+        stored.pop(spare, None)
+        destinations.pop(spare)
+    if INV_FREQ not in stored:
+        destinations.pop(INV_FREQ)
+    base = cfg.lm_base_vocab_size
+    short = [
+        name
+        for name in (EMBEDDING, HEAD)
+        if name in destinations and name in stored and stored[name].shape[:1] == [base] != [cfg.lm_vocab_size]
+    ]
+    matrices = [destinations[name] for name in short]
+    destinations |= {name: destinations[name][:base] for name in short}
+    copy_tensors(str(folder), stored, destinations)
+    for matrix in matrices:
+        set_extra_rows(matrix, base)
+    if short:
+        message = f"{folder}: no rows for {cfg.extra_token_amount} extra tokens, they start at the mean"
+        warnings.warn(message, stacklevel=3)
+    return model
 
 
-def _sample(logits: torch.Tensor, top_k, top_p, temperature: float, greedy: bool) -> torch.Tensor:
-    """The next id of each row: logits [B, V] -> int [B]. temperature 0 is greedy."""
+def _stack_images(images: Images) -> torch.Tensor | None:
+    """All images in one tensor [N, 3, S, S]; None where there is none."""
+    if images is None or isinstance(images, torch.Tensor):
+        if images is None or images.numel() == 0:
+            return None
+        return images[None] if images.dim() == 3 else images
+    stacked = [image for image in map(_stack_images, images) if image is not None]
+    return torch.cat(stacked) if stacked else None
+
+
+def _sample(
+    logits: torch.Tensor, top_k: int | None, top_p: float | None, temperature: float, greedy: bool
+) -> torch.Tensor:
+    """The next id of each row: logits, float32 [B, V] -> int [B]. temperature 0 is greedy; None or 0 of top_k: all."""
     if greedy or temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature

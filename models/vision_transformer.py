@@ -8,7 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.attention import attention
-from models.config import VLMConfig
+from models.backbones import configure_vision
+from models.config import SCRATCH, VLMConfig
+from models.hub import WEIGHT_FILES
+from models.tensors import copy_tensors, named_parameters, stored_tensors
 
 
 class ViTPatchEmbeddings(nn.Module):
@@ -17,12 +20,8 @@ class ViTPatchEmbeddings(nn.Module):
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, kernel_size=cfg.vit_patch_size, stride=cfg.vit_patch_size)
-        patches = cfg.vit_grid**2 + int(cfg.vit_cls_flag)
-        self.position_embedding = nn.Parameter(torch.zeros(1, patches, cfg.vit_hidden_dim))
-        if cfg.vit_cls_flag:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.vit_hidden_dim))
+        self.position_embedding = nn.Parameter(torch.zeros(1, cfg.vit_grid**2, cfg.vit_hidden_dim))
         self.patch_size = cfg.vit_patch_size
-        self.cls = cfg.vit_cls_flag
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # The patches do not overlap, so the convolution is one matrix product over flattened patches, which is
@@ -30,12 +29,12 @@ class ViTPatchEmbeddings(nn.Module):
         patches = F.pixel_unshuffle(images, self.patch_size)  # [B, 3 * P * P, S/P, S/P]
         patches = patches.flatten(2).transpose(1, 2)  # [B, T, 3 * P * P]
         x = F.linear(patches, self.conv.weight.flatten(1), self.conv.bias)
-        if self.cls:
-            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         return x + self.position_embedding.to(x.dtype)
 
 
 class ViTMultiHeadAttention(nn.Module):
+    """[B, T, C] -> [B, T, C]; every patch attends to every other."""
+
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.n_heads = cfg.vit_n_heads
@@ -53,6 +52,8 @@ class ViTMultiHeadAttention(nn.Module):
 
 
 class ViTMLP(nn.Module):
+    """[B, T, C] -> [B, T, C] through vit_inter_dim and a tanh GELU."""
+
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.dropout = cfg.vit_dropout
@@ -65,6 +66,8 @@ class ViTMLP(nn.Module):
 
 
 class ViTBlock(nn.Module):
+    """[B, T, C] -> [B, T, C]: attention, then MLP, each behind a LayerNorm and with a residual connection."""
+
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.ln1 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
@@ -78,20 +81,20 @@ class ViTBlock(nn.Module):
 
 
 def sincos_positions(cfg: VLMConfig) -> torch.Tensor:
-    """[1, T, C]: sine and cosine of row and column at C / 4 wavelengths each, as MoCo v3 has them; zero for CLS."""
+    """[1, T, C]: sine and cosine of row and column at C / 4 wavelengths each, as in MoCo v3."""
     quarter = cfg.vit_hidden_dim // 4
     frequencies = 10_000 ** (-torch.arange(quarter) / max(1, quarter))
     angles = torch.arange(cfg.vit_grid)[:, None] * frequencies  # [side, C / 4]
     line = torch.cat((angles.sin(), angles.cos()), dim=1)
     rows = line[:, None].expand(-1, cfg.vit_grid, -1)
     table = torch.cat((rows, rows.transpose(0, 1)), dim=-1).flatten(0, 1)
-    positions = torch.zeros(1, cfg.vit_grid**2 + int(cfg.vit_cls_flag), cfg.vit_hidden_dim)
-    positions[0, int(cfg.vit_cls_flag) :, : table.shape[1]] = table
+    positions = torch.zeros(1, cfg.vit_grid**2, cfg.vit_hidden_dim)  # the columns beyond 4 * (C // 4) stay zero
+    positions[0, :, : table.shape[1]] = table
     return positions
 
 
 class ViT(nn.Module):
-    """Images [B, 3, S, S], float, already normalised -> features [B, T, C], or [B, C] with vit_cls_flag."""
+    """Images [B, 3, S, S], float, already normalised -> features [B, T, C]."""
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
@@ -106,34 +109,69 @@ class ViT(nn.Module):
         """Fan-in initialisation, sine and cosine positions, and attention that starts near what trained ones become.
 
         Mimetic initialisation (Trockman and Kolter, arXiv:2305.09828): keys equal to queries make each patch attend
-        to those like it (W_q^T W_k near the identity), and an output projection of minus 0.4 times the transposed
-        values makes the block subtract what it has seen. From scratch on small data this halves the steps to the
-        first understanding of shapes.
+        to similar ones (W_q^T W_k near the identity), and an output projection of minus 0.4 times the transposed
+        values makes the block subtract what it has seen. From scratch on small data this halves the steps until the
+        model begins to recognise shapes.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for block in self.blocks:
+            assert isinstance(block, ViTBlock)
             query, key, value = block.attn.qkv_proj.weight.chunk(3)
             key.copy_(query)
             block.attn.out_proj.weight.copy_(-0.4 * value.T)
             block.mlp.fc2.weight.mul_(0.5)
         self.patch_embedding.position_embedding.copy_(sincos_positions(self.cfg))
-        if self.cfg.vit_cls_flag:
-            nn.init.normal_(self.patch_embedding.cls_token, std=0.02)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.patch_embedding(images)
         x = F.dropout(x, self.cfg.vit_dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        x = self.layer_norm(x)
-        return x[:, 0] if self.cfg.vit_cls_flag else x
+        return self.layer_norm(x)
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "ViT":
-        """SigLIP or SigLIP2 weights from cfg.vit_model_type: a hub id or a local folder in the hub's format."""
-        from models.backbones import load_vision_backbone
+        """The SigLIP or SigLIP2 model cfg.vit_model_type: a hub id or a local folder; random weights with `scratch`.
 
-        return load_vision_backbone(cls(cfg))
+        It may be a vision tower alone or a full model, whose text tower and pooling head are ignored. Sets cfg's vit_*
+        sizes to the model's. Raises ValueError for another architecture and for tensors that do not fit,
+        BackboneUnavailable without folder and hub.
+        """
+        if cfg.vit_model_type == SCRATCH:
+            return cls(cfg)
+        stored = stored_tensors(configure_vision(cfg, WEIGHT_FILES))
+        if any(key.startswith("vision_model.") for key in stored):
+            stored = {key: tensor for key, tensor in stored.items() if key.startswith("vision_model.")}
+        stored = {key.removeprefix("vision_model."): tensor for key, tensor in stored.items()}
+        # Old files hold position_ids, a constant.
+        ignored = ("head.", "embeddings.position_ids")
+        stored = {key: tensor for key, tensor in stored.items() if not key.startswith(ignored)}
+        vit = cls(cfg)
+        copy_tensors(f"--vit_model_type {cfg.vit_model_type}", stored, vit._siglip_tensors())
+        return vit
+
+    def _siglip_tensors(self) -> dict[str, torch.Tensor]:
+        """SigLIP's tensor names -> our tensors, or the part of one that a name fills."""
+        embedding = self.patch_embedding
+        found = {
+            **named_parameters("embeddings.patch_embedding", embedding.conv),
+            "embeddings.position_embedding.weight": embedding.position_embedding[0],
+            **named_parameters("post_layernorm", self.layer_norm),
+        }
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, ViTBlock)
+            layer, qkv = f"encoder.layers.{i}", block.attn.qkv_proj
+            for letter, weight, bias in zip("qkv", qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True):
+                found[f"{layer}.self_attn.{letter}_proj.weight"] = weight
+                found[f"{layer}.self_attn.{letter}_proj.bias"] = bias
+            parts = {
+                "self_attn.out_proj": block.attn.out_proj, "layer_norm1": block.ln1, "layer_norm2": block.ln2,
+                "mlp.fc1": block.mlp.fc1, "mlp.fc2": block.mlp.fc2,
+            }  # fmt: skip
+            for name, module in parts.items():
+                found |= named_parameters(f"{layer}.{name}", module)
+        return found

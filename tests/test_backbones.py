@@ -1,4 +1,4 @@
-"""Pretrained backbones: our towers against transformers', what a bad folder and an absent hub say. Offline."""
+"""Pretrained backbones: our towers against transformers', and what an error says of a bad folder or an absent hub."""
 
 import json
 import socket
@@ -7,51 +7,46 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    SiglipConfig,
-    SiglipModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
-from models.backbones import BackboneUnavailable, checkpoint_folder, configure_from_backbones
-from models.config import VLMConfig
+from models.backbones import configure_from_backbones
+from models.config import SCRATCH, VLMConfig
+from models.hub import BackboneUnavailable, checkpoint_folder
 from models.language_model import LanguageModel
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
-VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
-VISION |= {"image_size": 16, "patch_size": 4}
-LANGUAGE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 31}
-LANGUAGE |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
-LANGUAGE |= {"tie_word_embeddings": True, "rope_theta": 500.0, "rms_norm_eps": 1e-5}
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+VISION = SIZES | {"num_attention_heads": 3, "image_size": 16, "patch_size": 4}
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LANGUAGE = SIZES | NO_TOKENS | {
+    "vocab_size": 31, "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "tie_word_embeddings": True, "rope_theta": 500.0, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 
 
-def randomized(model):
-    """Norms and biases too, which transformers starts at one and zero."""
+def save(model, folder, shard="5GB"):
+    """Random weights into the folder, norms and biases too, which transformers starts at one and zero."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
     return model.eval()
 
 
 def save_vision(folder, shard="5GB", **changes):
-    hf = randomized(SiglipVisionModel(SiglipVisionConfig(**(VISION | changes))))
-    hf.save_pretrained(folder, max_shard_size=shard)
-    return hf
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return save(SiglipVisionModel(SiglipVisionConfig(**(VISION | changes))), folder, shard)
 
 
 def save_language(folder, shard="5GB", **changes):
-    hf = randomized(LlamaForCausalLM(LlamaConfig(**(LANGUAGE | NO_TOKENS | changes))))
-    hf.save_pretrained(folder, max_shard_size=shard)
-    return hf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return save(LlamaForCausalLM(LlamaConfig(**(LANGUAGE | changes))), folder, shard)
 
 
 def edit_config(folder, remove=(), **changes):
     path = folder / "config.json"
-    stored = json.loads(path.read_text()) | changes
+    stored = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps({name: value for name, value in stored.items() if name not in remove}))
 
 
@@ -63,44 +58,32 @@ def edit_weights(folder, edit):
     save_file(tensors, folder / "model.safetensors")
 
 
+def config(vision=SCRATCH, language=SCRATCH, **fields) -> VLMConfig:
+    return VLMConfig(vit_model_type=str(vision), lm_model_type=str(language), **fields)
+
+
 @pytest.fixture
 def backbones(tmp_path):
     """A config whose two backbones are tiny local folders, and those folders."""
     vision, language = tmp_path / "vision", tmp_path / "language"
     save_vision(vision)
     save_language(language)
-    return VLMConfig(vit_model_type=str(vision), lm_model_type=str(language), lm_use_tokens=True), vision, language
-
-
-def vision_config(folder) -> VLMConfig:
-    cfg = VLMConfig(vit_model_type=str(folder / "vision"), lm_model_type=str(folder / "language"))
-    if not (folder / "language").exists():
-        save_language(folder / "language")
-    configure_from_backbones(cfg)
-    return cfg
-
-
-def language_config(folder, **changes) -> VLMConfig:
-    save_vision(folder / "vision")
-    cfg = VLMConfig(vit_model_type=str(folder / "vision"), lm_model_type=str(folder / "language"), lm_use_tokens=True)
-    for name, value in changes.items():
-        setattr(cfg, name, value)
-    configure_from_backbones(cfg)
-    return cfg
+    return config(vision, language), vision, language
 
 
 @torch.no_grad()
-def assert_same_features(cfg, hf):
-    images = torch.randn(2, 3, cfg.vit_img_size, cfg.vit_img_size)
-    expected = hf(pixel_values=images).last_hidden_state
-    torch.testing.assert_close(ViT.from_pretrained(cfg).eval()(images), expected, atol=1e-5, rtol=0)
+def assert_same_features(folder, hf):
+    vit = ViT.from_pretrained(config(vision=folder)).eval()
+    images = torch.randn(2, 3, vit.cfg.vit_img_size, vit.cfg.vit_img_size)
+    torch.testing.assert_close(vit(images), hf(pixel_values=images).last_hidden_state, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def assert_same_logits(cfg, hf):
-    ids = torch.randint(cfg.lm_base_vocab_size, (2, 11))
-    logits = LanguageModel.from_pretrained(cfg).eval()(ids)
-    torch.testing.assert_close(logits[..., : cfg.lm_base_vocab_size], hf(ids).logits, atol=1e-5, rtol=0)
+def assert_same_logits(folder, hf):
+    lm = LanguageModel.from_pretrained(config(language=folder)).eval()
+    ids = torch.randint(lm.cfg.lm_base_vocab_size, (2, 11))
+    logits = lm.head(lm(lm.token_embedding(ids)))[..., : lm.cfg.lm_base_vocab_size]
+    torch.testing.assert_close(logits, hf(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -108,39 +91,39 @@ def assert_same_logits(cfg, hf):
     [
         {},
         {"hidden_size": 32, "num_attention_heads": 1, "num_hidden_layers": 1, "layer_norm_eps": 1e-3},
-        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 3},
+        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 3, "shard": "5KB"},
         {"hidden_size": 40, "num_attention_heads": 5, "image_size": 24, "patch_size": 8, "vision_use_head": False},
     ],
 )
 def test_vit_equals_siglip(tmp_path, changes):
-    hf = save_vision(tmp_path / "vision", **changes)
-    assert_same_features(vision_config(tmp_path), hf)
+    assert_same_features(tmp_path, save_vision(tmp_path, **changes))
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("shard" in changes)
 
 
-def test_vit_takes_the_vision_tower_of_a_full_model(tmp_path):
-    text = VISION | {"vocab_size": 9, "projection_size": 24} | NO_TOKENS
-    text = {name: value for name, value in text.items() if name not in ("image_size", "patch_size")}
-    hf = randomized(SiglipModel(SiglipConfig(vision_config=VISION, text_config=text)))
-    hf.save_pretrained(tmp_path / "vision", max_shard_size="10KB")
-    assert (tmp_path / "vision" / "model.safetensors.index.json").exists()
-    assert_same_features(vision_config(tmp_path), hf.vision_model)
+def test_vit_is_the_vision_tower_of_a_full_model(tmp_path):
+    from transformers import SiglipConfig, SiglipModel
+
+    text = SIZES | NO_TOKENS | {"num_attention_heads": 3, "vocab_size": 9, "projection_size": 24}
+    hf = save(SiglipModel(SiglipConfig(vision_config=VISION, text_config=text)), tmp_path, "10KB")
+    assert_same_features(tmp_path, hf.vision_model)
 
 
-def test_vit_takes_the_older_names(tmp_path):
+def test_vit_loads_older_names_and_a_config_without_what_equals_defaults(tmp_path):
     def old_names(tensors):
         for name in list(tensors):
             tensors[f"vision_model.{name}"] = tensors.pop(name)
         tensors["vision_model.embeddings.position_ids"] = torch.arange(16)[None]
 
-    hf = save_vision(tmp_path / "vision")
-    edit_weights(tmp_path / "vision", old_names)
-    assert_same_features(vision_config(tmp_path), hf)
+    hf = save_vision(tmp_path, num_attention_heads=12)
+    edit_weights(tmp_path, old_names)
+    edit_config(tmp_path, remove=("num_attention_heads", "layer_norm_eps", "num_channels", "hidden_act"))
+    assert_same_features(tmp_path, hf)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"shard": "5KB"},
         {"num_key_value_heads": 1},
         {"num_key_value_heads": 6, "rope_theta": 1e5},
         {"hidden_size": 40, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3},
@@ -148,44 +131,31 @@ def test_vit_takes_the_older_names(tmp_path):
     ],
 )
 def test_decoder_equals_llama(tmp_path, changes):
-    hf = save_language(tmp_path / "language", **changes)
-    assert_same_logits(language_config(tmp_path), hf)
+    assert_same_logits(tmp_path, save_language(tmp_path, **changes))
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("shard" in changes)
 
 
-def test_sharded_backbones(tmp_path):
-    language, vision = (tmp_path / name for name in ("language", "vision"))
-    hf_language, hf_vision = save_language(language, shard="5KB"), save_vision(vision, shard="5KB")
-    assert len(list(language.glob("*.safetensors"))) > 2
-    assert len(list(vision.glob("*.safetensors"))) > 2
-    cfg = VLMConfig(vit_model_type=str(vision), lm_model_type=str(language), lm_use_tokens=True)
-    configure_from_backbones(cfg)
-    assert_same_features(cfg, hf_vision)
-    assert_same_logits(cfg, hf_language)
+def test_decoder_loads_an_old_config_without_what_equals_defaults(tmp_path):
+    hf = save_language(tmp_path, num_key_value_heads=6)
+    missing = ("num_key_value_heads", "head_dim", "attention_bias", "hidden_act", "rope_parameters")
+    edit_config(tmp_path, remove=missing, rope_theta=500.0, rope_scaling=None)
+    assert_same_logits(tmp_path, hf)
 
 
-def test_configure_takes_sizes_and_leaves_the_rest(backbones):
-    cfg, _, _ = backbones
-    cfg.max_img_size, cfg.mp_pixel_shuffle_factor, cfg.lm_max_length = 1024, 3, 77
-    configure_from_backbones(cfg)
-    vit = (cfg.vit_hidden_dim, cfg.vit_inter_dim, cfg.vit_n_blocks, cfg.vit_n_heads, cfg.vit_img_size)
-    assert vit == (24, 40, 2, 3, 16)
-    assert (cfg.vit_patch_size, cfg.vit_ln_eps) == (4, 1e-6)
-    assert (cfg.lm_hidden_dim, cfg.lm_inter_dim, cfg.lm_n_blocks, cfg.lm_n_heads, cfg.lm_n_kv_heads) == (
-        24,
-        40,
-        2,
-        6,
-        2,
-    )
-    assert (cfg.lm_re_base, cfg.lm_rms_eps, cfg.lm_max_position_embeddings) == (500, 1e-5, 64)
-    assert (cfg.lm_base_vocab_size, cfg.lm_vocab_size, cfg.lm_tie_weights) == (31, 31 + 66, True)
-    assert (cfg.max_img_size, cfg.mp_pixel_shuffle_factor, cfg.lm_max_length) == (1024, 3, 77)
-    assert json.loads(json.dumps(cfg.lm_re_base)) == 500
-
-
-def test_configure_fills_what_config_json_leaves_out(tmp_path, backbones):
-    """siglip2-base-patch16-512 writes only the model type and the image size."""
+def test_configure_sets_sizes_and_leaves_the_rest(backbones):
     cfg, vision, language = backbones
+    cfg.max_img_size, cfg.mp_pixel_shuffle_factor, cfg.lm_max_length = 1024, 3, 77
+    before = vars(cfg).copy()
+    configure_from_backbones(cfg)
+    assert {name: value for name, value in vars(cfg).items() if value != before[name]} == {
+        "vit_hidden_dim": 24, "vit_inter_dim": 40, "vit_n_blocks": 2, "vit_n_heads": 3, "vit_img_size": 16,
+        "vit_patch_size": 4, "lm_hidden_dim": 24, "lm_inter_dim": 40, "lm_n_blocks": 2, "lm_n_heads": 6,
+        "lm_n_kv_heads": 2, "lm_re_base": 500, "lm_max_position_embeddings": 64, "lm_base_vocab_size": 31,
+        "lm_vocab_size": 31 + 66,
+    }  # fmt: skip
+    assert isinstance(cfg.lm_re_base, int)
+
+    # siglip2-base-patch16-512 writes only the model type and the image size
     (vision / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {"image_size": 512}}))
     (language / "config.json").write_text(json.dumps({"model_type": "llama"}))
     configure_from_backbones(cfg)
@@ -194,63 +164,38 @@ def test_configure_fills_what_config_json_leaves_out(tmp_path, backbones):
     assert (cfg.lm_hidden_dim, cfg.lm_n_kv_heads, cfg.lm_re_base, cfg.lm_tie_weights) == (4096, 32, 10_000, False)
 
 
-def test_vision_fields_equal_to_defaults_may_be_missing(tmp_path):
-    hf = save_vision(tmp_path / "vision", num_attention_heads=12)
-    edit_config(tmp_path / "vision", remove=("num_attention_heads", "layer_norm_eps", "num_channels", "hidden_act"))
-    assert_same_features(vision_config(tmp_path), hf)
-
-
-def test_language_fields_equal_to_defaults_may_be_missing(tmp_path):
-    hf = save_language(tmp_path / "language", num_key_value_heads=6)
-    edit_config(tmp_path / "language", remove=("num_key_value_heads", "head_dim", "attention_bias", "hidden_act"))
-    assert_same_logits(language_config(tmp_path), hf)
-
-
-def test_rope_theta_of_old_files(tmp_path):
-    hf = save_language(tmp_path / "language")
-    edit_config(tmp_path / "language", remove=["rope_parameters"], rope_theta=500.0, rope_scaling=None)
-    cfg = language_config(tmp_path)
-    assert cfg.lm_re_base == 500
-    assert_same_logits(cfg, hf)
-
-
-def test_extra_tokens_start_at_the_mean(backbones):
-    cfg, _, language = backbones
+def test_scratch_and_what_is_not_on_this_machine_keep_their_sizes(backbones):
+    _, vision, _ = backbones
+    for cfg in (config(SCRATCH, SCRATCH), config("some/hub-id", "another/hub-id")):
+        before = vars(cfg).copy()
+        configure_from_backbones(cfg, local_only=True)
+        assert vars(cfg) == before
+    cfg = config(vision, SCRATCH, lm_hidden_dim=120, lm_n_blocks=1)
     configure_from_backbones(cfg)
-    embedding = load_file(language / "model.safetensors")["model.embed_tokens.weight"]
-    lm = LanguageModel.from_pretrained(cfg)
-    assert lm.head.weight is lm.token_embedding.weight
-    assert torch.equal(lm.token_embedding.weight[:31], embedding)
-    torch.testing.assert_close(lm.token_embedding.weight[31:], embedding.mean(dim=0).expand(66, -1))
+    assert (cfg.vit_hidden_dim, cfg.lm_hidden_dim) == (24, 120)
+    assert LanguageModel.from_pretrained(cfg).head.in_features == 120
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_untied_head(tmp_path, tied):
-    save_language(tmp_path / "language", tie_word_embeddings=tied)
-    cfg = language_config(tmp_path, lm_tie_weights=not tied)
-    assert not cfg.lm_tie_weights, "an untied checkpoint or an untied config unties the head"
-    tensors = load_file(tmp_path / "language" / "model.safetensors")
-    expected = tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    lm = LanguageModel.from_pretrained(cfg)
-    assert lm.head.weight is not lm.token_embedding.weight
-    assert torch.equal(lm.head.weight[:31], expected)
-    torch.testing.assert_close(lm.head.weight[31:], expected.mean(dim=0).expand(66, -1))
+@pytest.mark.parametrize(("tied", "wanted"), [(True, True), (True, False), (False, True)])
+def test_heads_and_the_embeddings_of_extra_tokens(tmp_path, tied, wanted):
+    """An untied model or an untied config unties the head; extra tokens start at the mean; bfloat16 becomes float32."""
+    save_language(tmp_path, tie_word_embeddings=tied)
+    edit_weights(tmp_path, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    lm = LanguageModel.from_pretrained(config(language=tmp_path, lm_tie_weights=wanted))
+    assert lm.cfg.lm_tie_weights == (lm.head.weight is lm.token_embedding.weight) == (tied and wanted)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for matrix, name in ((lm.head.weight, "lm_head.weight"), (lm.token_embedding.weight, "model.embed_tokens.weight")):
+        expected = tensors["model.embed_tokens.weight" if tied else name].float()
+        assert torch.equal(matrix[:31], expected)
+        torch.testing.assert_close(matrix[31:], expected.mean(dim=0).expand(66, -1))
 
 
-def test_bfloat16_files_load_into_float32(backbones):
-    cfg, _, language = backbones
-    edit_weights(language, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
-    configure_from_backbones(cfg)
-    lm = LanguageModel.from_pretrained(cfg)
-    stored = load_file(language / "model.safetensors")["model.norm.weight"]
-    assert torch.equal(lm.norm.weight, stored.float())
-
-
-def test_whole_model_from_backbones(backbones):
+def test_a_whole_model_has_the_sizes_of_its_backbones(backbones):
     cfg, _, _ = backbones
-    cfg.lm_use_tokens, cfg.mp_pixel_shuffle_factor, cfg.mp_image_token_length = False, 2, 4
-    configure_from_backbones(cfg)
+    cfg.mp_pixel_shuffle_factor, cfg.mp_image_token_length = 2, 4
+    cfg.vit_n_heads, cfg.lm_re_base = 2, 400
     model = VisionLanguageModel(cfg, load_backbone=True)
+    assert (cfg.vit_n_heads, cfg.lm_re_base) == (3, 500)
     ids = torch.tensor([[1, *[cfg.image_token_id] * 4, 2]])
     assert model(ids, torch.randn(1, 3, 16, 16))[0].shape == (1, 6, 97)
 
@@ -258,12 +203,12 @@ def test_whole_model_from_backbones(backbones):
 @pytest.mark.parametrize(
     ("tower", "changes", "message"),
     [
-        ("vision", {"model_type": "clip"}, "--vit_model_type .*'clip', must be siglip or siglip_vision_model"),
-        ("vision", {"hidden_act": "gelu"}, "hidden_act 'gelu', must be 'gelu_pytorch_tanh'"),
-        ("language", {"model_type": "qwen3"}, "--lm_model_type .*'qwen3', must be llama"),
-        ("language", {"head_dim": 8}, "head_dim 8, must be 4"),
+        ("vit", {"model_type": "clip"}, "'clip', must be siglip or siglip_vision_model"),
+        ("vit", {"hidden_act": "gelu"}, "hidden_act 'gelu', must be 'gelu_pytorch_tanh'"),
+        ("lm", {"model_type": "qwen3"}, "'qwen3', must be llama"),
+        ("lm", {"head_dim": 8}, "head_dim 8, must be 4"),
         (
-            "language",
+            "lm",
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, "hidden_act": "gelu"},
             "hidden_act 'gelu', must be 'silu'; rope_type 'linear', must be 'default'",
         ),
@@ -271,63 +216,48 @@ def test_whole_model_from_backbones(backbones):
 )
 def test_other_architectures_are_refused(backbones, tower, changes, message):
     cfg, vision, language = backbones
-    edit_config(vision if tower == "vision" else language, **changes)
-    with pytest.raises(ValueError, match=message):
+    edit_config(vision if tower == "vit" else language, **changes)
+    with pytest.raises(ValueError, match=f"--{tower}_model_type .*{message}"):
         configure_from_backbones(cfg)
 
 
-def test_a_config_that_differs_from_the_backbone_is_refused(backbones):
-    cfg, _, _ = backbones
-    configure_from_backbones(cfg)
-    cfg.vit_n_heads, cfg.lm_re_base = 2, 400
-    with pytest.raises(ValueError, match=r"vit_n_heads 3, config 2: call .*configure_from_backbones"):
-        ViT.from_pretrained(cfg)
-    with pytest.raises(ValueError, match=r"lm_re_base 500, config 400: call .*configure_from_backbones"):
-        LanguageModel.from_pretrained(cfg)
+def vision_damage(tensors):
+    del tensors["post_layernorm.bias"], tensors["encoder.layers.0.self_attn.k_proj.weight"]
+    tensors["encoder.layers.1.mlp.fc1.bias"] = torch.zeros(7)
+    tensors["encoder.layers.2.mlp.fc1.bias"] = torch.zeros(40)
 
 
-def test_all_bad_tensors_of_the_vision_tower_are_listed(backbones):
-    def damage(tensors):
-        del tensors["post_layernorm.bias"], tensors["encoder.layers.0.self_attn.k_proj.weight"]
-        tensors["encoder.layers.1.mlp.fc1.bias"] = torch.zeros(7)
-        tensors["encoder.layers.2.mlp.fc1.bias"] = torch.zeros(40)
-
-    cfg, vision, _ = backbones
-    configure_from_backbones(cfg)
-    edit_weights(vision, damage)
-    with pytest.raises(ValueError, match="4 tensors do not fit") as error:
-        ViT.from_pretrained(cfg)
-    assert "post_layernorm.bias: missing" in str(error.value)
-    assert "encoder.layers.0.self_attn.k_proj.weight: missing" in str(error.value)
-    assert "encoder.layers.1.mlp.fc1.bias: shape [7], must be [40]" in str(error.value)
-    assert "encoder.layers.2.mlp.fc1.bias: left over" in str(error.value)
+def language_damage(tensors):
+    del tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(24, 40)
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.zeros(4)
 
 
-def test_all_bad_tensors_of_the_decoder_are_listed(backbones):
-    def damage(tensors):
-        del tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
-        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(24, 40)
-        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.zeros(4)
+VISION_PROBLEMS = {
+    "post_layernorm.bias: missing", "encoder.layers.0.self_attn.k_proj.weight: missing",
+    "encoder.layers.1.mlp.fc1.bias: shape [7], must be [40]", "encoder.layers.2.mlp.fc1.bias: left over",
+}  # fmt: skip
+LANGUAGE_PROBLEMS = {
+    "norm.weight: missing", "embed_tokens.weight: missing", "lm_head.weight: missing",
+    "layers.0.mlp.up_proj.weight: shape [24, 40], must be [40, 24]", "layers.0.self_attn.q_norm.weight: left over",
+}  # fmt: skip
 
-    cfg, _, language = backbones
+
+@pytest.mark.parametrize(
+    ("tower", "damage", "problems"),
+    [(ViT, vision_damage, VISION_PROBLEMS), (LanguageModel, language_damage, LANGUAGE_PROBLEMS)],
+)
+def test_everything_that_does_not_fit_is_listed(backbones, tower, damage, problems):
+    cfg, vision, language = backbones
     cfg.lm_tie_weights = False
-    configure_from_backbones(cfg)
-    edit_weights(language, damage)
-    with pytest.raises(ValueError, match="5 tensors do not fit") as error:
-        LanguageModel.from_pretrained(cfg)
-    for problem in (
-        "norm.weight: missing",
-        "embed_tokens.weight: missing",
-        "lm_head.weight: missing",
-        "layers.0.mlp.up_proj.weight: shape [24, 40], must be [40, 24]",
-        "layers.0.self_attn.q_norm.weight: left over",
-    ):
-        assert problem in str(error.value)
+    edit_weights(vision if tower is ViT else language, damage)
+    with pytest.raises(ValueError, match=f"_model_type .*{len(problems)} tensors do not fit") as error:
+        tower.from_pretrained(cfg)
+    assert set(str(error.value).split("\n  ")[1:]) == problems
 
 
 def test_missing_files_are_named(backbones):
     cfg, vision, language = backbones
-    configure_from_backbones(cfg)
     (vision / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"vision: no model\.safetensors"):
         ViT.from_pretrained(cfg)
@@ -351,35 +281,27 @@ def no_network(monkeypatch):
 
 
 def test_local_folders_need_no_network(backbones, no_network):
-    cfg, _, _ = backbones
-    configure_from_backbones(cfg)
-    ViT.from_pretrained(cfg)
-    LanguageModel.from_pretrained(cfg)
+    VisionLanguageModel(backbones[0], load_backbone=True)
     assert no_network == []
 
 
 @pytest.mark.parametrize("offline", [False, True])
-@pytest.mark.parametrize("call", ["configure", "vision", "language", "checkpoint"])
-def test_hub_out_of_reach_says_so_at_once(no_network, monkeypatch, call, offline):
+@pytest.mark.parametrize(
+    ("flag", "load"),
+    [
+        ("vit_model_type", configure_from_backbones),
+        ("vit_model_type", ViT.from_pretrained),
+        ("lm_model_type", LanguageModel.from_pretrained),
+        ("vlm_checkpoint_path", lambda cfg: checkpoint_folder(cfg.lm_model_type)),
+    ],
+)
+def test_a_hub_out_of_reach_is_an_error_at_once(no_network, monkeypatch, flag, load, offline):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     name = "nobody/no-such-model"
-    cfg = VLMConfig(vit_model_type=name, lm_model_type=name, vit_n_blocks=1, lm_n_blocks=1)
-    cfg.lm_hidden_dim = cfg.vit_hidden_dim = 120
-    cfg.vit_img_size = 16
-    calls = {
-        "configure": lambda: configure_from_backbones(cfg),
-        "vision": lambda: ViT.from_pretrained(cfg),
-        "language": lambda: LanguageModel.from_pretrained(cfg),
-        "checkpoint": lambda: checkpoint_folder(name),
-    }
     start = time.monotonic()
-    with pytest.raises(BackboneUnavailable) as error:
-        calls[call]()
+    with pytest.raises(BackboneUnavailable, match=rf"^--{flag} {name}: no such local folder, and the hub [^\n]*$"):
+        load(config(name, name))
     assert time.monotonic() - start < 5
-    flag = {"configure": "vit_model_type", "vision": "vit_model_type", "language": "lm_model_type"}
-    assert f"--{flag.get(call, 'vlm_checkpoint_path')} {name}: no such local folder, and the hub" in str(error.value)
-    assert "--vit_model_type, --lm_model_type, --lm_tokenizer and --vlm_checkpoint_path accept" in str(error.value)
-    assert "\n" not in str(error.value)
     assert bool(no_network) != offline
 
 
@@ -398,16 +320,19 @@ def test_a_silent_hub_is_given_up(monkeypatch):
     assert asked == {"repo_id": "nobody/no-such-model", "revision": "v1", "timeout": 5}
 
 
-def test_a_mistyped_folder_is_no_hub_id(no_network):
-    with pytest.raises(BackboneUnavailable, match=r"\./not/a/folder: no such local folder"):
-        checkpoint_folder("./not/a/folder")
+@pytest.mark.parametrize(
+    ("name", "problem"), [("./not/a/folder", "no such local folder"), ("a.gguf", "scripts/convert_gguf.py a.gguf")]
+)
+def test_what_cannot_be_a_hub_id_is_not_looked_up(no_network, name, problem):
+    with pytest.raises(BackboneUnavailable, match=f"--lm_model_type {name}: .*{problem}"):
+        LanguageModel.from_pretrained(config(language=name))
     assert no_network == []
 
 
 def test_the_cache_serves_where_the_hub_does_not_answer(tmp_path, monkeypatch, no_network):
     """What was downloaded before loads without a network."""
     repository = tmp_path / "models--somebody--backbone"
-    save_language(repository / "snapshots" / "abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

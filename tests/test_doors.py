@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "scripts")
 MAY_IMPORT = {
     "grades": {"grades"},
-    "models": {"models", "grades.config", "grades.fields"},
+    "models": {"models", "grades.config", "grades.fields", "grades.files"},
     "data": {"data", "models.config"},
     "training": {"training", "models", "grades", "data"},
     "eval": {"eval", "models", "data"},

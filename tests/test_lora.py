@@ -9,50 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from tiny.data import encoded, picture
+from tiny.grades import batch, make_model
 
-import train
 from grades import find_components
-from models.config import TrainConfig, VLMConfig
+from models.config import TrainConfig
 from models.lora import inject_lora, load_lora_state_dict, lora_state_dict, merged_state
 from models.vision_language_model import VisionLanguageModel
 from training.arguments import parse_arguments
-from training.setup import make_optimizer
+from training.setup import freeze_untrained, make_optimizer
 
-TINY = {
-    "vit_hidden_dim": 16, "vit_inter_dim": 32, "vit_patch_size": 4, "vit_img_size": 16, "vit_n_heads": 2,
-    "vit_n_blocks": 2, "lm_hidden_dim": 24, "lm_inter_dim": 48, "lm_n_heads": 3, "lm_n_kv_heads": 1, "lm_n_blocks": 3,
-    "lm_base_vocab_size": 30, "extra_token_amount": 1, "vlm_extra_tokens": {"image_token": "<|image|>"},
-    "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "max_img_size": 16, "lm_max_length": 32,
-}  # fmt: skip
-VISION = {"qkv_proj": 2, "out_proj": 2, "fc1": 2, "fc2": 2}  # matrices in two blocks
-LANGUAGE = dict.fromkeys(["q_proj", "k_proj", "v_proj", "out_proj", "gate_proj", "up_proj", "down_proj"], 3)
-
-
-def make_model() -> VisionLanguageModel:
-    torch.manual_seed(0)
-    return VisionLanguageModel(VLMConfig(**TINY))
+VISION = dict.fromkeys(["qkv_proj", "out_proj", "fc1", "fc2"], 2)  # matrices in two blocks
+ATTENTION = dict.fromkeys(["q_proj", "k_proj", "v_proj", "out_proj"], 2)
+LANGUAGE = ATTENTION | dict.fromkeys(["gate_proj", "up_proj", "down_proj"], 2)
 
 
 def config(**settings) -> TrainConfig:
-    return TrainConfig(
-        **{"lora_rank": 4, "lr_mp": 1e-2, "lr_vision_backbone": 1e-2, "lr_language_backbone": 1e-2} | settings
-    )
+    rates = dict.fromkeys(["lr_mp", "lr_vision_backbone", "lr_language_backbone"], 1e-2)
+    return TrainConfig(**({"lora_rank": 4} | rates | settings))
 
 
 def adapted(**settings) -> VisionLanguageModel:
     model = make_model()
     inject_lora(model, config(**settings))
     return model
-
-
-def batch(seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 30, (2, 10), generator=generator)
-    ids[:, 2:6] = 30
-    targets = torch.randint(0, 30, (2, 10), generator=generator)
-    return {"input_ids": ids, "images": torch.randn(2, 3, 16, 16, generator=generator), "targets": targets}
 
 
 def steps(model: VisionLanguageModel, number: int, first: int = 0, optimizer=None):
@@ -67,6 +46,8 @@ def steps(model: VisionLanguageModel, number: int, first: int = 0, optimizer=Non
 
 def stored_shapes(folder: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     """(shape of each tensor of a checkpoint, its metadata: what is stored under another name)."""
+    from safetensors import safe_open
+
     with safe_open(folder / "model.safetensors", "pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}, file.metadata()  # noqa: SIM118
 
@@ -79,7 +60,7 @@ def kinds(model: VisionLanguageModel) -> dict[str, dict[str, int]]:
 
 def test_adapters_change_nothing_at_first():
     plain, model = make_model(), adapted()
-    assert torch.equal(model(**batch())[0], plain(**batch())[0])
+    assert torch.equal(model(**batch(0))[0], plain(**batch(0))[0])
     merged = merged_state(model)
     assert all(torch.equal(merged[name], value) for name, value in plain.state_dict().items())
 
@@ -116,12 +97,8 @@ def test_components_are_the_adapter_pairs_under_the_names_of_the_matrices():
         ({"lora_vision": False}, VISION, LANGUAGE),
         ({"lr_vision_backbone": 0.0}, {}, LANGUAGE),
         ({"lr_language_backbone": 0.0}, VISION, {}),
-        ({"lora_targets": ["q_proj", "fc1"]}, {"fc1": 2}, {"q_proj": 3}),
-        (
-            {"lora_targets": ["blocks.1.attn"]},
-            {"qkv_proj": 1, "out_proj": 1},
-            dict.fromkeys(["q_proj", "k_proj", "v_proj", "out_proj"], 1),
-        ),
+        ({"lora_targets": ["q_proj", "fc1"]}, {"fc1": 2}, {"q_proj": 2}),
+        ({"lora_targets": ["blocks.1.attn"]}, {"qkv_proj": 1, "out_proj": 1}, dict.fromkeys(ATTENTION, 1)),
     ],
 )
 def test_what_gets_adapters_can_be_chosen(settings, vision, language):
@@ -135,7 +112,7 @@ def test_what_gets_adapters_can_be_chosen(settings, vision, language):
 
 def test_a_projector_whose_learning_rate_is_0_does_not_train():
     model = adapted()
-    make_optimizer(model, config(lr_mp=0.0))
+    freeze_untrained(model, config(lr_mp=0.0))
     assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -145,24 +122,30 @@ def test_targets_that_name_nothing_are_an_error_that_lists_what_there_is():
     assert "fc1" not in str(error.value)
 
 
-def test_impossible_settings_are_refused():
-    def problems(**settings):
-        return "\n".join(TrainConfig(**settings).problems())
-
-    assert problems(lora_rank=8, lora_dropout=0.1, lora_targets=["q_proj"], lora_vision=False) == ""
-    assert "--lora_rank -1" in problems(lora_rank=-1)
-    assert "--lora_alpha 0" in problems(lora_rank=4, lora_alpha=0)
-    assert "--lora_dropout 1" in problems(lora_rank=4, lora_dropout=1.0)
-    assert "--lora_rank 4" in problems(lora_rank=4, lora_vision=False, lr_language_backbone=0.0)
-    assert "--lora_rank 4" in problems(lora_rank=4, lr_vision_backbone=0.0, lr_language_backbone=0.0)
-    idle = problems(lora_dropout=0.1, lora_targets=["q_proj"], lora_vision=False)
-    assert all(f"--{flag}" in idle for flag in ("lora_dropout", "lora_targets", "lora_vision"))
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lora_dropout": 0.1, "lora_targets": ["q_proj"], "lora_vision": False}, []),
+        ({"lora_rank": -1}, ["lora_rank -1"]),
+        ({"lora_alpha": 0}, ["lora_alpha 0"]),
+        ({"lora_dropout": 1.0}, ["lora_dropout 1"]),
+        ({"lora_vision": False, "lr_language_backbone": 0.0}, ["lora_rank 4"]),
+        ({"lr_vision_backbone": 0.0, "lr_language_backbone": 0.0}, ["lora_rank 4"]),
+        (
+            {"lora_rank": 0, "lora_dropout": 0.1, "lora_targets": ["q_proj"], "lora_vision": False},
+            ["lora_dropout", "lora_targets", "lora_vision"],
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(settings, named):
+    problems = config(**settings).problems()
+    assert len(problems) == len(named)
+    assert all(f"--{name}" in "\n".join(problems) for name in named)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_is_the_merged_plain_model_and_leaves_the_live_one_alone(tmp_path, tied):
-    torch.manual_seed(0)
-    plain = VisionLanguageModel(VLMConfig(**TINY, lm_tie_weights=tied))
+    plain = make_model(lm_tie_weights=tied)
     model = copy.deepcopy(plain)
     inject_lora(model, config(lora_alpha=10.0))
     optimizer = steps(model, 5)
@@ -177,7 +160,7 @@ def test_a_checkpoint_is_the_merged_plain_model_and_leaves_the_live_one_alone(tm
     logits = model(**batch(9))[0]
     torch.testing.assert_close(loaded(**batch(9))[0], logits, rtol=0, atol=1e-5)
     assert (logits - plain(**batch(9))[0]).abs().max() > 0.1
-    steps(model, 1, optimizer=optimizer)  # and it goes on
+    steps(model, 1, optimizer=optimizer)  # it can still train
 
 
 def test_a_resumed_model_is_the_live_one_bit_for_bit(tmp_path):
@@ -213,36 +196,26 @@ def test_adapters_work_in_bfloat16_autocast_and_see_no_float32_copy():
     seen = []
     adapter = model.decoder.blocks[0].attn.q_proj.lora_A["default"]
     adapter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    logits = model(**batch())[0]
+    logits = model(**batch(0))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded, loss = model(**batch())
+        rounded, loss = model(**batch(0))
     assert seen == [torch.float32, torch.bfloat16]
     torch.testing.assert_close(rounded.float(), logits, rtol=0.1, atol=0.1)
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_peft_is_imported_only_where_adapters_are_made():
-    code = "import sys, train; from models.lora import is_adapted; assert 'peft' not in sys.modules"
+def test_peft_and_transformers_are_imported_only_where_they_are_used():
+    code = "import sys, models.vision_language_model; assert not {'peft', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-RUN = {
-    "vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "vit_hidden_dim": 16, "vit_inter_dim": 32,
-    "vit_n_blocks": 1, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "lm_hidden_dim": 16,
-    "lm_inter_dim": 32, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1, "dtype": "float32", "batch_size": 4,
-    "max_training_steps": 8, "eval_interval": 4, "log_interval": 2, "val_size": 4, "compute_interval": 1,
-    "run_name": "run", "lora_rank": 4, "enable_grades": True, "alpha": 0.5,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("metric", ["weight_change", "gradient_norm"])
-def test_a_run_freezes_adapters_that_then_stop_moving(tmp_path, monkeypatch, metric):
-    rows = []
-    for i in range(16):
-        (tmp_path / f"{i}.png").write_bytes(encoded(picture(seed=i)))
-        rows.append({"images": [f"{i}.png"], "texts": [{"user": "red?", "assistant": "yes" if i % 2 else "no"}]})
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def test_a_run_freezes_adapters_that_then_stop_moving(data, tmp_path, monkeypatch, metric):
+    from tiny.runs import arguments
+
+    import train
+
     real, models, states = train.forward_backward, [], []
 
     def forward_backward(model, *rest):
@@ -251,9 +224,9 @@ def test_a_run_freezes_adapters_that_then_stop_moving(tmp_path, monkeypatch, met
         return real(model, *rest)
 
     monkeypatch.setattr(train, "forward_backward", forward_backward)
-    flags = RUN | {"train_dataset_path": tmp_path, "test_dataset_path": tmp_path, "output_dir": tmp_path / "out"}
-    flags |= {"metric": metric, "vision_tau": 1e9, "language_tau": 1e-12}
-    assert train.main(parse_arguments([f"--{key}={value}" for key, value in flags.items()])) == 0
+    flags = {"lora_rank": 4, "enable_grades": True, "alpha": 0.5, "metric": metric}
+    flags |= {"vision_tau": 1e9, "language_tau": 1e-12}
+    assert train.main(parse_arguments(arguments(data, tmp_path, "run", **flags))) == 0
     folder = tmp_path / "out" / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["frozen_share_vision"], summary["frozen_share_language"]) == (1.0, 0.0)

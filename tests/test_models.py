@@ -2,46 +2,24 @@
 
 import pytest
 import torch
+from tiny.grades import TINY, make_model
 
 from models.config import VLMConfig
 from models.language_model import KVCache, LanguageModel, RotaryEmbedding
 from models.modality_projector import ModalityProjector
 from models.vision_language_model import VisionLanguageModel, _sample
-from models.vision_transformer import ViT
 
-IMAGE = 29  # the image token: the first after the base vocabulary
+IMAGE = TINY["lm_base_vocab_size"]  # the image token: the first after the base vocabulary
+HEADS = {"lm_n_heads": 6, "lm_n_kv_heads": 2}
 
 
 def tiny(**changes) -> VLMConfig:
-    values = {
-        "vit_hidden_dim": 16,
-        "vit_inter_dim": 24,
-        "vit_patch_size": 4,
-        "vit_img_size": 16,
-        "vit_n_heads": 2,
-        "vit_n_blocks": 2,
-        "lm_hidden_dim": 24,
-        "lm_inter_dim": 32,
-        "lm_re_base": 1000,
-        "lm_max_position_embeddings": 64,
-        "lm_base_vocab_size": IMAGE,
-        "extra_token_amount": 1,
-        "vlm_extra_tokens": {"image_token": "<|image|>"},
-        "lm_n_heads": 6,
-        "lm_n_kv_heads": 2,
-        "lm_n_blocks": 2,
-        "lm_max_length": 64,
-        "mp_pixel_shuffle_factor": 2,
-        "mp_image_token_length": 4,
-        "max_img_size": 16,
-    }
-    return VLMConfig(**(values | changes))
+    return VLMConfig(**(TINY | HEADS | changes))
 
 
 @pytest.fixture
 def model() -> VisionLanguageModel:
-    torch.manual_seed(0)
-    return VisionLanguageModel(tiny()).eval()
+    return make_model(**HEADS).eval()
 
 
 def text(*shape: int) -> torch.Tensor:
@@ -54,40 +32,31 @@ def with_image(ids: torch.Tensor, start: int = 1) -> torch.Tensor:
     return ids
 
 
-def test_tiny_config_is_valid():
-    assert tiny().problems() == []
+def positions(found: torch.Tensor) -> torch.Tensor:
+    """Flat indices of what is true."""
+    return found.flatten().nonzero().squeeze(1)
 
 
 @pytest.mark.parametrize(("side", "factor", "channels"), [(4, 2, 3), (6, 3, 2), (4, 1, 5), (4, 4, 1)])
 def test_pixel_shuffle_against_a_loop(side, factor, channels):
-    cfg = tiny(mp_pixel_shuffle_factor=factor, vit_hidden_dim=channels)
+    projector = ModalityProjector(tiny(mp_pixel_shuffle_factor=factor, vit_hidden_dim=channels))
     x = torch.randn(2, side * side, channels)
     rows = []
     for row in range(0, side, factor):
         for column in range(0, side, factor):
             patches = [x[:, (row + i) * side + column + j] for i in range(factor) for j in range(factor)]
             rows.append(torch.cat(patches, dim=-1))
-    assert torch.equal(ModalityProjector(cfg).pixel_shuffle(x), torch.stack(rows, dim=1))
+    assert torch.equal(projector.pixel_shuffle(x), torch.stack(rows, dim=1))
+    with pytest.raises(ValueError, match="7 patches"):
+        projector.pixel_shuffle(torch.zeros(1, 7, channels))
 
 
-def test_pixel_shuffle_refuses_other_grids():
-    with pytest.raises(ValueError, match="9 patches"):
-        ModalityProjector(tiny()).pixel_shuffle(torch.zeros(1, 9, 16))
-
-
-def test_positions_beyond_the_maximum_scale_the_frequencies():
-    rotary = RotaryEmbedding(tiny(lm_max_position_embeddings=8))
+def test_rotary_scales_positions_beyond_the_maximum_and_its_output():
     position_ids = torch.arange(32)[None]
-    cos, sin = rotary(position_ids, 32)
-    scaled_cos, scaled_sin = rotary(position_ids / 4, 8)  # 32 / 8
-    torch.testing.assert_close(cos, scaled_cos)
-    torch.testing.assert_close(sin, scaled_sin)
-
-
-def test_attn_scaling_multiplies_cos_and_sin():
-    plain, scaled = RotaryEmbedding(tiny()), RotaryEmbedding(tiny(lm_attn_scaling=0.5))
-    for once, half in zip(plain(torch.arange(5)[None], 5), scaled(torch.arange(5)[None], 5), strict=True):
-        torch.testing.assert_close(half, once * 0.5)
+    expected = RotaryEmbedding(tiny())(position_ids / 4, 8)  # 32 / 8
+    found = RotaryEmbedding(tiny(lm_max_position_embeddings=8, lm_attn_scaling=0.5))(position_ids, 32)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain * 0.5)
 
 
 def test_grouped_query_attention_is_attention_with_repeated_kv_weights():
@@ -95,48 +64,30 @@ def test_grouped_query_attention_is_attention_with_repeated_kv_weights():
     weights = grouped.state_dict()
     for name in weights:
         if "k_proj" in name or "v_proj" in name:
-            heads = weights[name].view(2, 4, 24)
-            weights[name] = heads.repeat_interleave(3, dim=0).flatten(0, 1)
+            weights[name] = weights[name].view(2, 4, 24).repeat_interleave(3, dim=0).flatten(0, 1)
     full.load_state_dict(weights)
     x = torch.randn(2, 9, 24)
     torch.testing.assert_close(grouped(x), full(x))
 
 
-def test_lm_use_tokens_takes_ids_and_returns_logits():
-    lm = LanguageModel(tiny(lm_use_tokens=True))
-    assert lm(text(2, 7)).shape == (2, 7, 30)
-
-
-def test_cls_flag_returns_one_vector_an_image():
-    assert ViT(tiny(vit_cls_flag=True))(torch.randn(3, 3, 16, 16)).shape == (3, 16)
-
-
-def test_loss_is_the_mean_cross_entropy_of_labels(model):
-    ids = with_image(text(2, 12))
-    targets = torch.full_like(ids, -100)
-    targets[0, 6:] = text(6)
-    logits, loss = model(ids, torch.randn(2, 3, 16, 16), targets=targets)
-    log_probabilities = logits.log_softmax(dim=-1)
-    expected = -torch.stack([log_probabilities[0, t, targets[0, t]] for t in range(6, 12)]).mean()
-    torch.testing.assert_close(loss, expected)
-    assert model(ids, torch.randn(2, 3, 16, 16))[1] is None
-
-
-def test_training_path_returns_the_sum_over_labels(model):
+def test_loss_is_the_mean_cross_entropy_of_labels_and_in_training_their_sum(model):
     ids, images = with_image(text(2, 12)), torch.randn(2, 3, 16, 16)
     targets = text(2, 12).masked_fill(torch.rand(2, 12) < 0.5, -100)
     targets[0, -1] = 3
-    label_positions = (targets.flatten() != -100).nonzero().squeeze(1)
-    image_slots = (ids.flatten() == IMAGE).nonzero().squeeze(1)
-    total = model(ids, images, targets=targets, image_slots=image_slots, label_positions=label_positions)
-    mean = model(ids, images, targets=targets)[1]
-    torch.testing.assert_close(total, mean * len(label_positions))
+    found = positions(targets != -100)
+    logits, mean = model(ids, images, targets=targets)
+    log_probabilities = logits.log_softmax(dim=-1).flatten(0, 1)
+    expected = -torch.stack([log_probabilities[i, targets.flatten()[i]] for i in found]).mean()
+    torch.testing.assert_close(mean, expected)
+    assert model(ids, images)[1] is None
+    total = model(ids, images, targets=targets, image_slots=positions(ids == IMAGE), label_positions=found)
+    torch.testing.assert_close(total, mean * len(found))
     total.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 100])
-def test_the_loss_in_chunks_is_the_same_loss(model, size, monkeypatch):
+def test_the_loss_in_chunks_is_the_same_loss(model, size):
     ids, targets = text(2, 12), text(2, 12)
     label_positions = torch.arange(3, 24, 2)  # 11: the last chunk is smaller
     indices = {"targets": targets, "label_positions": label_positions, "image_slots": torch.empty(0, dtype=torch.long)}
@@ -155,7 +106,7 @@ def test_the_loss_in_chunks_is_the_same_loss(model, size, monkeypatch):
     model.loss_chunk_size = size
     loss, in_chunks = loss_and_gradients()
     assert max(shapes) == min(size, 11)
-    assert sum(shapes) == (22 if size < 11 else 11)  # once more in the backward pass
+    assert sum(shapes) == (22 if size < 11 else 11)  # computed again in the backward pass
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(in_chunks, gradients)
     shapes.clear()
@@ -168,27 +119,19 @@ def test_image_sources_share_an_image(model):
     ids, images = with_image(text(3, 10)), torch.randn(2, 3, 16, 16)
     repeated = model(ids, images[[0, 1, 0]])[0]
     sources = torch.cat([torch.arange(4) + 4 * image for image in (0, 1, 0)])
-    torch.testing.assert_close(model(ids, images, image_sources=sources)[0], repeated)
-    slots = (ids.flatten() == IMAGE).nonzero().squeeze(1)
-    torch.testing.assert_close(model(ids, images, image_sources=sources, image_slots=slots)[0], repeated)
+    for slots in (None, positions(ids == IMAGE)):
+        torch.testing.assert_close(model(ids, images, image_sources=sources, image_slots=slots)[0], repeated)
 
 
-def test_images_as_nested_lists(model):
+def test_images_may_be_nested_lists_or_absent(model):
     ids, images = with_image(text(2, 12)), torch.randn(2, 3, 16, 16)
-    expected = model(ids, images)[0]
-    assert torch.equal(model(ids, [[images[0]], [images[1:]]])[0], expected)
-    assert torch.equal(model(ids, list(images))[0], expected)
-
-
-@pytest.mark.parametrize("images", [None, [], [[], []]])
-def test_text_alone(model, images):
-    ids = text(2, 8)
-    assert torch.equal(model(ids, images)[0], model(ids)[0])
-
-
-def test_image_tokens_must_match_images(model):
-    with pytest.raises(ValueError, match="hold 4 image tokens, 2 images of 4 tokens make 8"):
-        model(with_image(text(1, 12)), torch.randn(2, 3, 16, 16))
+    for nested in ([[images[0]], [images[1:]]], list(images)):
+        assert torch.equal(model(ids, nested)[0], model(ids, images)[0])
+    plain = text(2, 8)
+    for none in ([], [[], []], torch.empty(0, 3, 16, 16)):
+        assert torch.equal(model(plain, none)[0], model(plain)[0])
+    with pytest.raises(ValueError, match="hold 8 image tokens, 3 images of 4 tokens make 12"):
+        model(ids, torch.randn(3, 3, 16, 16))
 
 
 def test_image_embeddings_replace_the_slots_in_order(model):
@@ -222,27 +165,23 @@ def test_right_padding_leaves_real_positions_alone(model):
     assert logits.isfinite().all()
 
 
-def test_cached_decoding_equals_full_forward(model):
-    ids, images = with_image(text(2, 8)), torch.randn(2, 3, 16, 16)
-    expected = ids
-    for _ in range(6):
-        expected = torch.cat((expected, model(expected, images)[0][:, -1:].argmax(dim=-1)), dim=1)
-        assert (expected[:, 8:] != IMAGE).all(), "choose another seed: a generated image token needs an image"
-    assert torch.equal(model.generate(ids, images, max_new_tokens=6, greedy=True), expected[:, 8:])
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool])
-def test_left_padded_batch_generates_what_single_rows_do(model, mask_dtype):
+def test_padded_and_cached_decoding_equals_full_forward(model, dtype, mask_dtype):
     images = torch.randn(2, 3, 16, 16)
     short, long = with_image(text(1, 7)), with_image(text(1, 11))
-    singles = [
-        model.generate(ids, images[i : i + 1], max_new_tokens=5, greedy=True) for i, ids in enumerate((short, long))
-    ]
     batch = torch.cat((torch.cat((torch.zeros(1, 4, dtype=torch.long), short), dim=1), long))
     mask = torch.ones(2, 11, dtype=mask_dtype)
     mask[0, :4] = 0
-    together = model.generate(batch, images, mask, max_new_tokens=5, greedy=True)
-    assert torch.equal(together, torch.cat(singles))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        together = model.generate(batch, images, mask, max_new_tokens=5, greedy=True)
+        for ids, image, new_ids in zip((short, long), images, together, strict=True):
+            alone = model.generate(ids, image, max_new_tokens=5, greedy=True)
+            grown = ids
+            for _ in range(5):
+                logits = model(grown, image, image_slots=torch.arange(1, 5))[0]  # a new image token has no image
+                grown = torch.cat((grown, logits[:, -1:].argmax(dim=-1)), dim=1)
+            assert new_ids.tolist() == alone[0].tolist() == grown[0, ids.shape[1] :].tolist()
 
 
 @torch.no_grad()
@@ -270,24 +209,19 @@ def test_generation_stops_at_the_end_token_and_fills(model, monkeypatch):
     assert generate(eos_token_id=end) == expected
     model.cfg.lm_eos_token_id = end
     assert generate() == expected
+    with pytest.raises(ValueError, match="max_new_tokens 0"):
+        model.generate(text(1, 3), max_new_tokens=0)
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"top_k": 1, "top_p": None, "temperature": 5.0},
-        {"top_k": None, "top_p": 1e-6, "temperature": 5.0},
-        {"top_k": None, "top_p": 0.0, "temperature": 5.0},
-        {"top_k": 50, "top_p": 0.9, "temperature": 0},
-    ],
+    ("top_k", "top_p", "temperature"), [(1, None, 5.0), (None, 1e-6, 5.0), (None, 0.0, 5.0), (50, 0.9, 0)]
 )
-def test_narrow_sampling_is_greedy(settings):
+def test_narrow_sampling_is_greedy(top_k, top_p, temperature):
     logits = torch.randn(64, 30)
-    assert torch.equal(_sample(logits, **settings, greedy=False), logits.argmax(dim=-1))
+    assert torch.equal(_sample(logits, top_k, top_p, temperature, greedy=False), logits.argmax(dim=-1))
 
 
-def test_sampling_keeps_to_top_k_and_top_p():
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(2, None, 2), (None, 0.9, 3), (None, 1.0, 4), (0, None, 4)])
+def test_sampling_keeps_to_top_k_and_top_p(top_k, top_p, kept):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(2000, 1)
-    assert _sample(logits, 2, None, 1.0, False).unique().tolist() == [0, 1]
-    assert _sample(logits, None, 0.9, 1.0, False).unique().tolist() == [0, 1, 2]
-    assert _sample(logits, None, 1.0, 1.0, False).unique().tolist() == [0, 1, 2, 3]
+    assert _sample(logits, top_k, top_p, 1.0, False).unique().tolist() == list(range(kept))

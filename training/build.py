@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from models.backbones import checkpoint_folder, configure_from_backbones, load_vlm_weights
+from models.backbones import configure_from_backbones
 from models.config import VLMConfig
+from models.hub import checkpoint_folder
 from models.lora import inject_lora, load_lora_state_dict
-from models.vision_language_model import VisionLanguageModel
+from models.vision_language_model import VisionLanguageModel, load_vlm_weights
 from training import setup
 from training.arguments import Settings
 from training.checkpoint_folder import find_checkpoint

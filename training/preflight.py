@@ -107,7 +107,7 @@ def sources(settings: Settings) -> Iterator[Source]:
         name = getattr(vlm, flag)
         if flag == "lm_tokenizer" and flags and name == vlm.lm_model_type:
             continue
-        if name not in (SCRATCH, easy_vqa.NAME) and not name.startswith("package:"):
+        if name not in (SCRATCH, easy_vqa.NAME):
             yield Source(flag, name, "models")
 
 
