@@ -43,6 +43,7 @@ class Evaluator:
         """{split}/exact_match of the greedy answers to the questions of "val" or "test", and {split}/exact_match/SOURCE
         of each source of questions: shares in [0, 1], None where there is no question."""
         tokenizer, dataset = self.data.tokenizer, self.data.val_dataset if split == "val" else self.data.test_dataset
+        assert dataset is not None, "there are test questions"
         # The validation rows' drops are counted by their loss already.
         counter = self.data.dropped.setdefault("test", DropCounter()) if split == "test" else None
         batches = prompt_batches(dataset, PromptCollator(tokenizer.pad_token_id, self.model.cfg), self.cfg, counter)
@@ -88,11 +89,15 @@ def exact_match(
     batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
     """
     pairs: list[tuple[str, str, str | None]] = []
-    options = {"max_new_tokens": max_new_tokens, "greedy": True, "eos_token_id": tokenizer.eos_token_id}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "greedy": True,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     with evaluating(model):
         for batch, expected, sources, _ in batches:
             with autocast:
-                new_ids = model.generate(**to_device(batch, device), **options)
+                new_ids = model.generate(**options | to_device(batch, device))
             answers = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
             pairs += zip(answers, expected, sources, strict=True)
     return score(pairs)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ class RunLog:
     def __init__(self, folder: Path, total_steps: int, resumes: bool = False):
         """total_steps: for the bar. resumes: continue the files that are there."""
         self.tracker: Tracker = NoTracker()
-        mode = "a" if resumes else "w"
+        mode: Literal["a", "w"] = "a" if resumes else "w"
         self.text = (folder / "log.txt").open(mode, encoding="utf-8", newline="\n")
         self.metrics = (folder / "metrics.jsonl").open(mode, encoding="utf-8", newline="\n")
         self.tracker_id: str | None = None  # of the run that is resumed

@@ -43,7 +43,8 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """State of Python's, NumPy's, torch's and the device's generators, as plain values and tensors."""
-        kind, keys, *rest = np.random.get_state()
+        numpy_state: Any = np.random.get_state()
+        kind, keys, *rest = numpy_state
         return {
             "python": random.getstate(),
             "numpy": (kind, keys.tolist(), *rest),

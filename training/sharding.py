@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -49,10 +50,11 @@ class ShardedModel:
     def whole(self, is_main: bool) -> VisionLanguageModel:
         """On rank 0 a copy of the model with all its weights, on the CPU; on the others one without."""
         weights: dict[nn.Parameter, torch.Tensor] = {}  # so that tied ones stay one
-        for weight in self.model.state_dict(keep_vars=True).values():
+        module = cast(nn.Module, self.model)
+        for weight in module.state_dict(keep_vars=True).values():
             if weight not in weights:
                 weights[weight] = _whole(weight.detach(), is_main)
-        state = {name: weights[weight] for name, weight in self.model.state_dict(keep_vars=True).items()}
+        state = {name: weights[weight] for name, weight in module.state_dict(keep_vars=True).items()}
         if is_main:
             self.skeleton.load_state_dict(state, assign=True)
         return self.skeleton
@@ -61,7 +63,7 @@ class ShardedModel:
         """Write the optimizer's state as safetensors, each rank its part. Raises where one of them fails."""
         tensors = {
             f"{name}.{key}": value
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in cast(nn.Module, self.model).named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()
         }
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -89,6 +91,7 @@ def read_optimizer(
     tensors: dict[str, torch.Tensor] = {}
     of: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for name, saved in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(saved, TensorStorageMetadata)
         parameter = parameters[name.rpartition(".")[0]]
         same = saved.size == parameter.shape  # else a number, the steps
         tensors[name] = torch.zeros_like(parameter.detach()) if same else torch.zeros(saved.size)
@@ -96,7 +99,7 @@ def read_optimizer(
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no_dist is deliberate
         if tensors:
             dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ordered = [parameter for of_part in optimizer.param_groups for parameter in of_part["params"]]
     return {i: of[parameter] for i, parameter in enumerate(ordered) if parameter in of}
 
 
