@@ -111,7 +111,7 @@ def write_report(
     baseline = None
     if (
         test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME
-    ):  # goes through all rows, which are few
+    ):
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
     summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter)
     write_json(folder / "summary.json", summary)
