@@ -209,31 +209,6 @@ def test_gradients_that_cannot_be_seen_before_clipping_are_an_error(hf, tmp_path
     assert callback.monitor.frozen
 
 
-@pytest.mark.slow
-def test_trl_trains_adapters(hf, tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(62))])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    texts = [" ".join(f"w{i % 62}" for i in row["input_ids"]) for row in hf.rows()]
-    callback, watcher = grades.GradEarlyStoppingCallback(hf.settings()), hf.Weights()
-    trainer = trl.SFTTrainer(
-        model=hf.llama(),
-        args=trl.SFTConfig(**hf.arguments(tmp_path, max_steps=8, max_length=16, bf16=False)),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
-        peft_config=hf.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[callback, watcher],
-    )
-    trainer.train()
-    assert set(callback.monitor.frozen.values()) == {4}
-    assert not watcher.moved(trainer.model, callback.monitor.frozen)
-
-
 def test_a_vlm_has_a_tau_for_each_tower(hf, tmp_path):
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 

@@ -275,16 +275,6 @@ def test_adapters_of_stacked_experts_are_told_apart():
     assert stacks["down_proj"] == 4 * EXPERTS * (WIDTH + INNER)
 
 
-def test_a_4_bit_base_is_not_touched():
-    model = adapted(LLAMA, target_modules=["q_proj"])
-    for layer in model.base_model.model.model.layers:
-        packed = torch.zeros(WIDTH * WIDTH // 2, 1, dtype=torch.uint8)
-        layer.self_attn.q_proj.base_layer.weight = nn.Parameter(packed, requires_grad=False)
-    components = find_components(model)
-    assert [c.name for c in components] == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
-    assert all(p.is_floating_point() for c in components for p in c.parameters)
-
-
 def test_a_base_that_trains_beside_its_adapter_is_no_component():
     model = adapted(LLAMA, target_modules=["q_proj"])
     for layer in model.base_model.model.model.layers:
