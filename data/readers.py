@@ -51,7 +51,7 @@ class Readers(IterableDataset):
 
     def items(self, reader: int, place: Place) -> Iterator[tuple[Any, Place]]:
         """(item, place after it) of one of all `self.readers`, from a place on."""
-        raise NotImplementedError
+        raise AssertionError("a subclass reads")
 
     def __iter__(self) -> Iterator[tuple[dict, Place]]:
         worker = get_worker_info()

@@ -106,7 +106,9 @@ def test_a_step_does_not_wait_for_the_device(recipe, packing, metric, run):
 def test_nor_does_one_of_two_micro_batches_that_computes_activations_again(run):
     run = run("quickstart", "--activation_checkpointing --loss_chunk_size 7")
     run.micro_batches *= 2
+    before = run.monitor.last_step
     run.step(1)
+    assert run.monitor.last_step == before + 1
 
 
 WAITS = {
