@@ -10,10 +10,15 @@ import sysconfig
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grades import GradEarlyStoppingConfig, presets  # quick: torch and transformers load after --help
+from grades import (  # quick: torch and transformers load after --help
+    GradEarlyStoppingConfig,
+    VLMGradEarlyStoppingConfig,
+    presets,
+)
 from grades.report import HISTORY_NAME, summary
 from scripts.convert_gguf import SMOLLM2, SMOLLM2_FOLDER, convert
 
@@ -57,7 +62,7 @@ def tau(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-def grades_config(given: argparse.Namespace) -> GradEarlyStoppingConfig:
+def grades_config(given: argparse.Namespace) -> GradEarlyStoppingConfig | VLMGradEarlyStoppingConfig:
     """The settings of GradES that the flags ask for."""
     if given.preset:
         return dataclasses.replace(presets[given.preset], output_dir=given.output_dir)
@@ -85,7 +90,7 @@ def trainer_arguments(given: argparse.Namespace) -> dict:
     }
 
 
-def fine_tune(given: argparse.Namespace, peft_config=None) -> None:
+def fine_tune(given: argparse.Namespace, peft_config: Any = None) -> None:
     """Train on questions about Python's standard library and their answers, and report."""
     from datasets import Dataset
     from transformers import set_seed
@@ -113,7 +118,7 @@ def fine_tune(given: argparse.Namespace, peft_config=None) -> None:
     finish(given.output_dir)
 
 
-def make_callback(kind: type, config):
+def make_callback(kind: type, config: Any) -> Any:
     """The callback; impossible settings end the program with one line each."""
     try:
         return kind(config)
@@ -166,7 +171,7 @@ def tiny_llama() -> tuple:
     return LlamaForCausalLM(config), tokenizer
 
 
-def tiny_tokenizer(texts: list[str], more_tokens: tuple[str, ...] = ()):
+def tiny_tokenizer(texts: list[str], more_tokens: tuple[str, ...] = ()) -> Any:
     """Byte pairs of the texts, with a chat template; more_tokens: never split."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -7,6 +7,7 @@ With transformers' Trainer, the model's own processor and a collator. Each tower
 """
 
 import random
+from typing import Any
 
 from common import finish, make_callback, parser, tau, tiny_tokenizer, trainer_arguments
 
@@ -55,9 +56,10 @@ def questions(limit: int, seed: int) -> list[dict]:
     """At most `limit` questions of easy-VQA, each with the path of its image."""
     from data.rows import load_rows
 
+    easy_vqa: Any = load_rows("easy-vqa")
     rows = [
         {"image": row["images"][0], "question": text["user"], "answer": text["assistant"]}
-        for row in load_rows("easy-vqa")
+        for row in easy_vqa
         for text in row["texts"]
     ]
     random.Random(seed).shuffle(rows)
@@ -67,11 +69,11 @@ def questions(limit: int, seed: int) -> list[dict]:
 class Collator:
     """Rows -> batch: images opened, text made by the chat template, labels on the answer alone."""
 
-    def __init__(self, processor) -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         processor.tokenizer.padding_side = "right"
 
-    def __call__(self, rows: list[dict]):
+    def __call__(self, rows: list[dict]) -> Any:
         from PIL import Image
 
         prompts = [self._text([turn("user", row["question"], image=True)], True) for row in rows]
@@ -121,7 +123,12 @@ def tiny_llava(texts: list[str]) -> tuple:
 
     print("No --model: a tiny LLaVA of random weights shows the mechanics, not a result.")
     tokenizer = tiny_tokenizer(texts, (IMAGE_TOKEN,))
-    blocks = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blocks: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**blocks, image_size=TINY_IMAGE_SIZE, patch_size=TINY_PATCH_SIZE),
         text_config=LlamaConfig(**blocks, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),

@@ -1,12 +1,10 @@
 """What the benchmarks share: a recipe with random weights and rows, its step, clocks and tables."""
 
 import argparse
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +14,7 @@ from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings, parse_arguments
+from training.memory import peak_memory_bytes
 from training.step import clip_gradients, forward_backward
 
 GIB = 2**30
@@ -134,6 +133,9 @@ def random_batch(arguments: argparse.Namespace, settings: Settings, device: torc
     return {name: value.to(device) for name, value in batch.items()} | {"num_labels": rows * labels}
 
 
+K = TypeVar("K")
+
+
 class Watcher(Protocol):
     """What is called in a step as GradESMonitor is, and checks at even steps."""
 
@@ -156,7 +158,7 @@ def make_monitor(bench: Bench, metric: str, sample: int, compute_interval: int =
     return GradESMonitor(config, bench.model, bench.optimizer, log=lambda line: None)
 
 
-def time_checks(bench: Bench, watchers: Mapping[str, Watcher], rounds: int) -> tuple[float, dict[str, float]]:
+def time_checks(bench: Bench, watchers: Mapping[K, Watcher], rounds: int) -> tuple[float, dict[K, float]]:
     """Median seconds of a step, and of all that each watcher does in two steps, which is one check.
 
     The watchers take turns, two real steps each: caches and gradients are what they are in training, and a machine
@@ -168,7 +170,7 @@ def time_checks(bench: Bench, watchers: Mapping[str, Watcher], rounds: int) -> t
             watcher.after_backward(step)
             watcher.after_step(step)
     step_s: list[float] = []
-    check_s: dict[str, list[float]] = {name: [] for name in watchers}
+    check_s: dict[K, list[float]] = {name: [] for name in watchers}
     for number in range(rounds):
         for name, watcher in watchers.items():
             spent = 0.0
@@ -189,11 +191,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak of what the device held; but for CUDA of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    """Peak of what the device held, elsewhere of the whole process; NaN where the system does not say."""
+    peak = peak_memory_bytes(device)
+    return float("nan") if peak is None else peak / GIB
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

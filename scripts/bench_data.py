@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -87,7 +88,7 @@ def jpeg(seed: int, size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-def make_dataset(settings: Settings, rows) -> VQADataset:
+def make_dataset(settings: Settings, rows: Any) -> VQADataset:
     """Of the given rows, or of the recipe's."""
     vlm, cfg = settings.vlm, settings.train
     if rows is None:

@@ -26,7 +26,7 @@ from data.pipeline import load_data
 from data.rows import load_rows
 from grades import GradESMonitor
 from grades.metrics import METRICS
-from scripts.bench_common import Bench, Watcher, make_monitor, parse, parser, table, time_checks
+from scripts.bench_common import Bench, make_monitor, parse, parser, table, time_checks
 from training.arguments import Settings
 from training.schedule import set_learning_rate
 
@@ -42,6 +42,9 @@ class Reference:
 
     def after_backward(self, step: int) -> None:
         pass
+
+    def measure(self) -> list[float]:
+        raise AssertionError("a subclass measures")
 
     def after_step(self, step: int) -> None:
         if step % 2 == 0:
@@ -69,11 +72,11 @@ def reading(monitor: GradESMonitor) -> str:
     return "exact" if n == 1 else f"1 in {n}"
 
 
-def held_bytes(watcher: Watcher) -> int:
+def held_bytes(watcher: Reference | GradESMonitor) -> int:
     """Snapshots, and the places of samples."""
     if isinstance(watcher, Reference):
         return sum(kept.nbytes for kept in watcher.kept)
-    places = getattr(watcher.metric.reader, "chosen", {}).values()
+    places = getattr(watcher.metric.sampler, "chosen", {}).values()
     return sum(t.nbytes for kept in (*watcher.metric.kept.values(), places) for t in kept)
 
 
@@ -81,7 +84,9 @@ def costs(arguments: argparse.Namespace, settings: Settings) -> list[str]:
     """The lines of the table of costs."""
     bench = Bench(arguments, settings)
     made = [make_monitor(bench, metric, sample) for metric in METRICS for sample in arguments.samples]
-    watchers: dict[Key, Watcher] = {(monitor.config.metric, reading(monitor)): monitor for monitor in made}
+    watchers: dict[Key, Reference | GradESMonitor] = {
+        (monitor.config.metric, reading(monitor)): monitor for monitor in made
+    }
     watchers["weight_change", "naive foreach"] = NaiveForeach(made[0])
     watchers["weight_change", "one sync a component"] = OneSyncEach(made[0])
     step_s, check_s = time_checks(bench, watchers, arguments.rounds)
@@ -103,9 +108,12 @@ def costs(arguments: argparse.Namespace, settings: Settings) -> list[str]:
 
 def on_easy_vqa(settings: Settings, steps: int) -> Settings:
     """The recipe on easy-VQA's rows and words for so many steps; the towers keep their shapes."""
-    words = {"lm_tokenizer": "easy-vqa", "lm_base_vocab_size": easy_vqa.VOCAB_SIZE, "lm_vocab_size": None}
-    rows = {"train_dataset_path": easy_vqa.NAME, "test_dataset_path": None, "val_size": 0, "max_training_steps": steps}
-    vlm, train = dataclasses.replace(settings.vlm, **words), dataclasses.replace(settings.train, **rows)
+    vlm = dataclasses.replace(
+        settings.vlm, lm_tokenizer=easy_vqa.NAME, lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_vocab_size=None
+    )
+    train = dataclasses.replace(
+        settings.train, train_dataset_path=easy_vqa.NAME, test_dataset_path=None, val_size=0, max_training_steps=steps
+    )
     return dataclasses.replace(settings, vlm=vlm, train=train)
 
 

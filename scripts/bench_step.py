@@ -26,7 +26,7 @@ CHECKS = 5
 # Flags of train.py that change the step's speed, as fields of TrainConfig.
 OFF = {"packing": False, "activation_checkpointing": False, "compile": False, "loss_chunk_size": 0}
 DOCUMENTS = 4  # in a row of --packing
-SWITCHES = {
+SWITCHES: dict[str, dict] = {
     "none": {},
     "--dtype float32": {"dtype": "float32"},
     "--dtype bfloat16": {"dtype": "bfloat16"},

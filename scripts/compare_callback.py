@@ -23,10 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import common
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 
 from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
-from scripts.runs import markdown_table, require_same_settings, write
+from grades.files import write_json, write_text
+from scripts.runs import markdown_table, require_same_settings
 
 NEVER = 1e-12
 ROWS = {
@@ -42,7 +43,7 @@ class Timed(GradEarlyStoppingCallback):
 
     spent_s = 0.0
 
-    def on_step_end(self, *args, **kwargs):
+    def on_step_end(self, *args: Any, **kwargs: Any) -> TrainerControl:
         began = time.perf_counter()
         control = super().on_step_end(*args, **kwargs)
         self.spent_s += time.perf_counter() - began
@@ -52,15 +53,15 @@ class Timed(GradEarlyStoppingCallback):
 class Watch(TrainerCallback):
     """Clocks each step, and copies each parameter: at the start, and again when it stops training. To stand last."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         self.frozen_at = {name: 0 for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.steps_s: list[float] = []
 
-    def on_step_begin(self, *args, **kwargs):
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.step_began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.steps_s.append(time.perf_counter() - self.step_began)
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad and name not in self.frozen_at:
@@ -74,7 +75,7 @@ class Watch(TrainerCallback):
         return moved + [f"{name} never moved" for name in same if same[name] and name not in self.frozen_at]
 
 
-def token_rows(tokenizer, length: int) -> tuple[list[dict], list[dict]]:
+def token_rows(tokenizer: Any, length: int) -> tuple[list[dict], list[dict]]:
     """The text in rows of `length` tokens, without padding: to train on, and held out."""
     ids: tuple[list[int], list[int]] = ([], [])
     for i, pair in enumerate(common.documented(10**6)):
@@ -119,7 +120,12 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
     weights = hashlib.sha256()
     for parameter in model.parameters():
         weights.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    result = {"row": row, "train_s": sum(watch.steps_s), "steps": len(watch.steps_s), "steps_s": watch.steps_s}
+    result: dict[str, Any] = {
+        "row": row,
+        "train_s": sum(watch.steps_s),
+        "steps": len(watch.steps_s),
+        "steps_s": watch.steps_s,
+    }
     for part in ("train_loss", "held_out_loss"):
         result[part] = [before[f"eval_{part}"], after[f"eval_{part}"]]
     result |= {"parameters": len(watch.copies), "parameters_frozen": len(watch.frozen_at)}
@@ -127,7 +133,8 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
     if callback is None:
         return result | dict.fromkeys(("frozen_share", "measuring", "longer_by"))
     monitor = callback.monitor
-    stopped = {parameter for name, parameter in trainer.model.named_parameters() if name in watch.frozen_at}
+    assert monitor is not None
+    stopped = {parameter for name, parameter in model.named_parameters() if name in watch.frozen_at}
     trains = [name for name in monitor.frozen if not stopped.issuperset(monitor.by_name[name].parameters)]
     result["faults"] += [f"{name} trained on after its freeze" for name in trains]
     checks = {check["step"] for check in monitor.checks}
@@ -198,13 +205,13 @@ def main(argv: list[str] | None = None) -> int:
             require_same_settings(path, json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
         elif given.here:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, json.dumps(run_row(row, given) | {"settings": settings}))
+            write_text(path, json.dumps(run_row(row, given) | {"settings": settings}))
         else:
             print(f"{ROWS[row]} ...", flush=True)
             subprocess.run([sys.executable, __file__, *argv, "--rows", row, "--here"], check=True)
         results[row] = json.loads(path.read_text(encoding="utf-8"))
-        write(given.output / "table.md", as_markdown(results))
-        write(given.output / "results.json", json.dumps(results, indent=2))
+        write_text(given.output / "table.md", as_markdown(results))
+        write_json(given.output / "results.json", results)
     print((given.output / "table.md").read_text(encoding="utf-8"), *(found := faults(results)), sep="\n")
     return 1 if found else 0
 

@@ -8,22 +8,25 @@ trains the other seeds. References: Full, and matrices drawn at random that free
 Writes metrics.md, results.json and metrics.png. Interrupted or failed, the same command goes on where it was.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from grades import find_components
+from grades.files import write_json, write_text
 from grades.freezing import Freezer
 from models.vision_language_model import VisionLanguageModel
 from scripts import runs
-from scripts.runs import Plan, Runs, cell
+from scripts.runs import Runs, RunSpec, cell
 from training.arguments import parse_arguments
 from training.flops import model_cost
 from training.plan import full_batch
@@ -47,7 +50,7 @@ NO_FREEZE = ("--freeze_vision", "false", "--freeze_language", "false")
 TOWERS = ("vision", "language")
 
 
-def parse(argv: list[str] | None = None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = runs.parser(__doc__.splitlines()[0], prefix="metrics", seeds=3)
     parser.add_argument("--saved", type=float, default=0.12, help="share of Full's FLOPs to save (default: 0.12)")
     arguments = runs.read_arguments(parser, argv)
@@ -56,32 +59,32 @@ def parse(argv: list[str] | None = None):
     return arguments
 
 
-def make_plans(arguments) -> list[Plan]:
+def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     """A run a metric that freezes nothing, then seed by seed the metrics and the references."""
-    plans = []
+    specs = []
     for row, (label, words) in ROWS.items():
         flags = (*arguments.extra, "--enable_grades", *words.split(), *NO_FREEZE, "--seed", str(CALIBRATION_SEED))
-        plans.append(Plan(f"curves_{row}", f"curves of {label}", CALIBRATION_SEED, flags))
+        specs.append(RunSpec(f"curves_{row}", f"curves of {label}", CALIBRATION_SEED, flags))
     for seed in range(arguments.seeds):
         common = (*arguments.extra, "--seed", str(seed))
-        plans.append(Plan("full", LABELS["full"], seed, common))
+        specs.append(RunSpec("full", LABELS["full"], seed, common))
         for row, (label, words) in ROWS.items():
-            plans.append(
-                Plan(
+            specs.append(
+                RunSpec(
                     row, label, seed, (*common, "--enable_grades", *words.split()), needs=(curves(row),),
-                    late_flags=lambda made, row=row: tau_flags(made, row, arguments.saved), late="the taus",
+                    late_flags=functools.partial(tau_flags, row=row, saved=arguments.saved), late="the taus",
                 )
             )  # fmt: skip
         for row in REPLAYED:
             needs, flags = f"{row}_seed{seed}", (*common, "--enable_grades", "--replay_seed", str(seed))
-            plans.append(
-                Plan(
+            specs.append(
+                RunSpec(
                     f"random_{row}", LABELS[f"random_{row}"], seed, flags, (needs,),
-                    late_flags=lambda made, needs=needs: ["--replay_history", str(history_path(made, needs))],
+                    late_flags=functools.partial(replay_flags, name=needs),
                     late="the history to repeat",
                 )
             )  # fmt: skip
-    return plans
+    return specs
 
 
 def curves(row: str) -> str:
@@ -92,9 +95,14 @@ def history_path(made: Runs, name: str) -> Path:
     return made.folder(name) / "grades_history.json"
 
 
+def replay_flags(made: Runs, name: str) -> list[str]:
+    """The flags that freeze at random what the run `name` froze."""
+    return ["--replay_history", str(history_path(made, name))]
+
+
 def tau_flags(made: Runs, row: str, saved: float) -> list[str]:
-    (plan,) = (plan for plan in made.plans if plan.name == curves(row))
-    taus = find_taus(made.folder(plan.name), plan.flags, saved)
+    (spec,) = (spec for spec in made.specs if spec.name == curves(row))
+    taus = find_taus(made.folder(spec.name), spec.flags, saved)
     return [word for tower in TOWERS for word in (f"--{tower}_tau", repr(taus[tower]))]
 
 
@@ -185,23 +193,24 @@ def saved_share(history: dict, tower: str, steps: dict[str, int]) -> float:
 def measured(made: Runs) -> dict[str, list[dict]]:
     """Row -> for each finished seed accuracy, FLOPs ratio and what share of the updates was spared."""
     found: dict[str, list[dict]] = {}
-    for plan in made.plans:
-        if plan.row not in LABELS or plan.name not in made.results:
+    for spec in made.specs:
+        if spec.row not in LABELS or spec.name not in made.results:
             continue
-        full = f"full_seed{plan.seed}"
-        values = runs.compare(made.summary(plan.name), made.summary(full) if full in made.results else None)
-        values = {"seed": plan.seed} | {name: values[name] for name in ("accuracy", "flops_ratio", "steps")}
-        if plan.row != "full":
-            history = json.loads(history_path(made, plan.name).read_text(encoding="utf-8"))
+        full = f"full_seed{spec.seed}"
+        values = runs.compare(made.summary(spec.name), made.summary(full) if full in made.results else None)
+        values = {"seed": spec.seed} | {name: values[name] for name in ("accuracy", "flops_ratio", "steps")}
+        if spec.row != "full":
+            history = json.loads(history_path(made, spec.name).read_text(encoding="utf-8"))
             steps = {event["name"]: event["step"] for event in history["events"]}
             values |= {f"saved_{tower}": saved_share(history, tower, steps) for tower in TOWERS}
-        if full in made.results:
-            values["cost"] = runs.accuracy_of(made.summary(full)) - values["accuracy"]
-        found.setdefault(plan.row, []).append(values)
+        whole = runs.accuracy_of(made.summary(full)) if full in made.results else None
+        if whole is not None and values["accuracy"] is not None:
+            values["cost"] = whole - values["accuracy"]
+        found.setdefault(spec.row, []).append(values)
     return {row: found[row] for row in LABELS if row in found}
 
 
-def write_tables(made: Runs, arguments) -> Path:
+def write_tables(made: Runs, arguments: argparse.Namespace) -> Path:
     """metrics.md and results.json of the runs that have finished; returns the first."""
     found = measured(made)
     columns = [("accuracy", "{:.1f}"), ("cost", "{:+.1f}"), ("saved_vision", "{:.0f}"), ("saved_language", "{:.0f}")]
@@ -215,26 +224,27 @@ def write_tables(made: Runs, arguments) -> Path:
     header = [
         "", "exact match (%)", "below Full (points)", "saved: vision (%)", "language (%)", "FLOPs / Full", "taus",
     ]  # fmt: skip
-    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.plans)} runs\n\n"
+    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.specs)} runs\n\n"
     text += "Mean ± standard deviation (min..max) over the seeds. Saved: share of the weight updates not made.\n\n"
-    runs.write(made.output / "results.json", json.dumps({"rows": found}, indent=2))
-    runs.write(made.output / "metrics.md", text + runs.markdown_table(header, lines))
+    write_json(made.output / "results.json", {"rows": found})
+    write_text(made.output / "metrics.md", text + runs.markdown_table(header, lines))
     return made.output / "metrics.md"
 
 
-def draw(made: Runs, arguments) -> None:
+def draw(made: Runs, arguments: argparse.Namespace) -> None:
     """metrics.png: the curves of the metrics while nothing freezes, and what freezing by each cost."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1])
+    top, bottom = halves
     for axis, tower in zip(top.subplots(1, 2, sharey=True), TOWERS, strict=True):
         draw_curves(axis, made, tower)
     draw_costs(bottom.subplots(), measured(made))
     runs.save_figure(figure, made.output / "metrics.png")
 
 
-def draw_curves(axis, made: Runs, tower: str) -> None:
+def draw_curves(axis: Any, made: Runs, tower: str) -> None:
     """The median over the tower's matrices of each metric's share of the matrix's own peak."""
     for row, (label, _) in ROWS.items():
         history = json.loads(history_path(made, curves(row)).read_text(encoding="utf-8"))
@@ -256,7 +266,7 @@ def draw_curves(axis, made: Runs, tower: str) -> None:
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def draw_costs(axis, found: dict[str, list[dict]]) -> None:
+def draw_costs(axis: Any, found: dict[str, list[dict]]) -> None:
     """A dot a seed, a line at the mean."""
     rows = [row for row in found if row != "full"]
     for y, row in enumerate(rows):
@@ -271,9 +281,9 @@ def draw_costs(axis, found: dict[str, list[dict]]) -> None:
     axis.grid(axis="x", color="0.92")
 
 
-def main(argv: list[str] | None = None, runner=None) -> int:
+def main(argv: list[str] | None = None, runner: runs.Runner | None = None) -> int:
     arguments = parse(argv)
-    return runs.run_script(arguments, make_plans(arguments), write_tables, draw, runner)
+    return runs.run_script(arguments, make_specs(arguments), write_tables, draw, runner)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ that a machine that changes its speed hits all rows. Writes table.md, results.js
 the same command goes on where it was.
 """
 
-import json
+import argparse
 import math
 import shlex
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from grades.files import write_json, write_text
 from scripts import runs
-from scripts.runs import Plan, Runs, cell, compare
+from scripts.runs import Runs, RunSpec, cell, compare
+from training.arguments import Settings
 
 ROWS = {
     "full": "Full",
@@ -43,7 +47,7 @@ LORA_GRADES_FLAGS = "--enable_grades --metric gradient_norm --vision_tau auto --
 LORA = {True: {"rank": 32, "lr_factor": 10.0}, False: {"rank": 8, "lr_factor": 3.0}}
 
 
-def parse(argv: list[str] | None = None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = runs.parser(__doc__.splitlines()[0], prefix="reproduce", seeds=3)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table (default: all)")
     for name in ("es", "grades", "lora", "lora_grades"):
@@ -61,26 +65,26 @@ def parse(argv: list[str] | None = None):
     return arguments
 
 
-def make_plans(arguments) -> list[Plan]:
+def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     """All runs in their order: seed by seed, in each seed the base before LoRA and the controls last."""
     rows = [row for row in ROWS if row in arguments.rows]
     recipe = arguments.recipe
     needs_base = not (recipe.vlm.vlm_load_backbone_weights or recipe.train.resume_from_vlm_checkpoint)
-    plans = []
+    specs = []
     for seed in range(arguments.seeds):
         if needs_base and any(row.startswith("lora") for row in rows):
-            plans.append(base_plan(arguments, seed))
-        plans += [row_plan(arguments, row, seed, needs_base) for row in rows]
-    return plans
+            specs.append(base_spec(arguments, seed))
+        specs += [row_spec(arguments, row, seed, needs_base) for row in rows]
+    return specs
 
 
-def base_plan(arguments, seed: int) -> Plan:
+def base_spec(arguments: argparse.Namespace, seed: int) -> RunSpec:
     steps = max(1, round(arguments.lora_base_share * arguments.recipe.train.max_training_steps))
     short = ("--max_training_steps", str(steps), "--eval_interval", str(steps))
-    return Plan(BASE, "base for LoRA", seed, (*arguments.extra, *short, "--seed", str(seed)))
+    return RunSpec(BASE, "base for LoRA", seed, (*arguments.extra, *short, "--seed", str(seed)))
 
 
-def row_plan(arguments, row: str, seed: int, needs_base: bool) -> Plan:
+def row_spec(arguments: argparse.Namespace, row: str, seed: int, needs_base: bool) -> RunSpec:
     words = {
         "full": "",
         "full_es": f"{ES_FLAGS} {arguments.es_flags}",
@@ -106,10 +110,10 @@ def row_plan(arguments, row: str, seed: int, needs_base: bool) -> Plan:
         base = f"{BASE}_seed{seed}"
         options = {"needs": (base,), "late_flags": lambda made: base_flags(made, base), "base": base}
         options["late"] = f"--resume_from_vlm_checkpoint --vlm_checkpoint_path of {base}"
-    return Plan(row, ROWS[row], seed, tuple(flags), **options)
+    return RunSpec(row, ROWS[row], seed, tuple(flags), **options)
 
 
-def lora_flags(recipe) -> list[str]:
+def lora_flags(recipe: Settings) -> list[str]:
     values, train = LORA[recipe.vlm.vlm_load_backbone_weights], recipe.train
     flags = ["--lora_rank", str(values["rank"])]
     for name in ("lr_vision_backbone", "lr_language_backbone"):
@@ -150,16 +154,16 @@ def shortened_steps(full: dict, target_s: float, eval_interval: int) -> int:
 def table(made: Runs, rows: list[str]) -> dict[str, list[dict]]:
     """For each row that has finished runs, compare() of each of them, with its seed."""
     found: dict[str, list[dict]] = {}
-    for plan in made.plans:
-        if plan.row in rows and plan.name in made.results:
-            full = f"full_seed{plan.seed}"
+    for spec in made.specs:
+        if spec.row in rows and spec.name in made.results:
+            full = f"full_seed{spec.seed}"
             reference = made.summary(full) if full in made.results else None
-            values = {"seed": plan.seed} | compare(made.summary(plan.name), reference)
-            found.setdefault(plan.row, []).append(values)
+            values = {"seed": spec.seed} | compare(made.summary(spec.name), reference)
+            found.setdefault(spec.row, []).append(values)
     return found
 
 
-def as_markdown(found: dict[str, list[dict]], made: Runs, arguments) -> str:
+def as_markdown(found: dict[str, list[dict]], made: Runs, arguments: argparse.Namespace) -> str:
     def column(row: str, name: str, pattern: str, scale: float = 1.0) -> str:
         return cell([values[name] for values in found[row]], pattern, scale)
 
@@ -171,7 +175,7 @@ def as_markdown(found: dict[str, list[dict]], made: Runs, arguments) -> str:
     ]  # fmt: skip
     lines = [[ROWS[row], *(column(row, *c) for c in columns)] for row in found]
     parts = [[ROWS[row], *(column(row, name, "{:+.1f}") for name in ("saved_s", *runs.PARTS))] for row in found]
-    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.plans)} runs\n\n"
+    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.specs)} runs\n\n"
     text += "Mean ± standard deviation (min..max) over the seeds. Time: from the command to the summary, evaluation "
     text += "included. Speed-up and FLOPs against Full of the same seed.\n\n" + runs.markdown_table(header, lines)
     text += "\nSeconds saved against Full of the same seed, and where; less than none is time added.\n\n"
@@ -190,21 +194,22 @@ MARKERS = {"full": "o", "full_es": "s", "full_grades": "^", "lora": "o", "lora_e
 COLORS = {"full": "#0072B2", "lora": "#D55E00", "shortened": "#555555", "random": "#999999"}
 
 
-def picture(found: dict[str, list[dict]], title: str, accuracy: str):
+def picture(found: dict[str, list[dict]], title: str, accuracy: str) -> Any:
     """Accuracy against time: a marker a row at the means, bars from the smallest to the largest."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for row, values in found.items():
-        x, y = (runs.spread([v[name] for v in values]) for name in ("total_time_s", "accuracy"))
-        if y["mean"] is None:
+        known = [v for v in values if v["accuracy"] is not None]
+        if not known:
             continue
-        y = {name: None if value is None else 100 * value for name, value in y.items()}
-        bars = [[[s["mean"] - s["min"]], [s["max"] - s["mean"]]] for s in (x, y)]
+        x, y = [v["total_time_s"] for v in known], [100 * v["accuracy"] for v in known]
+        middle = [statistics.fmean(numbers) for numbers in (x, y)]
+        bars = [[[mean - min(n)], [max(n) - mean]] for mean, n in zip(middle, (x, y), strict=True)]
         color = COLORS[row.split("_")[0]]
         axis.errorbar(
-            x["mean"], y["mean"], xerr=bars[0], yerr=bars[1], fmt=MARKERS[row], color=color, markersize=9, capsize=3,
+            middle[0], middle[1], xerr=bars[0], yerr=bars[1], fmt=MARKERS[row], color=color, markersize=9, capsize=3,
             elinewidth=1, markeredgecolor="white", label=f"{ROWS[row]} ({len(values)})",
         )  # fmt: skip
     axis.set_xlabel("time of the run, evaluation included (s)")
@@ -215,7 +220,7 @@ def picture(found: dict[str, list[dict]], title: str, accuracy: str):
     return figure
 
 
-def write_tables(made: Runs, arguments) -> Path:
+def write_tables(made: Runs, arguments: argparse.Namespace) -> Path:
     """table.md and results.json of the runs that have finished; returns the first."""
     found = table(made, arguments.rows)
     summaries = {name: result["summary"] for name, result in made.results.items()}
@@ -228,21 +233,21 @@ def write_tables(made: Runs, arguments) -> Path:
         for row, values in found.items()
     }
     results = {"config": str(arguments.config), "rows": rows, "summaries": summaries}
-    runs.write(made.output / "results.json", json.dumps(results, indent=2))
-    runs.write(made.output / "table.md", as_markdown(found, made, arguments))
+    write_json(made.output / "results.json", results)
+    write_text(made.output / "table.md", as_markdown(found, made, arguments))
     return made.output / "table.md"
 
 
-def draw(made: Runs, arguments) -> None:
+def draw(made: Runs, arguments: argparse.Namespace) -> None:
     """table.png."""
     accuracy = runs.accuracy_name([result["summary"] for result in made.results.values()])
     figure = picture(table(made, arguments.rows), arguments.config.stem, accuracy)
     runs.save_figure(figure, made.output / "table.png")
 
 
-def main(argv: list[str] | None = None, runner=None) -> int:
+def main(argv: list[str] | None = None, runner: runs.Runner | None = None) -> int:
     arguments = parse(argv)
-    return runs.run_script(arguments, make_plans(arguments), write_tables, draw, runner)
+    return runs.run_script(arguments, make_specs(arguments), write_tables, draw, runner)
 
 
 if __name__ == "__main__":

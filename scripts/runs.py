@@ -15,12 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+from grades.files import write_json, written_beside
 from training.arguments import DEFAULT_RECIPE, Settings, parse_arguments
 
+Runner = Callable[[list[str], Path], int]  # (command, log) -> exit code
 ROOT = Path(__file__).resolve().parent.parent
 LAST_LINES = 20  # of a failed run's output
 
@@ -30,7 +34,7 @@ class RunFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """One run that is to be made."""
 
     row: str  # of the table
@@ -74,8 +78,8 @@ class Runs:
     def __init__(
         self,
         output: Path,
-        plans: Sequence[Plan],
-        runner: Callable[[list[str], Path], int],
+        specs: Sequence[RunSpec],
+        runner: Runner,
         abort: Callable[[], None] = lambda: None,
     ):
         """runner: runs a command into a log, returns its exit code. abort: ends what is under way.
@@ -83,18 +87,18 @@ class Runs:
         Reads what an earlier call has finished. Raises ValueError where that was made with other settings. A flag that
         train.py does not take ends the program, before any run.
         """
-        self.output, self.plans, self.runner, self.abort = output, list(plans), runner, abort
-        self.settings = {plan.name: parse_arguments(list(plan.flags)) for plan in plans}
-        self.results: dict[str, dict] = {}  # by the plan's name: {"row", "seed", "summary", ...}
-        for plan in plans:
-            stored = self.folder(plan.name) / "run.json"
+        self.output, self.specs, self.runner, self.abort = output, list(specs), runner, abort
+        self.settings = {spec.name: parse_arguments(list(spec.flags)) for spec in specs}
+        self.results: dict[str, dict] = {}  # by the run's name: {"row", "seed", "summary", ...}
+        for spec in specs:
+            stored = self.folder(spec.name) / "run.json"
             if stored.is_file():
                 result = json.loads(stored.read_text(encoding="utf-8"))
-                require_same_settings(stored, result["settings"], comparable(self.settings[plan.name]))
-                self.results[plan.name] = result
-        for plan in plans:  # a base is made again where its checkpoint is gone and still needed
-            if not self._has_checkpoint(plan.name) and any(other.base == plan.name for other in self.unfinished()):
-                self.results.pop(plan.name, None)
+                require_same_settings(stored, result["settings"], comparable(self.settings[spec.name]))
+                self.results[spec.name] = result
+        for spec in specs:  # a base is made again where its checkpoint is gone and still needed
+            if not self._has_checkpoint(spec.name) and any(other.base == spec.name for other in self.unfinished()):
+                self.results.pop(spec.name, None)
 
     def folder(self, name: str) -> Path:
         return self.output / "runs" / name
@@ -103,23 +107,23 @@ class Runs:
         """summary.json of a finished run."""
         return self.results[name]["summary"]
 
-    def unfinished(self) -> list[Plan]:
-        return [plan for plan in self.plans if plan.name not in self.results]
+    def unfinished(self) -> list[RunSpec]:
+        return [spec for spec in self.specs if spec.name not in self.results]
 
-    def command(self, plan: Plan) -> list[str]:
+    def command(self, spec: RunSpec) -> list[str]:
         """The command of a run; where what it needs has not finished, without the flags that follow from that."""
-        late = plan.late_flags(self) if self.is_ready(plan) else []
-        place = ["--output_dir", str(self.output / "runs"), "--run_name", plan.name]
+        late = spec.late_flags(self) if self.is_ready(spec) else []
+        place = ["--output_dir", str(self.output / "runs"), "--run_name", spec.name]
         # One that was killed goes on; one that branches off another's checkpoint begins anew.
         resume = [] if "--resume" in late else ["--resume", "auto"]
-        return [sys.executable, str(ROOT / "train.py"), *plan.flags, *late, *place, *resume]
+        return [sys.executable, str(ROOT / "train.py"), *spec.flags, *late, *place, *resume]
 
-    def run_all(self, after_each: Callable[[], None], jobs: int = 1) -> None:
+    def run_all(self, after_each: Callable[[], object], jobs: int = 1) -> None:
         """Make the unfinished runs in order, up to `jobs` at once, with a line after each. Raises RunFailed."""
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         if self.results:
-            print(f"{len(self.results)} of {len(self.plans)} runs have finished before", flush=True)
+            print(f"{len(self.results)} of {len(self.specs)} runs have finished before", flush=True)
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 self._run_in(pool, jobs, after_each, started)
@@ -127,33 +131,34 @@ class Runs:
                 self.abort()  # before the pool waits for what is running
                 raise
 
-    def _run_in(self, pool: ThreadPoolExecutor, jobs: int, after_each: Callable[[], None], started: float) -> None:
-        waiting, running = self.unfinished(), {}
+    def _run_in(self, pool: ThreadPoolExecutor, jobs: int, after_each: Callable[[], object], started: float) -> None:
+        waiting: list[RunSpec] = self.unfinished()
+        running: dict[Future[None], RunSpec] = {}
         while waiting or running:
-            for plan in [plan for plan in waiting if self.is_ready(plan)][: jobs - len(running)]:
-                waiting.remove(plan)
-                number = self.plans.index(plan) + 1
-                log = self.output / "logs" / f"{plan.name}.txt"
+            for spec in [spec for spec in waiting if self.is_ready(spec)][: jobs - len(running)]:
+                waiting.remove(spec)
+                number = self.specs.index(spec) + 1
+                log = self.output / "logs" / f"{spec.name}.txt"
                 print(
-                    f"[{number}/{len(self.plans)}] {plan.label}, seed {plan.seed} ... (progress in {log})", flush=True
+                    f"[{number}/{len(self.specs)}] {spec.label}, seed {spec.seed} ... (progress in {log})", flush=True
                 )
-                running[pool.submit(self.run, plan)] = plan
+                running[pool.submit(self.run, spec)] = spec
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                plan = running.pop(future)
+                spec = running.pop(future)
                 future.result()
                 self._remove_checkpoints()
                 after_each()
-                left = remaining_s(self.plans, self.results) / jobs
-                print(f"    {plan.label}, seed {plan.seed}: {outcome(self.results[plan.name])}; elapsed "
+                left = remaining_s(self.specs, self.results) / jobs
+                print(f"    {spec.label}, seed {spec.seed}: {outcome(self.results[spec.name])}; elapsed "
                       f"{clock(time.monotonic() - started)}, about {clock(left)} left", flush=True)  # fmt: skip
 
-    def is_ready(self, plan: Plan) -> bool:
-        return all(name in self.results for name in plan.needs)
+    def is_ready(self, spec: RunSpec) -> bool:
+        return all(name in self.results for name in spec.needs)
 
-    def run(self, plan: Plan) -> None:
+    def run(self, spec: RunSpec) -> None:
         """Make one run and keep its result."""
-        folder = self.folder(plan.name)
-        command, log = self.command(plan), self.output / "logs" / f"{plan.name}.txt"
+        folder = self.folder(spec.name)
+        command, log = self.command(spec), self.output / "logs" / f"{spec.name}.txt"
         # A finished one is made anew where its checkpoint is missed.
         if command[-1] != "auto" or (folder / "run.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -163,22 +168,22 @@ class Runs:
             lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-LAST_LINES:]
             raise RunFailed("\n".join([*lines, "", f"exit code {code} of: {shlex.join(command)}", f"output: {log}"]))
         result = {
-            "row": plan.row,
-            "seed": plan.seed,
+            "row": spec.row,
+            "seed": spec.seed,
             "command": shlex.join(command),
-            "settings": comparable(self.settings[plan.name]),
+            "settings": comparable(self.settings[spec.name]),
             "wall_s": time.monotonic() - started,
             "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         }
-        write(folder / "run.json", json.dumps(result, indent=2))
-        self.results[plan.name] = result
+        write_json(folder / "run.json", result)
+        self.results[spec.name] = result
 
     def _has_checkpoint(self, name: str) -> bool:
         return (self.folder(name) / "checkpoints").is_dir()
 
     def _remove_checkpoints(self) -> None:
         """Of all finished runs but those that an unfinished one starts from."""
-        needed = {plan.base for plan in self.unfinished()}
+        needed = {spec.base for spec in self.unfinished()}
         for name in self.results:
             if name not in needed:
                 shutil.rmtree(self.folder(name) / "checkpoints", ignore_errors=True)
@@ -186,7 +191,7 @@ class Runs:
 
 def comparable(settings: Settings) -> dict:
     """What two calls must have in common: every setting that the run goes by, those that are None too."""
-    parts = (settings.vlm, settings.train, *([settings.grades] if settings.train.enable_grades else []))
+    parts: list[Any] = [settings.vlm, settings.train, *([settings.grades] if settings.train.enable_grades else [])]
     found = {k: v for part in parts for k, v in asdict(part).items()}
     return {name: value for name, value in found.items() if name not in ("output_dir", "run_name")}
 
@@ -203,14 +208,14 @@ def require_same_settings(path: Path, stored: dict, now: dict) -> None:
         )
 
 
-def remaining_s(plans: Sequence[Plan], results: dict[str, dict]) -> float:
+def remaining_s(specs: Sequence[RunSpec], results: dict[str, dict]) -> float:
     """Estimated seconds of the unfinished runs: a row's mean over the seeds that have finished, else that of all."""
     by_row: dict[str, list[float]] = {}
     for result in results.values():
         by_row.setdefault(result["row"], []).append(result["wall_s"])
     overall = statistics.mean(result["wall_s"] for result in results.values())
-    unfinished = [plan for plan in plans if plan.name not in results]
-    return sum(statistics.mean(by_row.get(plan.row, [overall])) for plan in unfinished)
+    unfinished = [spec for spec in specs if spec.name not in results]
+    return sum(statistics.mean(by_row.get(spec.row, [overall])) for spec in unfinished)
 
 
 def outcome(result: dict) -> str:
@@ -302,17 +307,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Write the file, beside its name first."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def save_figure(figure, path: Path) -> None:
-    beside = path.with_suffix(".tmp.png")
-    figure.savefig(beside, dpi=120)
-    beside.replace(path)
+def save_figure(figure: Any, path: Path) -> None:
+    """Write matplotlib's figure as a picture."""
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=120)
 
 
 def parser(description: str, prefix: str, seeds: int) -> argparse.ArgumentParser:
@@ -352,27 +350,27 @@ def read_arguments(found: argparse.ArgumentParser, argv: list[str] | None = None
 
 def list_commands(runs: Runs) -> None:
     """Print what would run; a flag that follows from results in words."""
-    for plan in runs.plans:
-        done = "  (finished)" if plan.name in runs.results else ""
-        print(f"# {plan.label}, seed {plan.seed}{done}")
-        waits = plan.late and not runs.is_ready(plan)
-        print(shlex.join(runs.command(plan)) + (f"  # and {plan.late}" if waits else ""))
+    for spec in runs.specs:
+        done = "  (finished)" if spec.name in runs.results else ""
+        print(f"# {spec.label}, seed {spec.seed}{done}")
+        waits = spec.late and not runs.is_ready(spec)
+        print(shlex.join(runs.command(spec)) + (f"  # and {spec.late}" if waits else ""))
 
 
 def run_script(
     arguments: argparse.Namespace,
-    plans: Sequence[Plan],
+    specs: Sequence[RunSpec],
     write_tables: Callable[[Runs, argparse.Namespace], Path],
     draw: Callable[[Runs, argparse.Namespace], None],
-    runner: Callable[[list[str], Path], int] | None,
+    runner: Runner | None,
 ) -> int:
-    """List or make the plans, write the tables after each and draw at the end; returns the exit code.
+    """List or make the specs, write the tables after each and draw at the end; returns the exit code.
 
     write_tables returns the file to show. After a failure or an interruption the same command goes on.
     """
     processes = Processes()
     try:
-        made = Runs(arguments.output, plans, runner or processes, processes.end)
+        made = Runs(arguments.output, specs, runner or processes, processes.end)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -385,13 +383,10 @@ def run_script(
     try:
         made.run_all(lambda: write_tables(made, arguments), arguments.jobs)
     except RunFailed as error:
-        print(f"{error}\nA run failed. The same command goes on from here.", file=sys.stderr)
+        print(f"{error}\nA run failed. The same command continues from here.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted. The same command goes on from here; as does the run under way from its last checkpoint.",
-            file=sys.stderr,
-        )
+        print("\nInterrupted. The same command continues, the run under way from its checkpoint.", file=sys.stderr)
         return 130
     table = write_tables(made, arguments)
     draw(made, arguments)
@@ -399,6 +394,6 @@ def run_script(
     return 0
 
 
-def _end(number: int, _frame) -> None:
+def _end(number: int, _frame: FrameType | None) -> None:
     """As an exception, which ends the run under way too."""
     sys.exit(128 + number)

@@ -9,17 +9,19 @@ ends, to the bit as if they had run from step 1, and its seconds until then coun
 results.json and sweep.png. Interrupted or failed, the same command goes on where it was.
 """
 
+import argparse
 import functools
-import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from grades.files import write_json, write_text
 from grades.policy import grace_steps
 from scripts import runs
-from scripts.runs import Plan, Runs, cell, compare
+from scripts.runs import Runs, RunSpec, cell, compare
 from training.checkpoint_folder import step_folders, step_of
 
 CHECKPOINTS = 20  # of Full
@@ -33,7 +35,7 @@ PANELS = {
 }
 
 
-def parse(argv: list[str] | None = None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = runs.parser(__doc__.splitlines()[0], prefix="sweep", seeds=1)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], help="grace periods")
     parser.add_argument(
@@ -52,16 +54,16 @@ def grid_row(alpha: float, factor: float) -> str:
     return f"alpha{alpha:g}_tau{factor:g}"
 
 
-def make_plans(arguments) -> list[Plan]:
+def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     """Seed by seed: Full, then the grid."""
-    grades, plans = arguments.recipe.grades, []
+    grades, specs = arguments.recipe.grades, []
     interval = max(1, arguments.recipe.train.max_training_steps // CHECKPOINTS)
     for seed in range(arguments.seeds):
         flags = (*arguments.extra, "--seed", str(seed), "--enable_grades", *shlex.split(arguments.grades_flags))
         whole = f"--freeze_vision false --freeze_language false --checkpoint_interval {interval} "
         whole += f"--keep_checkpoints {2 * CHECKPOINTS}"
-        full = Plan("full", "Full", seed, (*flags, *whole.split()))
-        plans.append(full)
+        full = RunSpec("full", "Full", seed, (*flags, *whole.split()))
+        specs.append(full)
         for alpha in arguments.alphas:
             for factor in arguments.taus:
                 words = f"--alpha {alpha:g} --vision_tau {factor * grades.vision_tau:g} "
@@ -69,18 +71,18 @@ def make_plans(arguments) -> list[Plan]:
                 label = f"alpha {alpha:g}, taus x {factor:g}"
                 options: dict = {"needs": (full.name,), "base": full.name, "late": "--resume of Full's checkpoint"}
                 options["late_flags"] = functools.partial(branch_flags, full, alpha)
-                plans.append(Plan(grid_row(alpha, factor), label, seed, (*flags, *words.split()), **options))
-    return plans
+                specs.append(RunSpec(grid_row(alpha, factor), label, seed, (*flags, *words.split()), **options))
+    return specs
 
 
-def branch_flags(full: Plan, alpha: float, made: Runs) -> list[str]:
+def branch_flags(full: RunSpec, alpha: float, made: Runs) -> list[str]:
     """Go on from Full's last checkpoint in the grace period; from the start where there is none."""
     last = grace_steps(alpha, made.settings[full.name].train.max_training_steps)
     before = [folder for folder in step_folders(made.folder(full.name)) if step_of(folder) <= last]
     return ["--resume", str(before[0]), "--resume_override"] if before else []
 
 
-def grid(made: Runs, arguments) -> dict[tuple[float, float], list[dict]]:
+def grid(made: Runs, arguments: argparse.Namespace) -> dict[tuple[float, float], list[dict]]:
     """compare() of the finished runs at each point of the grid."""
     found = {}
     for alpha in arguments.alphas:
@@ -104,8 +106,8 @@ def reference(made: Runs, name: str) -> str:
     return cell([compare(summary, summary)[name] for summary in full], pattern, scale)
 
 
-def as_markdown(found: dict, made: Runs, arguments) -> str:
-    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.plans)} runs\n"
+def as_markdown(found: dict, made: Runs, arguments: argparse.Namespace) -> str:
+    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.specs)} runs\n"
     for name, title in titles(made).items():
         _, pattern, scale = PANELS[name]
         text += f"\n{title[0].upper() + title[1:]}; Full: {reference(made, name)}\n\n"
@@ -118,7 +120,7 @@ def as_markdown(found: dict, made: Runs, arguments) -> str:
     return text
 
 
-def picture(found: dict, made: Runs, arguments):
+def picture(found: dict, made: Runs, arguments: argparse.Namespace) -> Any:
     """A heat map for each of PANELS, of the means over the seeds."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -147,7 +149,7 @@ def picture(found: dict, made: Runs, arguments):
     return figure
 
 
-def write_tables(made: Runs, arguments) -> Path:
+def write_tables(made: Runs, arguments: argparse.Namespace) -> Path:
     """sweep.md and results.json of the runs that have finished; returns the first."""
     found = grid(made, arguments)
     points = [
@@ -161,19 +163,19 @@ def write_tables(made: Runs, arguments) -> Path:
     ]
     summaries = {name: result["summary"] for name, result in made.results.items()}
     results = {"config": str(arguments.config), "points": points, "summaries": summaries}
-    runs.write(made.output / "results.json", json.dumps(results, indent=2))
-    runs.write(made.output / "sweep.md", as_markdown(found, made, arguments))
+    write_json(made.output / "results.json", results)
+    write_text(made.output / "sweep.md", as_markdown(found, made, arguments))
     return made.output / "sweep.md"
 
 
-def draw(made: Runs, arguments) -> None:
+def draw(made: Runs, arguments: argparse.Namespace) -> None:
     """sweep.png."""
     runs.save_figure(picture(grid(made, arguments), made, arguments), made.output / "sweep.png")
 
 
-def main(argv: list[str] | None = None, runner=None) -> int:
+def main(argv: list[str] | None = None, runner: runs.Runner | None = None) -> int:
     arguments = parse(argv)
-    return runs.run_script(arguments, make_plans(arguments), write_tables, draw, runner)
+    return runs.run_script(arguments, make_specs(arguments), write_tables, draw, runner)
 
 
 if __name__ == "__main__":

@@ -227,11 +227,11 @@ def test_what_was_not_measured_is_a_dash_and_validation_stands_in_for_a_test():
 
 
 def test_the_remaining_time_comes_from_the_same_row_where_there_is_one():
-    plans = [runs.Plan(row, row, seed, ()) for seed in (0, 1) for row in ("full", "lora")]
+    specs = [runs.RunSpec(row, row, seed, ()) for seed in (0, 1) for row in ("full", "lora")]
     results = {"full_seed0": {"row": "full", "wall_s": 100.0}}
-    assert runs.remaining_s(plans, results) == 300
+    assert runs.remaining_s(specs, results) == 300
     results["lora_seed0"] = {"row": "lora", "wall_s": 40.0}
-    assert runs.remaining_s(plans, results) == 140
+    assert runs.remaining_s(specs, results) == 140
     assert runs.clock(3725) == "1:02:05"
 
 
@@ -241,7 +241,7 @@ def test_a_run_does_not_outlive_the_script(tmp_path):
     script += "signal.signal(signal.SIGTERM, runs._end); "
     script += "processes = runs.Processes(); "
     script += f"runner = lambda command, log: processes([sys.executable, '-c', {child!r}], log); "
-    script += f"plans = [runs.Plan('row', 'row', 0, ())]; made = runs.Runs(Path({str(tmp_path)!r}), plans, runner, "
+    script += f"specs = [runs.RunSpec('row', 'row', 0, ())]; made = runs.Runs(Path({str(tmp_path)!r}), specs, runner, "
     script += "processes.end); made.run_all(lambda: None)"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     for _ in range(600):
@@ -266,8 +266,8 @@ def test_jobs_run_at_once_and_wait_for_what_they_need(tmp_path):
         (tmp_path / "runs" / name / "summary.json").write_text(json.dumps(summary))
         return 0
 
-    plans = [runs.Plan("a", "a", 0, ()), runs.Plan("c", "c", 0, (), ("a_seed0",)), runs.Plan("b", "b", 0, ())]
-    made = runs.Runs(tmp_path, plans, runner)
+    specs = [runs.RunSpec("a", "a", 0, ()), runs.RunSpec("c", "c", 0, (), ("a_seed0",)), runs.RunSpec("b", "b", 0, ())]
+    made = runs.Runs(tmp_path, specs, runner)
     made.run_all(lambda: None, jobs=2)
     assert set(made.results) == {"a_seed0", "b_seed0", "c_seed0"}
 

@@ -109,9 +109,7 @@ def write_report(
     """Write pictures and summary.json, and say what they hold. test: None where nothing was tested."""
     pictures = draw_pictures(monitor, folder) if monitor is not None else []
     baseline = None
-    if (
-        test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME
-    ):
+    if test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME:
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
     summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter)
     write_json(folder / "summary.json", summary)
