@@ -195,6 +195,7 @@ def test_a_state_ends_with_nothing_frozen(bench):
     assert left[4] == 1
 
 
+@pytest.mark.slow
 def test_peaks_come_from_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(bench_freeze, "STATES", bench_freeze.STATES[-1:])
     (peak,) = bench_freeze.peaks_gib(*parse(parser(""), flags()))

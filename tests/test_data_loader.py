@@ -230,6 +230,7 @@ def test_another_batch_size_continues_after_the_same_rows(packing):
         assert names(begun[worker::2]) + names(rest[worker::2]) == names(whole[worker::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_continue_after_any_of_them(workers):
     """Of more rows than a batch holds and of fewer, and of a stream; batches of dropped rows count as well."""

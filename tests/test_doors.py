@@ -64,6 +64,7 @@ def test_nobody_imports_train():
             assert "train" not in imported(ast.parse(path.read_text())), path
 
 
+@pytest.mark.slow
 def test_grades_needs_torch_alone():
     """Every module but the callbacks, which have to be of transformers' classes."""
     modules = [f"grades.{path.stem}" for path in (ROOT / "grades").glob("*.py") if path.stem != "callback"]

@@ -10,7 +10,11 @@ from training.early_stopping import EarlyStopping, validation_interval
 def stops_at(losses, delta=0.1, patience=3) -> int | None:
     """Index of the validation that stops, None without one."""
     early = EarlyStopping(delta, patience)
-    return next((i for i, loss in enumerate(losses) if early.update(loss)), None)
+    for i, loss in enumerate(losses):
+        early.update(loss)
+        if early.is_over:
+            return i
+    return None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,11 @@ def test_a_restored_one_stops_where_the_first_would_have():
         first.update(loss)
     second = EarlyStopping(0.1, 3)
     second.load_state_dict(first.state_dict())
-    assert [second.update(loss) for loss in losses[3:]] == [False, True]
+    over = []
+    for loss in losses[3:]:
+        second.update(loss)
+        over.append(second.is_over)
+    assert over == [False, True]
 
 
 def test_the_interval_is_exact():

@@ -116,6 +116,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(start, out, number):
     assert_same(out / "run", out / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_twenty_times_comes_to_the_same_end(start, out):
     """At random moments of its start-up, steps, evaluations and savings, of which there is one after each step."""
     flags = {"max_training_steps": 80, "checkpoint_interval": 1, "eval_interval": 8}

@@ -140,6 +140,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert ours[key] == theirs[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -152,6 +153,7 @@ def test_two_processes_train_and_freeze_as_one_with_twice_the_batch(two, ours, t
     assert_same_run(two / ours, two / theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_images_on_no_rank_or_on_one_alone_leave_nobody_waiting(two, kind):
     """And the weights that see images stay as they are, to weight decay, in a step without any."""
@@ -161,10 +163,12 @@ def test_images_on_no_rank_or_on_one_alone_leave_nobody_waiting(two, kind):
     assert lines(two / f"sparse_{kind}", "train/loss") == pytest.approx(lines(two / "sparse", "train/loss"), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_probed_and_wake(two):
     assert any(event.get("unfrozen") for event in history(two / "fsdp_woken")["events"])
 
 
+@pytest.mark.slow
 def test_metrics_come_from_the_shards_of_all_ranks(two):
     for ours, theirs, tolerance in (("fsdp", "one", 1e-3), ("fsdp_sampled", "one_norm", 0.5)):
         a, b = (history(two / name)["checks"][:3] for name in (ours, theirs))
@@ -173,6 +177,7 @@ def test_metrics_come_from_the_shards_of_all_ranks(two):
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_processes_go_on_exactly_where_they_were(two, kind):
     whole, resumed = weights(two / kind), weights(two / f"{kind}_resumed")
@@ -180,6 +185,7 @@ def test_processes_go_on_exactly_where_they_were(two, kind):
     assert freezes(two / kind) == freezes(two / f"{kind}_resumed")
 
 
+@pytest.mark.slow
 def test_each_process_writes_its_part_of_the_optimizer(two, tmp_path):
     """Some half of each tensor; together they are what a single process has."""
     folder = step_4(two / "fsdp")
@@ -207,6 +213,7 @@ def test_each_process_writes_its_part_of_the_optimizer(two, tmp_path):
     assert len(tied & weights(two / "fsdp").keys()) == 1  # stored once
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_be_written_leaves_no_checkpoint(two):
     """Rank 1 has no room for its part of the optimizer at step 2, nor of what the metric keeps at step 4."""
     log = (two / "full_disk" / "log.txt").read_text()
@@ -223,6 +230,7 @@ def goes_on(two: Path, name: str, whole: str, **flags) -> Path:
     return two / name
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_as_the_same_run(two):
     """Two processes where there was one, with shards where there were none; and one where there were two."""
     assert_same_run(goes_on(two, "ddp_on_one", "ddp", batch_size=4), two / "ddp")
@@ -248,6 +256,7 @@ def test_another_number_of_processes_goes_on_as_the_same_run(two):
         assert (a["train_tokens"], a["dropped"], a["steps"]) == (b["train_tokens"], b["dropped"], b["steps"])
 
 
+@pytest.mark.slow
 def test_another_global_batch_is_another_run(two, capsys):
     rows = two / "rows"
     assert train.main(parse_arguments(arguments(rows, "alone", resume=step_4(two / "fsdp"), parallel="fsdp"))) == 2
@@ -260,6 +269,7 @@ def test_another_global_batch_is_another_run(two, capsys):
     assert state["states"]["data"][0]["position"] == 2 * (4 * 2) + 2 * 2  # in half as large batches, two a step
 
 
+@pytest.mark.slow
 def test_three_processes_share_rows_that_do_not_divide_evenly(two, tmp_path):
     """Seven rows to train on, nine in a global batch: it goes on into the next epoch. And three processes go on with
     the shards of two."""
@@ -293,6 +303,7 @@ def start_long_run(tmp_path: Path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_one_killed_process_ends_the_others(tmp_path):
     process = start_long_run(tmp_path)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -304,6 +315,7 @@ def test_one_killed_process_ends_the_others(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_processes_with_everything_saved(tmp_path):
     process = start_long_run(tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -362,6 +374,7 @@ def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():
     assert empty["input_ids"].shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     from models.language_model import LanguageModelMLP
 

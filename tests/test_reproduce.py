@@ -336,6 +336,7 @@ def test_flops_that_freezing_would_save():
     assert 0 < language < vision < 0.6  # only the vision tower is spared whole, with its backward pass
 
 
+@pytest.mark.slow
 def test_metrics_are_compared_at_equal_flops(start):
     class Watched(Trainer):
         """Every run that freezes nothing has curves of which the towers cross a tau after half and three quarters."""

@@ -78,6 +78,7 @@ CASES = {
 ENDS = {"gradient_change": (2, 5, 10, 12)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case):
     flags, whole, parts = CASES[case], tmp_path / "out" / "whole", tmp_path / "out" / "parts"

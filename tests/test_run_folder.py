@@ -13,7 +13,7 @@ from tiny.runs import ROOT
 
 from training import run_folder
 from training.environment import commit, describe_environment, record_environment, without_private
-from training.resume import Start
+from training.resume import RunStart
 from training.run_folder import lock, new_run_folder
 
 # Holds the folder, and has a worker that outlives it.
@@ -71,7 +71,7 @@ def test_a_process_may_open_its_own_run_again(tmp_path):
 
 def test_a_run_that_failed_to_start_leaves_no_folder(tmp_path):
     folder = new_run_folder(str(tmp_path), "run", "recipe")
-    start = Start(folder, {}, True, lock(folder))
+    start = RunStart(folder, {}, True, lock(folder))
     start.give_up()
     assert start.lock._file.closed  # before: Windows removes no open file
     assert not folder.exists()
@@ -82,7 +82,7 @@ def test_a_file_system_without_locks_is_a_line_in_the_log(tmp_path, monkeypatch)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_folder, "lock_descriptor", refuse)
-    (note,) = Start(tmp_path, {}, False, lock(tmp_path)).notes
+    (note,) = RunStart(tmp_path, {}, False, lock(tmp_path)).notes
     assert "No locks available" in note
     done = subprocess.run([sys.executable, "-c", WITHOUT_FCNTL, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert str(tmp_path) in done.stdout, done.stderr

@@ -199,6 +199,7 @@ def test_data_of_which_nothing_can_be_used_is_an_error_that_says_why(start, data
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_everything_saved(data, tmp_path, number):
     flags = arguments(data, tmp_path, "run", max_training_steps=100_000, eval_interval=50_000, enable_grades=True)
@@ -223,6 +224,7 @@ def test_a_signal_ends_the_run_with_everything_saved(data, tmp_path, number):
     assert weights(folder)
 
 
+@pytest.mark.slow
 def test_generate_answers_from_a_run_folder(start, data):
     _, folder, _ = start(max_training_steps=2)
     command = [sys.executable, "generate.py", "--checkpoint", str(folder), "--image", str(data / "1.png")]
