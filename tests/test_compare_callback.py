@@ -12,11 +12,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import common
 
-from scripts import compare_callback
-from scripts.compare_callback import Watch, as_markdown, faults, longer_by, main
+
+@pytest.fixture(scope="module")
+def compare():
+    """scripts/compare_callback.py, which imports transformers' Trainer: seconds that collecting need not take."""
+    from scripts import compare_callback
+
+    return compare_callback
 
 
-def test_rows_are_made_once_and_compared(tmp_path, monkeypatch, capsys):
+def test_rows_are_made_once_and_compared(compare, tmp_path, monkeypatch, capsys):
     pairs = common.documented(60)
     monkeypatch.setattr(common, "documented", lambda limit: pairs[:limit])
     monkeypatch.setattr(common, "bundled_model", lambda: None)
@@ -24,7 +29,7 @@ def test_rows_are_made_once_and_compared(tmp_path, monkeypatch, capsys):
     flags = {"max_steps": 10, "batch_size": 2, "max_length": 16, "eval_rows": 2, "compute_interval": 2, "alpha": 0.4}
     rows = ["full", "full_grades", "full_never", "lora_grades"]
     given = ["--here", "--output", str(tmp_path), *(f"--{name}={value}" for name, value in flags.items())]
-    assert main([*given, "--rows", *rows]) == 0
+    assert compare.main([*given, "--rows", *rows]) == 0
 
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == rows
@@ -40,16 +45,16 @@ def test_rows_are_made_once_and_compared(tmp_path, monkeypatch, capsys):
     assert len(table.strip().splitlines()) == 2 + len(rows)
     assert table in capsys.readouterr().out
 
-    monkeypatch.setattr(compare_callback, "run_row", None)
-    assert main([*given, "--rows", *rows]) == 0
+    monkeypatch.setattr(compare, "run_row", None)
+    assert compare.main([*given, "--rows", *rows]) == 0
     with pytest.raises(ValueError, match="max_steps 10, now 11"):
-        main([*given, "--max_steps=11", "--rows", "full"])
+        compare.main([*given, "--max_steps=11", "--rows", "full"])
     with pytest.raises(SystemExit, match="--alpha 2"):
-        main([*given, "--alpha=2"])
+        compare.main([*given, "--alpha=2"])
 
 
-def test_a_frozen_weight_that_moves_is_a_fault_and_a_live_one_that_does_not():
-    model, watch = torch.nn.Linear(2, 2), Watch()
+def test_a_frozen_weight_that_moves_is_a_fault_and_a_live_one_that_does_not(compare):
+    model, watch = torch.nn.Linear(2, 2), compare.Watch()
     model.scale = torch.nn.Parameter(torch.ones(1))
     watch.on_train_begin(None, None, None, model=model)
     model.weight.requires_grad_(False)
@@ -61,14 +66,14 @@ def test_a_frozen_weight_that_moves_is_a_fault_and_a_live_one_that_does_not():
         model.weight[0, 0] += 1
     assert watch.faults(model) == ["weight moved, frozen at 3", "bias never moved"]
     results = {"full": {"faults": ["x"], "weights_sha256": "1"}, "full_never": {"faults": [], "weights_sha256": "2"}}
-    assert faults(results) == ["full: x", "full_never: other weights than full"]
+    assert compare.faults(results) == ["full: x", "full_never: other weights than full"]
 
 
-def test_what_a_check_costs_comes_from_neighbouring_steps():
+def test_what_a_check_costs_comes_from_neighbouring_steps(compare):
     steps_s = [9.0, 1.0, 1.1, 1.0, 2.0, 2.2, 2.0, 2.0]
-    assert longer_by(steps_s, {3, 6}) == pytest.approx(0.1)
-    assert longer_by(steps_s, set(range(1, 9))) is None
+    assert compare.longer_by(steps_s, {3, 6}) == pytest.approx(0.1)
+    assert compare.longer_by(steps_s, set(range(1, 9))) is None
     found = {"train_s": 2.0, "steps": 8, "train_loss": [3, 2], "held_out_loss": [3, 2.5]}
     found |= {"frozen_share": None, "measuring": None, "longer_by": None}
-    line = as_markdown({"lora": found}).splitlines()[-1]
+    line = compare.as_markdown({"lora": found}).splitlines()[-1]
     assert line == "| LoRA | 2 | 1.00 | 8 | – | 3.000 → 2.000 | 3.000 → 2.500 | – | – |"
