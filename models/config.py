@@ -44,7 +44,6 @@ class VLMConfig(Checked):
     vit_dropout: float = doc("dropout in the vision tower", 0.0, ge=0, lt=1)
     vit_n_blocks: int = doc("blocks of the vision tower", 12, gt=0)
     vit_ln_eps: float = doc("epsilon of its LayerNorms", 1e-6, gt=0)
-    vit_cls_flag: bool = doc("prepend a CLS token and return it alone", False)
     vit_model_type: str = doc(
         "pretrained vision tower: hub id, local folder, or scratch for random weights",
         "google/siglip2-base-patch16-512",
@@ -64,7 +63,6 @@ class VLMConfig(Checked):
     lm_n_blocks: int = doc("blocks of the language model", 32, gt=0)
     lm_attn_scaling: float = doc("factor on the rotary embedding's cos and sin", 1.0)
     lm_max_length: int = doc("tokens of the longest sequence", 4096, gt=0)
-    lm_use_tokens: bool = doc("the language model alone takes token ids and returns logits, not embeddings", False)
     lm_tie_weights: bool = doc("the head is the token embedding", True)
     lm_model_type: str = doc(
         "pretrained language model: hub id, local folder (scripts/convert_gguf.py makes one of a GGUF file), or "

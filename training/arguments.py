@@ -71,8 +71,7 @@ class Settings:
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
     """Every setting that is a flag, by name."""
-    found = {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config)}
-    return {name: field for name, field in found.items() if name not in RETIRED}
+    return {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config)}
 
 
 def field_types() -> dict[str, Any]:
