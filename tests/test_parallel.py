@@ -76,38 +76,62 @@ def step_4(folder: Path) -> Path:
     return folder / "checkpoints" / "step_00000004"
 
 
+class Runs:
+    """A folder of runs, each made when it is first asked for; those of two processes with all of their kind."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.made = folder, {"rows"}
+        self.rows = write_rows(folder / "rows", 40)
+        self.sparse = write_rows(folder / "sparse_rows", 40, text=lambda i: i % 4 != 0)
+
+    def __truediv__(self, name: str) -> Path:
+        if name not in self.made and name in ALONE:
+            self.made.add(name)
+            assert train.main(parse_arguments(arguments(self.rows, name, batch_size=4, **ALONE[name]))) == 0
+        elif name == "sparse" not in self.made:
+            self.made.add(name)
+            assert train.main(parse_arguments(arguments(self.sparse, name, **SPARSE | {"batch_size": 2}))) == 0
+        for kind, runs in TOGETHER.items():
+            if kind not in self.made and name in (kind, f"{kind}_resumed", *runs):
+                self.made.add(kind)
+                self._make(kind)
+        return self.folder / name
+
+    def _make(self, kind: str) -> None:
+        """The runs of two processes, ddp or fsdp."""
+        runs = [arguments(self.rows, kind, parallel=kind)]
+        runs.append(arguments(self.rows, f"{kind}_resumed", parallel=kind, resume=step_4(self.folder / kind)))
+        for name, flags in TOGETHER[kind].items():
+            rows = self.sparse if name.startswith("sparse") else self.rows
+            if "resume" in flags:
+                flags = flags | {"resume": step_4(self / flags["resume"])}
+            runs.append(arguments(rows, name, parallel=kind, **flags))
+        run_together(2, runs, self.folder)
+
+
+# One process with the batch of two.
+ALONE = {
+    "one": {}, "one_matrices": {"freeze_prefix": False}, "one_norm": {"metric": "gradient_norm"},
+    "one_lora": {"lora_rank": 2}, "one_woken": WOKEN, "one_change": CHANGE,
+}  # fmt: skip
+TOGETHER = {
+    "ddp": {
+        "ddp_rounds": {"freeze_rounds": 2, "freeze_prefix": False, "compile": True}, "sparse_ddp": SPARSE,
+        "ddp_lora": {"lora_rank": 2}, "ddp_change": CHANGE,
+    },
+    "fsdp": {
+        "fsdp_compiled": {"compile": True}, "sparse_fsdp": SPARSE,
+        "one_on_two": {"resume": "one", "resume_override": True}, "six": {"batch_size": 3} | THRICE,
+        "fsdp_sampled": {"metric": "gradient_norm", "monitor_sample": 2},
+        "fsdp_lora": {"lora_rank": 2, "activation_checkpointing": True, "loss_chunk_size": 5}, "fsdp_woken": WOKEN,
+        "full_disk": {},
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """The folder of the runs of two processes, and of one process with twice the batch."""
-    rows = write_rows(tmp_path_factory.mktemp("two") / "rows", 40)
-    for name, flags in (
-        ("one", {}), ("one_matrices", {"freeze_prefix": False}), ("one_norm", {"metric": "gradient_norm"}),
-        ("one_lora", {"lora_rank": 2}), ("one_woken", WOKEN), ("one_change", CHANGE),
-    ):  # fmt: skip
-        assert train.main(parse_arguments(arguments(rows, name, batch_size=4, **flags))) == 0
-    sparse = write_rows(rows.parent / "sparse_rows", 40, text=lambda i: i % 4 != 0)
-    assert train.main(parse_arguments(arguments(sparse, "sparse", **SPARSE | {"batch_size": 2}))) == 0
-    runs = [
-        arguments(rows, "ddp_rounds", freeze_rounds=2, freeze_prefix=False, compile=True),
-        arguments(rows, "fsdp_compiled", parallel="fsdp", compile=True),
-    ]
-    for kind in ("ddp", "fsdp"):
-        runs.append(arguments(rows, kind, parallel=kind))
-        runs.append(arguments(sparse, f"sparse_{kind}", parallel=kind, **SPARSE))
-        runs.append(arguments(rows, f"{kind}_resumed", parallel=kind, resume=step_4(rows.parent / kind)))
-    flags = {"parallel": "fsdp", "resume": step_4(rows.parent / "one"), "resume_override": True}  # ddp before
-    runs.append(arguments(rows, "one_on_two", **flags))
-    runs.append(arguments(rows, "six", parallel="fsdp", batch_size=3, **THRICE))
-    runs.append(arguments(rows, "fsdp_sampled", parallel="fsdp", metric="gradient_norm", monitor_sample=2))
-    runs.append(
-        arguments(rows, "fsdp_lora", parallel="fsdp", lora_rank=2, activation_checkpointing=True, loss_chunk_size=5)
-    )
-    runs.append(arguments(rows, "ddp_lora", lora_rank=2))
-    runs.append(arguments(rows, "ddp_change", **CHANGE))
-    runs.append(arguments(rows, "fsdp_woken", parallel="fsdp", **WOKEN))
-    runs.append(arguments(rows, "full_disk", parallel="fsdp"))
-    run_together(2, runs, rows.parent)
-    return rows.parent
+def two(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("two"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -224,7 +248,7 @@ def test_a_part_that_cannot_be_written_leaves_no_checkpoint(two):
     assert names - {"best", "last"} == {"step_00000006", "step_00000007"}  # where all was frozen
 
 
-def goes_on(two: Path, name: str, whole: str, **flags) -> Path:
+def goes_on(two: Runs, name: str, whole: str, **flags) -> Path:
     """A run of one process from step 4 of another."""
     assert train.main(parse_arguments(arguments(two / "rows", name, resume=step_4(two / whole), **flags))) == 0
     return two / name
