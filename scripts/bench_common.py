@@ -105,8 +105,8 @@ class Bench:
 def random_batch(arguments: argparse.Namespace, settings: Settings, device: torch.device) -> dict:
     """Rows of random ids that begin with their images; the last positions carry the labels.
 
-    With turns_per_image so many rows share their images, as in training. Several documents
-    are samples that do not see each other.
+    With turns_per_image that many rows share their images, as in training. With --documents a row holds several
+    samples that do not see each other.
     """
     vlm, turns = settings.vlm, settings.train.turns_per_image or 1
     image_tokens = arguments.images_per_row * vlm.mp_image_token_length

@@ -107,7 +107,7 @@ def costs(arguments: argparse.Namespace, settings: Settings) -> list[str]:
 
 
 def on_easy_vqa(settings: Settings, steps: int) -> Settings:
-    """The recipe on easy-VQA's rows and words for so many steps; the towers keep their shapes."""
+    """The recipe on easy-VQA's rows and words for that number of steps; the towers keep their shapes."""
     vlm = dataclasses.replace(
         settings.vlm, lm_tokenizer=easy_vqa.NAME, lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_vocab_size=None
     )

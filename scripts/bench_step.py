@@ -77,7 +77,7 @@ def step_seconds(bench: Bench, arguments: argparse.Namespace) -> float:
 
 
 def switched(arguments: argparse.Namespace, settings: Settings, length: int, changes: dict) -> Bench:
-    """The benchmark of rows of so many tokens, with these switches on and the others off."""
+    """The benchmark of rows of that number of tokens, with these switches on and the others off."""
     train = dataclasses.replace(settings.train, **OFF | changes)
     rows = {"sequence_length": length, "documents": DOCUMENTS if train.packing else 1}
     return Bench(argparse.Namespace(**vars(arguments) | rows), dataclasses.replace(settings, train=train))

@@ -5,7 +5,7 @@
 A run that freezes nothing gives each metric's curves, and from these follow the taus with which it would have saved
 --saved of the FLOPs, both towers sparing the same share of their weight updates. With these taus each metric then
 trains the other seeds. References: Full, and matrices drawn at random that freeze at the steps of two of the metrics.
-Writes metrics.md, results.json and metrics.png. Interrupted or failed, the same command goes on where it was.
+Writes metrics.md, results.json and metrics.png. After an interruption or a failure the same command continues.
 """
 
 import argparse

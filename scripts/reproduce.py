@@ -5,8 +5,8 @@
 
 Two controls say what the choice of the frozen matrices is worth: a full run planned so short that it takes the time of
 Full + GradES, and one that freezes as many matrices at the same steps, drawn at random. The runs go seed by seed, so
-that a machine that changes its speed hits all rows. Writes table.md, results.json and table.png. Interrupted or failed,
-the same command goes on where it was.
+that a machine that changes its speed hits all rows. Writes table.md, results.json and table.png. After an interruption
+or a failure the same command continues.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROWS = {
 NEEDS = {"shortened": ("full", "full_grades"), "random": ("full_grades",)}
 BASE = "lora_base"  # the pretrained model that LoRA starts from, where the recipe has none
 
-# What the rows add to the recipe; --es_flags, --grades_flags, --lora_flags and --lora_grades_flags go over it.
+# What the rows add to the recipe; --es_flags, --grades_flags, --lora_flags and --lora_grades_flags override it.
 ES_FLAGS = "--early_stopping"
 GRADES_FLAGS = "--enable_grades"
 # The paper's Eq. 3. The recipe's taus are in another metric's unit, so the grace period finds them.

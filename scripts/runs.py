@@ -1,7 +1,7 @@
-"""Runs of train.py one after the other, with results that outlive an interruption; and what tables say of them.
+"""Runs of train.py one after the other, with results that survive an interruption, and the tables made of them.
 
-Shared by reproduce.py and sweep.py. Below the output folder: runs/NAME, a run's folder, with run.json once it has
-finished; logs/NAME.txt, what it printed.
+Shared by reproduce.py, sweep.py and compare_metrics.py. In the output folder: runs/NAME, the folder of a run, with
+run.json once it has finished; logs/NAME.txt, what it printed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run that is to be made."""
+    """One run to be made."""
 
     row: str  # of the table
     label: str
@@ -73,18 +73,14 @@ class Processes:
 
 
 class Runs:
-    """The planned runs in their order, and the results of those that have finished."""
+    """The runs to be made, in order, and the results of those that have finished."""
 
     def __init__(
-        self,
-        output: Path,
-        specs: Sequence[RunSpec],
-        runner: Runner,
-        abort: Callable[[], None] = lambda: None,
+        self, output: Path, specs: Sequence[RunSpec], runner: Runner, abort: Callable[[], None] = lambda: None
     ):
         """runner: runs a command into a log, returns its exit code. abort: ends what is under way.
 
-        Reads what an earlier call has finished. Raises ValueError where that was made with other settings. A flag that
+        Reads what an earlier call has finished. Raises ValueError where that was run with other settings. A flag that
         train.py does not take ends the program, before any run.
         """
         self.output, self.specs, self.runner, self.abort = output, list(specs), runner, abort
@@ -96,9 +92,9 @@ class Runs:
                 result = json.loads(stored.read_text(encoding="utf-8"))
                 require_same_settings(stored, result["settings"], comparable(self.settings[spec.name]))
                 self.results[spec.name] = result
-        for spec in specs:  # a base is made again where its checkpoint is gone and still needed
-            if not self._has_checkpoint(spec.name) and any(other.base == spec.name for other in self.unfinished()):
-                self.results.pop(spec.name, None)
+        for base in {spec.base for spec in self.unfinished() if spec.base}:  # runs again where its checkpoint is gone
+            if not (self.folder(base) / "checkpoints").is_dir():
+                self.results.pop(base, None)
 
     def folder(self, name: str) -> Path:
         return self.output / "runs" / name
@@ -114,7 +110,7 @@ class Runs:
         """The command of a run; where what it needs has not finished, without the flags that follow from that."""
         late = spec.late_flags(self) if self.is_ready(spec) else []
         place = ["--output_dir", str(self.output / "runs"), "--run_name", spec.name]
-        # One that was killed goes on; one that branches off another's checkpoint begins anew.
+        # An interrupted run continues; one that branches off another run's checkpoint starts again.
         resume = [] if "--resume" in late else ["--resume", "auto"]
         return [sys.executable, str(ROOT / "train.py"), *spec.flags, *late, *place, *resume]
 
@@ -133,19 +129,18 @@ class Runs:
 
     def _run_in(self, pool: ThreadPoolExecutor, jobs: int, after_each: Callable[[], object], started: float) -> None:
         waiting: list[RunSpec] = self.unfinished()
-        running: dict[Future[None], RunSpec] = {}
+        running: dict[Future[dict], RunSpec] = {}
         while waiting or running:
             for spec in [spec for spec in waiting if self.is_ready(spec)][: jobs - len(running)]:
                 waiting.remove(spec)
                 number = self.specs.index(spec) + 1
                 log = self.output / "logs" / f"{spec.name}.txt"
-                print(
-                    f"[{number}/{len(self.specs)}] {spec.label}, seed {spec.seed} ... (progress in {log})", flush=True
-                )
+                position = f"[{number}/{len(self.specs)}] {spec.label}, seed {spec.seed}"
+                print(f"{position} ... (progress in {log})", flush=True)
                 running[pool.submit(self.run, spec)] = spec
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 spec = running.pop(future)
-                future.result()
+                self.results[spec.name] = future.result()  # by this thread only, which also iterates over them
                 self._remove_checkpoints()
                 after_each()
                 left = remaining_s(self.specs, self.results) / jobs
@@ -155,12 +150,11 @@ class Runs:
     def is_ready(self, spec: RunSpec) -> bool:
         return all(name in self.results for name in spec.needs)
 
-    def run(self, spec: RunSpec) -> None:
-        """Make one run and keep its result."""
+    def run(self, spec: RunSpec) -> dict:
+        """Make one run; returns its result, which is in its run.json too. Raises RunFailed."""
         folder = self.folder(spec.name)
         command, log = self.command(spec), self.output / "logs" / f"{spec.name}.txt"
-        # A finished one is made anew where its checkpoint is missed.
-        if command[-1] != "auto" or (folder / "run.json").is_file():
+        if command[-1] != "auto" or (folder / "run.json").is_file():  # finished, but its checkpoint is needed
             shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         code = self.runner(command, log)
@@ -176,10 +170,7 @@ class Runs:
             "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         }
         write_json(folder / "run.json", result)
-        self.results[spec.name] = result
-
-    def _has_checkpoint(self, name: str) -> bool:
-        return (self.folder(name) / "checkpoints").is_dir()
+        return result
 
     def _remove_checkpoints(self) -> None:
         """Of all finished runs but those that an unfinished one starts from."""
@@ -366,7 +357,7 @@ def run_script(
 ) -> int:
     """List or make the specs, write the tables after each and draw at the end; returns the exit code.
 
-    write_tables returns the file to show. After a failure or an interruption the same command goes on.
+    write_tables returns the file to show. After a failure or an interruption the same command continues.
     """
     processes = Processes()
     try:

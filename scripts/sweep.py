@@ -4,9 +4,9 @@
     python scripts/sweep.py --config configs/quickstart.yaml --alphas 0.3 0.5 --taus 0.5 1 2 --seeds 2 -- --cache_rows
 
 A tau here is a factor on the recipe's vision_tau and language_tau. One full run a seed, in which nothing may freeze, is
-the reference and the common beginning: the runs of the grid go on from its last checkpoint before their grace period
+the reference and the common beginning: the runs of the grid resume from its last checkpoint before their grace period
 ends, to the bit as if they had run from step 1, and its seconds until then count as theirs. Writes sweep.md,
-results.json and sweep.png. Interrupted or failed, the same command goes on where it was.
+results.json and sweep.png. After an interruption or a failure the same command continues.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
 
 
 def branch_flags(full: RunSpec, alpha: float, made: Runs) -> list[str]:
-    """Go on from Full's last checkpoint in the grace period; from the start where there is none."""
+    """Resume from Full's last checkpoint in the grace period; from the start where there is none."""
     last = grace_steps(alpha, made.settings[full.name].train.max_training_steps)
     before = [folder for folder in step_folders(made.folder(full.name)) if step_of(folder) <= last]
     return ["--resume", str(before[0]), "--resume_override"] if before else []

@@ -9,7 +9,7 @@ import pytest
 from grades import find_components
 from grades.config import METRICS
 from scripts import bench_data, bench_freeze, bench_monitor, bench_step
-from scripts.bench_common import Bench, parse, parser, table, time_checks
+from scripts.bench_common import Bench, parse, parser, time_checks
 
 TINY = {
     "vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "vit_hidden_dim": 64, "vit_inter_dim": 128,
@@ -145,12 +145,11 @@ def test_sampling_errors_of_a_real_run(capsys):
     header, *rows = rows_of(capsys.readouterr().out)
     assert header[:2] == ["metric", "read"]
     assert [row[:2] for row in rows] == [[metric, read] for metric in METRICS for read in ("1 in 2", "1 in 64")]
-    for metric, _, checks, values, median, p95, largest in rows:
-        assert checks == "2"
-        assert int(values) == (22 if metric == "weight_change" else 44)  # that has nothing to compare with at first
-        median, p95, largest = (float(share.removesuffix("%")) for share in (median, p95, largest))
-        assert 0 <= median <= p95 <= largest < 50
-        assert largest > 0
+    assert {checks for _, _, checks, *_ in rows} == {"2"}
+    values = {metric: int(count) for metric, _, _, count, *_ in rows}
+    assert values["gradient_norm"] == 2 * values["weight_change"]  # that has nothing to compare with at first
+    for *_, median, p95, largest in rows:
+        assert 0 < float(largest.removesuffix("%")) >= float(p95.removesuffix("%")) >= float(median.removesuffix("%"))
 
 
 def test_relative_errors_are_of_what_both_measured():
@@ -205,10 +204,10 @@ def test_peaks_come_from_processes_of_their_own(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "given", "message"),
     [
-        (bench_step, ["--sequence_length=4"], "--sequence_length 4: must be more than the 4 image tokens"),
-        (bench_monitor, ["--samples", "0"], "--samples 0: must be >= 1"),
-        (bench_monitor, ["--real_run=19"], "--real_run 19: must be at least two checks"),
-        (bench_monitor, ["--real_run=40", "--samples", "1"], "--samples 1: must hold an N > 1"),
+        (bench_step, ["--sequence_length=4"], "--sequence_length 4:"),
+        (bench_monitor, ["--samples", "0"], "--samples 0:"),
+        (bench_monitor, ["--real_run=19"], "--real_run 19:"),
+        (bench_monitor, ["--real_run=40", "--samples", "1"], "--samples 1:"),
         (bench_freeze, ["--batch_sise=4"], "--batch_sise"),
     ],
 )
@@ -216,11 +215,3 @@ def test_impossible_flags_are_named(module, given, message, capsys):
     with pytest.raises(SystemExit):
         module.main(flags(*given))
     assert message in capsys.readouterr().err
-
-
-def test_tables_are_aligned():
-    assert table(["name", "a"], [["x", "10.5"], ["longer", "1"]]).splitlines() == [
-        "name       a",
-        "x       10.5",
-        "longer     1",
-    ]

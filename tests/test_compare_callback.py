@@ -31,7 +31,7 @@ def test_rows_are_made_once_and_compared(compare, tmp_path, monkeypatch, capsys)
     given = ["--here", "--output", str(tmp_path), *(f"--{name}={value}" for name, value in flags.items())]
     assert compare.main([*given, "--rows", *rows]) == 0
 
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results) == rows
     assert {row: results[row]["frozen_share"] for row in ("full", "full_never")} == {"full": None, "full_never": 0}
     assert results["full"]["weights_sha256"] == results["full_never"]["weights_sha256"]
@@ -41,7 +41,7 @@ def test_rows_are_made_once_and_compared(compare, tmp_path, monkeypatch, capsys)
     assert results["full_grades"]["weights_sha256"] != results["full"]["weights_sha256"]
     assert 0 < results["full_never"]["measuring"] < 1
     assert results["full_never"]["longer_by"] is not None
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert len(table.strip().splitlines()) == 2 + len(rows)
     assert table in capsys.readouterr().out
 

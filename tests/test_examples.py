@@ -38,7 +38,7 @@ def test_a_tiny_run_ends_with_a_record_and_pictures(example, tmp_path, capsys):
     assert written >= {"adapter_model.safetensors", "grades_history.json", "convergence.png", "freezing.png"}
     printed = capsys.readouterr().out
     assert "random weights" in printed
-    assert json.loads((tmp_path / "grades_history.json").read_text())["events"], "something froze"
+    assert json.loads((tmp_path / "grades_history.json").read_text(encoding="utf-8"))["events"], "something froze"
 
 
 def test_impossible_settings_end_before_anything_is_loaded(tmp_path):
