@@ -68,6 +68,19 @@ def test_a_run_leaves_everything_it_promises(start):
     assert "step 5: froze 4 of 4 vision matrices (4 frozen): tau 1e+09" in log
 
 
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
+    rows = (data / "rows.jsonl").read_text().splitlines()
+    (data / "rows.jsonl").write_text("\n".join(rows[i % len(rows)] for i in range(40)))
+    given = {"max_training_steps": 2, "gradient_accumulation_steps": 2, "num_workers": 0, "lora_rank": 0, "lora_vision": True,
+             "lm_max_length": 128, "max_sample_length": 128, "stream_dataset": False, "vit_n_heads": 1,
+             "vit_model_type": "scratch", "lm_model_type": "scratch", "vlm_load_backbone_weights": False,
+             "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
+    words = [word for word in arguments(data, tmp_path, "run", **given) if not word.startswith("--val_size")]
+    assert train.main(parse_arguments(["--config", str(recipe), *words])) == 0
+    assert json.loads((tmp_path / "out" / "run" / "summary.json").read_text())["val_loss"] > 0
+
+
 def test_a_run_never_overwrites_another(start, capsys):
     start()
     code, folder, _ = start()

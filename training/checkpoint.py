@@ -191,10 +191,11 @@ class Checkpointer:
         self.mark_best(state)
 
     def mark_best(self, state: LoopState) -> None:
-        """Let `best` lead to the checkpoint of this step, if it is there and the best so far."""
+        """Let `best` lead to the checkpoint of this step, if that was saved and is the best so far."""
         folder = step_folder(self.folder, state.step)
         if self.parallel.is_main and state.best_step == state.step and folder.is_dir():
             point(folder.with_name("best"), folder)
+            prune(self.folder, self.keep)  # the one that was the best until now
 
     def _write(self, folder: Path, model: VisionLanguageModel, content: dict, problem: str | None) -> None:
         """Write the checkpoint; then the link `last`, and the oldest go. problem: why the shards are not there."""

@@ -180,7 +180,8 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     lines = ["", f"{summary['steps']:,} steps, {summary['total_time_s']:.0f} s in all ({summary['stop_reason']})"]
     if summary["test_exact_match"] is not None:
         by_source = ", ".join(f"{k} {percent(v)}" for k, v in summary["test_exact_match_by_source"].items())
-        lines.append(f"test exact match      {percent(summary['test_exact_match'])} ({by_source})")
+        of_each = f" ({by_source})" if by_source else ""
+        lines.append(f"test exact match      {percent(summary['test_exact_match'])}{of_each}")
     if summary["test_cut_short"]:
         lines.append("test exact match      the test was cut short; a resumed run begins with it")
     if summary["question_only_exact_match"] is not None:
