@@ -15,8 +15,8 @@ from training.arguments import Settings, parse_arguments
 from training.preflight import check_paths
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack letters of a path
-    SETTINGS = check_paths(parse_arguments())  # before torch is imported, so that an error is told at once
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may hold letters that the console cannot print
+    SETTINGS = check_paths(parse_arguments())  # before torch is imported, so that errors show at once
 
 import contextlib
 
@@ -31,7 +31,7 @@ from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.build import build_model, dry_run
 from training.checkpoint import Checkpointer, MonitorState
-from training.evaluation import Evaluation
+from training.evaluation import EvaluationSchedule
 from training.flops import FlopCounter
 from training.logging import NoLog, RunLog
 from training.meter import Meter, NonFiniteLossError
@@ -61,14 +61,14 @@ def main(settings: Settings) -> int:
         return run(settings, start, parallel)
     except (ValueError, OSError, KeyboardInterrupt) as error:  # what a user can cause: a path, a flag, an absent hub
         if start is not None:
-            start.give_up()
+            start.remove_new_folder()
         interrupted = isinstance(error, KeyboardInterrupt)
         print("train.py:", "interrupted before the first step" if interrupted else f"error: {error}", file=sys.stderr)
         return 130 if interrupted else 2
 
 
 def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
-    """Set up, train and report; returns the exit code. Raises ValueError or OSError before the first step only."""
+    """Set up, train, test and report; returns the exit code. Raises ValueError or OSError during the set-up only."""
     cfg = settings.train
     device = setup.pick_device()
     setup.prepare_backend(device)
@@ -77,10 +77,10 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     # The data, and the model on its device
     rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
                      skip_bad_subsets=cfg.skip_bad_subsets)  # fmt: skip
-    start.check_data(identify(rows), cfg)
+    start.check_same_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start)
-    data = load_data(rows, settings.vlm, cfg, None if "lm_tokenizer" in settings.given else checkpoint,
-                     parallel.rank, parallel.world_size)  # fmt: skip
+    tokenizer_folder = None if "lm_tokenizer" in settings.given else checkpoint  # the flag overrides the checkpoint's
+    data = load_data(rows, settings.vlm, cfg, tokenizer_folder, parallel.rank, parallel.world_size)
     model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
     autocast = setup.autocast(device, cfg.dtype)
     parallel.shard(model.to(device), bfloat16=isinstance(autocast, torch.autocast))
@@ -91,41 +91,48 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     monitor = None
     if cfg.enable_grades:
         monitor = GradESMonitor(
-            settings.grades, model, optimizer, cfg.max_training_steps, log.say, detail=log.detail,
-            rewrap=parallel.on_requires_grad_change, broadcast=parallel.same_on_all,
-        )  # fmt: skip
+            settings.grades,
+            model,
+            optimizer,
+            cfg.max_training_steps,
+            log.say,
+            detail=log.detail,
+            rewrap=parallel.on_requires_grad_change,  # DDP is wrapped again after a freeze
+            broadcast=parallel.same_on_all,  # all ranks freeze alike
+        )
     stop = StopSignal(log.say, parallel)
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
-    evaluator = Evaluator(model, data, cfg, device, autocast, stop.until)
-    evaluation = Evaluation(cfg, evaluator, monitor, parallel, stop, meter, log)
+    evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
+    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log)
     if not parallel.is_main:
-        setup.set_seed(cfg.seed + parallel.rank)  # dropout of its own
+        setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
     # Where an interrupted run was, from its checkpoint
     state = LoopState()
-    stateful = {"loop": state, "data": data, "meter": meter, "evaluation": evaluation, "log": log,
+    stateful = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "log": log,
                 "random": setup.RandomState(device, parallel.rank)}  # fmt: skip
     if monitor is not None:
+        # Where weights are sharded each rank saves what the metric holds of its own shards.
         stateful["grades"] = monitor if parallel.sharded is None else MonitorState(monitor)
     checkpoints = Checkpointer(
         start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say
     )
     checkpoints.load()
-    data.start()
+    data.start_reading()
     if cfg.compile:
         setup.compile_blocks(model)
     if parallel.is_main:
         open_report(settings, start, model, data, monitor, autocast, log, state)
 
-    with stop, checkpoints.saved_on_error(state, log):  # from here on nothing that was trained is lost
+    with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
         try:
-            stop_reason = train(cfg, state, data, model, optimizer, monitor, meter, evaluation, checkpoints, log, stop,
+            stop_reason = train(cfg, state, data, model, optimizer, monitor, meter, evaluations, checkpoints, log, stop,
                                 parallel, device, autocast)  # fmt: skip
         except NonFiniteLossError as error:
             log.say(f"stopped: {error}; {checkpoints.last_saved()}")
             stop_reason = "non_finite_loss"
-        return report(
-            stop_reason, cfg, state, data, model, monitor, meter, evaluation, checkpoints, log, stop, parallel
+        return test_and_report(
+            stop_reason, cfg, state, data, model, monitor, meter, evaluations, checkpoints, log, stop, parallel
         )
 
 
@@ -137,7 +144,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     monitor: GradESMonitor | None,
     meter: Meter,
-    evaluation: Evaluation,
+    evaluations: EvaluationSchedule,
     checkpoints: Checkpointer,
     log: RunLog,
     stop: StopSignal,
@@ -150,32 +157,32 @@ def train(
     log.start_bar(state.step)
     meter.start(PROCESS_STARTED)
     while True:
-        # After a step was saved it is evaluated; here also begins a run that was interrupted in an evaluation.
-        if evaluation.due(state) and not stop.requested:
-            evaluation.run(state)
+        # A step is evaluated after it was saved (below), so that a run interrupted in an evaluation resumes here.
+        if evaluations.due(state) and not stop.requested:
+            evaluations.run(state)
             checkpoints.mark_best(state)
-        if stop.requested or evaluation.end_reason(state):
+        if stop.requested or evaluations.end_reason(state):  # max_training_steps, all frozen, early stopping
             break
 
         batches = [next(data) for _ in range(cfg.gradient_accumulation_steps)]
         set_learning_rate(optimizer, state.step + 1, cfg)
         loss = forward_backward(model, batches, device, autocast, parallel)
-        meter.add(state.step + 1, loss, batches)
+        meter.add(state.step + 1, loss, batches)  # read when it is logged; NaN ends the run then
         if monitor is not None:
-            monitor.after_backward(state.step + 1)
+            monitor.after_backward(state.step + 1)  # GradES reads gradients, before they are clipped
         meter.grad_norm = clip_gradients(model, cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        data.used(batches)
+        data.mark_used(batches)
         if monitor is not None:
-            monitor.after_step(state.step)
+            monitor.after_step(state.step)  # GradES measures, and freezes what has converged
         profiler.step()
-        stop.exchange()
+        stop.share()  # all ranks learn of a signal
 
-        if state.step % cfg.log_interval == 0 or evaluation.due(state):
+        if state.step % cfg.log_interval == 0 or evaluations.due(state):
             log_progress(log, state, meter, optimizer, monitor)
-        if evaluation.due(state) == "all" or (cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0):
+        if evaluations.is_full(state) or (cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0):
             with meter.clock("save"):
                 checkpoints.save(state)
     profiler.close()
@@ -183,10 +190,10 @@ def train(
     if checkpoints.saved_step != state.step:
         with meter.clock("save"):
             checkpoints.save(state)
-    return "interrupted" if stop.requested else str(evaluation.end_reason(state))
+    return "interrupted" if stop.requested else str(evaluations.end_reason(state))
 
 
-def report(
+def test_and_report(
     stop_reason: str,
     cfg: TrainConfig,
     state: LoopState,
@@ -194,7 +201,7 @@ def report(
     model: VisionLanguageModel,
     monitor: GradESMonitor | None,
     meter: Meter,
-    evaluation: Evaluation,
+    evaluations: EvaluationSchedule,
     checkpoints: Checkpointer,
     log: RunLog,
     stop: StopSignal,
@@ -202,15 +209,15 @@ def report(
 ) -> int:
     """Answer the test questions; write pictures and summary. Returns the exit code.
 
-    A signal that cuts the test short interrupts the run: the resumed one makes the test.
+    A signal during the test interrupts the run: once resumed it makes the test again.
     """
     scores = None
     if data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen", "early_stopping"):
-        scores = evaluation.test()
+        scores = evaluations.test()
         stop_reason = "interrupted" if stop.requested else stop_reason
-    meter.add_up_ranks()
-    data.add_up_ranks(parallel.gather)
-    failed = None if checkpoints.unsaved is None else f"the end of the run is not saved: {checkpoints.unsaved}"
+    meter.sum_over_ranks()
+    data.sum_over_ranks(parallel.gather)
+    failed = None if checkpoints.error is None else f"the end of the run is not saved: {checkpoints.error}"
     if parallel.is_main:
         try:
             write_report(cfg, checkpoints.folder, stop_reason, scores, state, data, model, monitor, meter, log)

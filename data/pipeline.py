@@ -50,7 +50,7 @@ class Data(Iterator[dict]):
     dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))
     position: int | dict = 0  # of the last batch that was used: see train_batches
 
-    def start(self) -> None:
+    def start_reading(self) -> None:
         """Begin to read at the position. Raises ValueError where no row can be used."""
         dataset = self.train_dataset
         collator = TrainCollator(self.tokenizer.pad_token_id, dataset.vlm_cfg)
@@ -63,13 +63,13 @@ class Data(Iterator[dict]):
     def __next__(self) -> dict:
         return next(self._batches)
 
-    def used(self, batches: list[dict]) -> None:
+    def mark_used(self, batches: list[dict]) -> None:
         """Count the batches of a step that is done; a run continues after them."""
         self.position = batches[-1]["position"]
         for batch in batches:
             self.dropped["train"].update(batch["dropped"])
 
-    def add_up_ranks(self, gather: Callable[[dict], list[dict]]) -> None:
+    def sum_over_ranks(self, gather: Callable[[dict], list[dict]]) -> None:
         """At the end of the run: let rank 0's counts be those of all ranks. gather: a value of each rank to rank 0."""
         for counts in gather(dict(self.dropped["train"]))[1:]:
             self.dropped["train"].update(counts)
@@ -86,7 +86,7 @@ class Data(Iterator[dict]):
         }
 
     def load_rank_states(self, states: list[dict]) -> None:
-        """Continue where a run was, of which these are the state_dicts of all ranks; to be called before `start`.
+        """Continue where a run was, of which these are the state_dicts of all ranks. Call it before start_reading.
 
         It may have had another number of ranks and another batch_size: then the batches of all ranks together continue
         where its own ended. Where the rows are shared out among the workers (see shares_rows) another number of ranks

@@ -120,7 +120,7 @@ def on_easy_vqa(settings: Settings, steps: int) -> Settings:
 def train_watched(bench: Bench, monitors: list[GradESMonitor]) -> None:
     """The run of the bench's recipe, with its schedule; every monitor watches every step."""
     data = load_data(load_rows(easy_vqa.NAME), bench.settings.vlm, bench.cfg, None)
-    data.start()
+    data.start_reading()
     for step in range(1, bench.cfg.max_training_steps + 1):
         bench.micro_batches = [next(data) for _ in bench.micro_batches]
         set_learning_rate(bench.optimizer, step, bench.cfg)

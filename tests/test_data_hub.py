@@ -351,7 +351,7 @@ def test_a_resumed_stream_is_the_same_and_reads_few_rows(hub, rows_read, monkeyp
         if states:
             loaded.load_rank_states(saved_and_loaded(states))
         rows_read()
-        loaded.start()
+        loaded.start_reading()
         return loaded
 
     runs = [begin(rank) for rank in range(ranks)]

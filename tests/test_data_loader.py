@@ -250,7 +250,7 @@ def ranks_of(rows, count: int, states: list[dict] | None = None, **changes) -> l
     for data in ranks:
         if states:
             data.load_rank_states(states)
-        data.start()
+        data.start_reading()
     return ranks
 
 

@@ -79,7 +79,7 @@ def test_a_process_may_open_its_own_run_again(tmp_path):
 def test_a_run_that_failed_to_start_leaves_no_folder(tmp_path):
     folder = new_run_folder(str(tmp_path), "run", "recipe")
     start = RunStart(folder, {}, True, lock(folder))
-    start.give_up()
+    start.remove_new_folder()
     assert start.lock._file.closed  # before: Windows removes no open file
     assert not folder.exists()
 

@@ -19,7 +19,7 @@ from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import parse_arguments
 from training.checkpoint_folder import CheckpointError, begin, damage, find_checkpoint, finishing, step_folder
-from training.evaluation import Evaluation
+from training.evaluation import EvaluationSchedule
 from training.schedule import lr_factor
 from training.setup import freeze_untrained, make_optimizer
 from training.step import forward_backward
@@ -72,10 +72,10 @@ def test_a_run_leaves_everything_it_promises(start):
 def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
     rows = (data / "rows.jsonl").read_text().splitlines()
     (data / "rows.jsonl").write_text("\n".join(rows[i % len(rows)] for i in range(40)))
-    given = {"max_training_steps": 2, "gradient_accumulation_steps": 2, "num_workers": 0, "lora_rank": 0, "lora_vision": True,
-             "lm_max_length": 128, "max_sample_length": 128, "stream_dataset": False, "vit_n_heads": 1,
-             "vit_model_type": "scratch", "lm_model_type": "scratch", "vlm_load_backbone_weights": False,
-             "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
+    given = {"max_training_steps": 2, "gradient_accumulation_steps": 2, "num_workers": 0, "lora_rank": 0,
+             "lora_vision": True, "lm_max_length": 128, "max_sample_length": 128, "stream_dataset": False,
+             "vit_n_heads": 1, "vit_model_type": "scratch", "lm_model_type": "scratch",
+             "vlm_load_backbone_weights": False, "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
     words = [word for word in arguments(data, tmp_path, "run", **given) if not word.startswith("--val_size")]
     assert train.main(parse_arguments(["--config", str(recipe), *words])) == 0
     assert json.loads((tmp_path / "out" / "run" / "summary.json").read_text())["val_loss"] > 0
@@ -136,8 +136,8 @@ def test_an_evaluation_changes_neither_weights_nor_random_numbers(start, monkeyp
         run(evaluation, state)
         found.append(same(everything(evaluation), before) and state.evaluated_step == state.step)
 
-    run, found = Evaluation.run, []
-    monkeypatch.setattr(Evaluation, "run", watched)
+    run, found = EvaluationSchedule.run, []
+    monkeypatch.setattr(EvaluationSchedule, "run", watched)
     assert start(num_workers=num_workers, lm_dropout=0.1, early_stopping=True, es_interval=0.25)[0] == 0
     assert found == [True] * 4
 

@@ -60,7 +60,7 @@ class Checkpointer:
     """Saves and loads; knows nothing of what is inside the states.
 
     A checkpoint is one of a step, with the links `last` to the newest and `best` to the one with the lowest validation
-    loss. Where the disk refuses, the run says so and continues: `unsaved` holds the reason until the next one is saved.
+    loss. Where the disk refuses, the run says so and continues: `error` holds the reason until the next one is saved.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Checkpointer:
         self.stateful, self.keep, self.parallel, self.say = stateful, keep, parallel, say
         self.folder = start.folder
         self.saved_step: int | None = None
-        self.unsaved: str | None = None
+        self.error: str | None = None
 
     @contextlib.contextmanager
     def saved_on_error(self, state: LoopState, log: RunLog) -> Iterator[None]:
@@ -212,9 +212,9 @@ class Checkpointer:
             if folder.name.startswith("step_"):
                 point(folder.with_name("last"), folder)
                 prune(self.folder, self.keep)
-            self.unsaved = None
+            self.error = None
         except (CheckpointError, OSError) as error:
-            self.unsaved = str(error)
+            self.error = str(error)
             self.say(f"NOT SAVED: {error}; earlier checkpoints are as they were, the next one is tried as usual")
 
     def _write_shards(self, folder: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Evaluations during a run and at its end."""
 
 import copy
-from typing import Literal, Protocol
+from typing import Protocol
 
 from grades import GradESMonitor
 from models.config import TrainConfig
@@ -23,7 +23,7 @@ class Evaluator(Protocol):
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
 
 
-class Evaluation:
+class EvaluationSchedule:
     """When the model is evaluated, and what follows from it. It changes neither weights nor random numbers.
 
     A signal may cut an evaluation short. Then it counts as not made: whoever resumes makes it again.
@@ -52,29 +52,30 @@ class Evaluation:
             return "early_stopping"
         return "max_training_steps" if state.step >= self.cfg.max_training_steps else None
 
-    def due(self, state: LoopState) -> Literal["all", "loss"] | None:
-        """What is to be evaluated after this step: "all", the "loss" alone for early stopping, or nothing (more)."""
-        if state.evaluated_step == state.step:
-            return None
-        if state.step % self.cfg.eval_interval == 0 or self.end_reason(state) is not None:
-            return "all"
-        return "loss" if self._stopping_is_due(state) else None
+    def due(self, state: LoopState) -> bool:
+        """Whether something is to be evaluated after this step that was not yet."""
+        return self.is_full(state) or (self._stopping_is_due(state) and state.evaluated_step != state.step)
+
+    def is_full(self, state: LoopState) -> bool:
+        """Whether that is loss and answers, before which a checkpoint is saved; else early stopping needs the loss."""
+        at_interval = state.step % self.cfg.eval_interval == 0
+        return state.evaluated_step != state.step and (at_interval or self.end_reason(state) is not None)
 
     def _stopping_is_due(self, state: LoopState) -> bool:
         return self.early_stopping is not None and state.step % self.loss_interval == 0
 
     def run(self, state: LoopState) -> None:
         """Make the evaluation that is due; record it in state and log, and let early stopping see its loss."""
-        whole, stopping, before_s = self.due(state) == "all", copy.copy(self.early_stopping), self.meter.seconds["eval"]
+        whole, stopping, before_s = self.is_full(state), copy.copy(self.early_stopping), self.meter.seconds["eval"]
         with self.meter.clock("eval"):
             val = {"val/loss": self.parallel.with_model(self.evaluator.loss)}
-            self.stop.exchange()
+            self.stop.share()
             if stopping is not None and self._stopping_is_due(state):
                 stopping.update(val["val/loss"])
                 whole = whole or stopping.is_over
             if whole and not self.stop.requested:
                 val |= self.parallel.with_model(self.evaluator.answers)
-                self.stop.exchange()
+                self.stop.share()
         if self.stop.requested:
             return
         self.early_stopping = stopping
@@ -89,7 +90,7 @@ class Evaluation:
         self.log.say("Answering the test questions ...")
         with self.meter.clock("test"):
             scores = self.parallel.with_model(lambda: self.evaluator.answers("test"))
-            self.stop.exchange()
+            self.stop.share()
         return None if self.stop.requested else scores
 
     def state_dict(self) -> dict[str, float | int | None] | None:

@@ -102,7 +102,7 @@ class Meter:
         self.reported_flops, self.reported_s = self.flops.done, self.seconds["train"]
         return values
 
-    def add_up_ranks(self) -> None:
+    def sum_over_ranks(self) -> None:
         """At the end of the run: let rank 0's FLOPs be those of all ranks."""
         self.flops.done, self.flops.unfrozen = map(int, self.parallel.sum(self.flops.done, self.flops.unfrozen))
 

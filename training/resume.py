@@ -72,7 +72,7 @@ class RunStart:
         ended = found["stop_reason"] in ("frozen", "early_stopping", "max_training_steps") and not longer
         return ended and found["steps"] == self.state["step"]
 
-    def check_data(self, data: dict[str, str], cfg: TrainConfig) -> None:
+    def check_same_data(self, data: dict[str, str], cfg: TrainConfig) -> None:
         """Take what tells the training data set's rows from others (data.loader.identify). Raises ValueError where the
         checkpoint's run had others, unless resume_override."""
         self.data, before = data, self.state.get("data", data)
@@ -97,7 +97,7 @@ class RunStart:
             if at is not None and (folder := step_folder(self.folder, at)).is_dir():
                 point(folder.with_name(name), folder)
 
-    def give_up(self) -> None:
+    def remove_new_folder(self) -> None:
         """Leave no folder behind that was made for this run."""
         if self.lock is not None:
             self.lock.release()

@@ -14,7 +14,7 @@ T = TypeVar("T")
 class StopSignal:
     """Within this context Ctrl-C and SIGTERM only ask for the end; a second one ends the program at once.
 
-    With several processes any of them may get the signal, and `exchange` tells all of them. A second signal does
+    With several processes any of them may get the signal, and `share` tells all of them. A second signal does
     nothing there, as the terminal and torchrun both pass on the same one.
     """
 
@@ -22,18 +22,18 @@ class StopSignal:
         """say: takes a line for the console."""
         self.say, self.parallel = say, parallel or Parallel()
         self.signal = 0  # the number of the signal that came
-        self.exchanged = False
+        self.shared = False
         self.previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether the run is to end; under several processes it changes in `exchange` alone."""
-        return self.exchanged or (self.signal != 0 and self.parallel.is_alone)
+        """Whether the run is to end; under several processes it changes in `share` alone."""
+        return self.shared or (self.signal != 0 and self.parallel.is_alone)
 
-    def exchange(self) -> None:
+    def share(self) -> None:
         """Tell all processes of a signal. Every process must call it at the same places."""
-        if not self.exchanged and self.parallel.any(self.signal != 0):
-            self.exchanged, self.signal = True, self.signal or signal.SIGTERM
+        if not self.shared and self.parallel.any(self.signal != 0):
+            self.shared, self.signal = True, self.signal or signal.SIGTERM
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
         """The items, up to the signal; where the weights are sharded all processes end at the same item."""
@@ -41,7 +41,7 @@ class StopSignal:
 
     def _came(self) -> bool:
         if self.parallel.sharded is not None:
-            self.exchange()
+            self.share()
             return self.requested
         return self.signal != 0
 

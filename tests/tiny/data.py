@@ -117,7 +117,7 @@ STREAM_OF_10 = [f"stream[{shard}]#{i}" for shard in (0, 1) for i in range(5)]
 def drawn(data, count: int) -> list[dict]:
     """The next training batches of a Data, which are used."""
     batches = [next(data) for _ in range(count)]
-    data.used(batches)
+    data.mark_used(batches)
     return batches
 
 
