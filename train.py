@@ -26,6 +26,7 @@ from data.pipeline import Data, identify, load_data
 from data.rows import load_rows
 from eval.evaluation import Evaluator
 from grades import GradESMonitor
+from grades.averaging import AveragedWeights
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -41,7 +42,7 @@ from training.report import announce, log_progress, open_report, write_report
 from training.resume import RunStart, open_run
 from training.schedule import set_learning_rate
 from training.signals import StopSignal
-from training.state import LoopState
+from training.state import END_REASONS, LoopState
 from training.step import clip_gradients, forward_backward
 
 
@@ -87,7 +88,13 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     # What the loop works with
     optimizer = setup.make_optimizer(model, cfg)
+    averages = None
+    if cfg.average_weights:
+        averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights)
     log = RunLog(start.folder, cfg.max_training_steps, bool(start.state)) if parallel.is_main else NoLog()
+    stop = StopSignal(log.say, parallel)
+    meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
+    evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
     monitor = None
     if cfg.enable_grades:
         monitor = GradESMonitor(
@@ -99,11 +106,10 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
             detail=log.detail,
             rewrap=parallel.on_requires_grad_change,  # DDP is wrapped again after a freeze
             broadcast=parallel.same_on_all,  # all ranks freeze alike
+            averages=averages,
+            evaluate=lambda: held_out_losses(evaluator, cfg, meter, parallel),
         )
-    stop = StopSignal(log.say, parallel)
-    meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
-    evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
-    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log)
+    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log, averages)
     if not parallel.is_main:
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
@@ -114,8 +120,10 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     if monitor is not None:
         # Where weights are sharded each rank saves what the metric holds of its own shards.
         stateful["grades"] = monitor if parallel.sharded is None else MonitorState(monitor)
+    if averages is not None:
+        stateful["averages"] = averages
     checkpoints = Checkpointer(
-        start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say
+        start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say, averages
     )
     checkpoints.load()
     data.start_reading()
@@ -126,8 +134,8 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
         try:
-            stop_reason = train(cfg, state, data, model, optimizer, monitor, meter, evaluations, checkpoints, log, stop,
-                                parallel, device, autocast)  # fmt: skip
+            stop_reason = train(cfg, state, data, model, optimizer, averages, monitor, meter, evaluations,
+                                checkpoints, log, stop, parallel, device, autocast)  # fmt: skip
         except NonFiniteLossError as error:
             log.say(f"stopped: {error}; {checkpoints.last_saved()}")
             stop_reason = "non_finite_loss"
@@ -136,12 +144,19 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
         )
 
 
+def held_out_losses(evaluator: Evaluator, cfg: TrainConfig, meter: Meter, parallel: Parallel) -> list:
+    """For the metric rollback: the losses of a fixed sample of validation rows, the same on all ranks."""
+    with meter.clock("rollback"):
+        return parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows))
+
+
 def train(
     cfg: TrainConfig,
     state: LoopState,
     data: Data,
     model: VisionLanguageModel,
     optimizer: torch.optim.Optimizer,
+    averages: AveragedWeights | None,
     monitor: GradESMonitor | None,
     meter: Meter,
     evaluations: EvaluationSchedule,
@@ -152,7 +167,7 @@ def train(
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
 ) -> str:
-    """The loop. Returns why it ended: "max_training_steps", "frozen", "early_stopping" or "interrupted"."""
+    """The loop. Returns why it ended: one of END_REASONS, or "interrupted"."""
     profiler = StepProfiler(cfg.profile if parallel.is_main else 0, checkpoints.folder, device, log.say)
     log.start_bar(state.step)
     meter.start(PROCESS_STARTED)
@@ -165,7 +180,7 @@ def train(
             break
 
         batches = [next(data) for _ in range(cfg.gradient_accumulation_steps)]
-        set_learning_rate(optimizer, state.step + 1, cfg)
+        set_learning_rate(optimizer, state.step + 1, cfg, monitor.converged_step if monitor is not None else None)
         loss = forward_backward(model, batches, device, autocast, parallel)
         meter.add(state.step + 1, loss, batches)  # read when it is logged; NaN ends the run then
         if monitor is not None:
@@ -174,6 +189,8 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        if averages is not None:
+            averages.update()
         data.mark_used(batches)
         if monitor is not None:
             monitor.after_step(state.step)  # GradES measures, and freezes what has converged
@@ -212,8 +229,8 @@ def test_and_report(
     A signal during the test interrupts the run: once resumed it makes the test again.
     """
     scores = None
-    if data.test_dataset is not None and stop_reason in ("max_training_steps", "frozen", "early_stopping"):
-        scores = evaluations.test()
+    if data.test_dataset is not None and stop_reason in END_REASONS:
+        scores = evaluations.test(state)
         stop_reason = "interrupted" if stop.requested else stop_reason
     meter.sum_over_ranks()
     data.sum_over_ranks(parallel.gather)

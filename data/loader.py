@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -100,13 +101,19 @@ def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, bla
 
 
 def eval_batches(
-    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, dropped: DropCounter | None = None
+    dataset: VQADataset,
+    collator: TrainCollator,
+    train_cfg: TrainConfig,
+    dropped: DropCounter | None = None,
+    first: int | None = None,
 ) -> Iterator[dict]:
     """Every conversation once, in order, eval_batch_size conversations in a batch; batches as train_batches'.
 
-    dataset: made with train=False. `dropped` gets the counts of what cannot be used (the batches' own is empty).
+    dataset: made with train=False; with train=True the conversations are those that its first visit draws. first: of
+    so many rows alone. `dropped` gets the counts of what cannot be used (the batches' own is empty).
     """
-    rows = _counted(_in_order(dataset, train_cfg.num_workers, questions=False), dropped)
+    samples = itertools.islice(_in_order(dataset, train_cfg.num_workers, questions=False), first)
+    rows = _counted(samples, dropped)
     for chunk in _chunks(rows, ("conversations",), train_cfg.eval_batch_size):
         yield collator(chunk)
 

@@ -60,6 +60,13 @@ class Data(Iterator[dict]):
             first.append(next(batches))
         self._batches = itertools.chain(first, batches)
 
+    def drawn_validation_rows(self) -> VQADataset:
+        """The validation rows as training would draw from them at a first visit: turns, answers, mirroring."""
+        own = self.val_dataset
+        return VQADataset(
+            self.val_rows, self.tokenizer, own.image_processor, own.vlm_cfg, self.cfg, train=True, cache=False
+        )
+
     def __next__(self) -> dict:
         return next(self._batches)
 

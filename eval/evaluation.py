@@ -31,6 +31,7 @@ class Evaluator:
     device: torch.device
     autocast: Autocast
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
+    probe: list[dict] | None = None  # the batches of row_losses, once they are made
 
     def loss(self) -> float | None:
         """Mean loss over the label tokens of the validation rows, in nats; None where there is none."""
@@ -38,6 +39,16 @@ class Evaluator:
         collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
         batches = eval_batches(self.data.val_dataset, collator, self.cfg, self.data.dropped["val"])
         return mean_loss(self.model, self.until(batches), self.device, self.autocast)
+
+    def row_losses(self, rows: int) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows.
+
+        The draws are those of training (turns_per_image, its weights, mirroring) and the same at each call.
+        """
+        if self.probe is None:
+            collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
+            self.probe = list(eval_batches(self.data.drawn_validation_rows(), collator, self.cfg, first=rows))
+        return row_losses(self.model, self.probe, self.device, self.autocast)
 
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the greedy answers to the questions of "val" or "test", and {split}/exact_match/SOURCE
@@ -74,6 +85,24 @@ def mean_loss(
                 total += model(**to_device(batch, device))
             labels += batch["num_labels"]
     return total.item() / labels if labels else None
+
+
+@torch.no_grad()
+def row_losses(
+    model: VisionLanguageModel, batches: Iterable[dict], device: torch.device, autocast: Autocast
+) -> list[tuple[float, int]]:
+    """(summed loss in nats, label tokens) of each conversation of the batches. Waits for the device once."""
+    sums, counts = [], []
+    with evaluating(model):
+        for batch in batches:
+            inputs = to_device(batch, device)
+            rows, length = inputs["input_ids"].shape
+            with autocast:
+                losses = model(**inputs, loss_per_label=True)
+            row = inputs["label_positions"] // length
+            sums.append(torch.zeros(rows, device=device).index_add_(0, row, losses))
+            counts += torch.bincount(batch["label_positions"] // length, minlength=rows).tolist()
+    return list(zip(torch.cat(sums).tolist(), counts, strict=True)) if sums else []
 
 
 def exact_match(

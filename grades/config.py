@@ -7,7 +7,10 @@ from pathlib import Path
 
 from grades.fields import Checked, Relation, doc
 
-METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")
+METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")  # each component has its own number
+ROLLBACK = "rollback"
+ROLLBACK_TAU = 0.0025  # nats per 100 steps: the tau of auto with --metric rollback, whatever the model
+DEFAULT_TAUS = {"vision": 1e-5, "language": 1e-4}
 TAU_MODES = ("absolute", "relative")
 AUTO = "auto"
 
@@ -22,12 +25,13 @@ class GradESConfig(Checked):
     """
 
     metric: str = doc(
-        "what is measured: weight_change, gradient_change, gradient_norm or gradient_rms. The L1 norm of: the weight's "
-        "change since the previous check; the gradient's since the previous step (the paper's Eq. 1); the gradient "
-        "(Eq. 3, for LoRA); or, beyond the paper, sqrt(v), v Adam's running mean of the squared gradient, which costs "
-        "nothing to keep",
+        "what is measured: weight_change, gradient_change, gradient_norm, gradient_rms or rollback. The L1 norm of: "
+        "the weight's change since the previous check; the gradient's since the previous step (the paper's Eq. 1); "
+        "the gradient (Eq. 3, for LoRA); or, beyond the paper, sqrt(v), v Adam's running mean of the squared gradient, "
+        "which costs nothing to keep. rollback: by how many nats per 100 steps the validation loss rises when a part of the "
+        "averaged weights goes back to where it was at the previous check",
         "weight_change",
-        choices=METRICS,
+        choices=(*METRICS, ROLLBACK),
         section="GradES",
     )
     tau_mode: str = doc(
@@ -36,11 +40,17 @@ class GradESConfig(Checked):
         "absolute",
         choices=TAU_MODES,
     )
-    vision_tau: float | str = doc(
-        "freeze a vision component whose metric is below this; or auto", 1e-5, gt=0, choices=(AUTO,)
+    vision_tau: float | str | None = doc(
+        "freeze a vision component whose metric is below this; or auto. By default 1e-5, with --metric rollback auto",
+        None,
+        gt=0,
+        choices=(AUTO,),
     )
-    language_tau: float | str = doc(
-        "freeze a language component whose metric is below this; or auto", 1e-4, gt=0, choices=(AUTO,)
+    language_tau: float | str | None = doc(
+        "freeze a language component whose metric is below this; or auto. By default 1e-4, with --metric rollback auto",
+        None,
+        gt=0,
+        choices=(AUTO,),
     )
     vision_attention_tau: float | None = doc(
         "vision_tau of the attention's matrices, where they have their own", None, gt=0
@@ -61,6 +71,28 @@ class GradESConfig(Checked):
         "empty: every projection matrix of both towers",
         [],
         section="GradES in detail",
+    )
+    rollback_parts: str = doc(
+        "metric rollback: what goes back at a time: towers; prefixes (towers, and the first half of what trains in "
+        "each); or blocks (towers, and each block)",
+        "towers",
+        choices=("towers", "prefixes", "blocks"),
+    )
+    on_converged: str = doc(
+        "when all that may freeze has converged: stop the run; or begin the cooldown of the learning rate, in which "
+        "what converged last trains on, and stop after it",
+        "stop",
+        choices=("stop", "cooldown"),
+    )
+    freeze_to: str = doc(
+        "with average_weights: what a weight that freezes becomes, its average or its last value",
+        "average",
+        choices=("average", "last"),
+    )
+    freeze_order: str = doc(
+        "any: whatever has converged freezes; front: only once all that lies before it is frozen",
+        "any",
+        choices=("any", "front"),
     )
     freeze_prefix: bool = doc(
         "freeze whatever lies before the first unfrozen matrix (norms, embeddings, patch convolution) too, so that "
@@ -97,9 +129,11 @@ class GradESConfig(Checked):
 
     def tau_of(self, tower: str, part: str) -> float | str:
         """The threshold of the part ("attention" or "mlp") of a tower; "auto" where the grace period has to show it."""
-        own = getattr(self, f"{tower}_{part}_tau")
-        tau: float | str = getattr(self, f"{tower}_tau") if own is None else own
-        return tau
+        own, of_tower = getattr(self, f"{tower}_{part}_tau"), getattr(self, f"{tower}_tau")
+        tau: float | str | None = of_tower if own is None else own
+        if self.metric == ROLLBACK:
+            return ROLLBACK_TAU if tau in (None, AUTO) else float(tau)
+        return DEFAULT_TAUS[tower] if tau is None else tau
 
     def relations(self) -> Iterable[Relation]:
         relative, unfreezes = self.tau_mode == "relative", self.unfreeze_factor is not None
@@ -122,12 +156,17 @@ class GradESConfig(Checked):
                 "left out unless --tau_mode is absolute",
             ),
             (not unfreezes or self.replay_history is None, "unfreeze_factor", "left out with --replay_history"),
+            (
+                self.metric != ROLLBACK or (not relative and self.monitor_sample == 1),
+                "metric",
+                "another than rollback with --tau_mode relative or --monitor_sample",
+            ),
             (self.replay_history is None or Path(self.replay_history).is_file(), "replay_history", "a file"),
         ]
 
     def finds_taus(self) -> bool:
         """Whether a tau is found in the grace period."""
-        return AUTO in (self.vision_tau, self.language_tau)
+        return self.metric != ROLLBACK and AUTO in (self.vision_tau, self.language_tau)
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:

@@ -32,17 +32,19 @@ class Freezer:
         prefix: bool = True,
         rounds: int = 8,
         rewrap: Callable[[], None] | None = None,
+        settle: Callable[[Iterable[nn.Parameter]], None] | None = None,
     ) -> None:
         """optimizer: its state of frozen weights is freed. prefix: freeze what lies before the first trainable matrix.
 
         rounds: at most this many with a compiled or distributed model. rewrap: called after requires_grad has changed,
-        to wrap a distributed model again.
+        to wrap a distributed model again. settle: gives parameters the values with which they are to freeze.
         """
         self.model, self.components, self.optimizer = model, components, optimizer
         self.by_name = {component.name: component for component in components}
         self.prefix = prefix
         self.rounds = rounds
         self.rewrap = rewrap
+        self.settle = settle or (lambda parameters: None)
         self.decided: set[str] = set()
         self.applied: set[str] = set()
         self.rounds_done = 0
@@ -59,6 +61,7 @@ class Freezer:
         """Decide that these train no more. To be called between two optimizer steps, when gradients are cleared."""
         names = list(names)
         self.decided |= set(names)
+        self.settle(p for name in names for p in self.by_name[name].parameters)
         self.freed_bytes += release((p for name in names for p in self.by_name[name].parameters), self.optimizer)
         if names and (not self.waits or self._round_number() > self.rounds_done):
             self.apply()
@@ -110,6 +113,8 @@ class Freezer:
         self.prefix_parameters, self.cuts = [], []
         if self.prefix:
             self._freeze_prefix()
+        if compiled.has_compiled(self.model):
+            compiled.restart()
         if self.rewrap is not None:
             self.rewrap()
 
@@ -130,6 +135,7 @@ class Freezer:
         parameters, shared = frozen_prefix(self.model, self.components)
         for parameter in parameters:
             parameter.requires_grad_(False)
+        self.settle(parameters)
         self.freed_bytes += release(parameters, self.optimizer)
         self.prefix_parameters += parameters
         if not self.cuts:

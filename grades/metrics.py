@@ -36,6 +36,17 @@ class Metric:
         """The number of each component by name, None where it is not known. Waits for the device once."""
         raise AssertionError("a subclass measures")
 
+    def details(self) -> dict[str, Any]:
+        """What else the history holds of the last check."""
+        return {}
+
+    def risen(self) -> list[str]:
+        """The names of frozen components that are to train again, as seen at the last check."""
+        return []
+
+    def thaw(self, names: Iterable[str]) -> None:
+        """These components train again."""
+
     def forget(self, names: Iterable[str]) -> None:
         """Free what is held for these components, which were frozen."""
         for name in names:
@@ -195,7 +206,10 @@ METRICS: dict[str, type[Metric]] = {
 
 
 def make_metric(name: str, sample: int, optimizer: torch.optim.Optimizer | None) -> Metric:
-    """The metric of that name over 1/sample of the elements. Raises ValueError where it needs another optimizer."""
+    """The metric of that name over 1/sample of the elements; rollback has a module of its own.
+
+    Raises ValueError where it needs another optimizer.
+    """
     return GradientRms(sample, optimizer) if name == "gradient_rms" else METRICS[name](sample)
 
 

@@ -11,11 +11,13 @@ import torch
 import torch.nn as nn
 
 from grades import policy
+from grades.averaging import AveragedWeights
 from grades.components import TOWERS, Component, find_components
-from grades.config import AUTO, GradESConfig
+from grades.config import AUTO, ROLLBACK, GradESConfig
 from grades.files import write_text
 from grades.freezing import Freezer
-from grades.metrics import GradientNorm, make_metric
+from grades.metrics import GradientNorm, Metric, make_metric
+from grades.rollback import Losses, Rollback
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 
 HISTORY_VERSION = 2
@@ -41,12 +43,15 @@ class GradESMonitor:
         detail: Callable[[str], None] = lambda line: None,
         rewrap: Callable[[], None] | None = None,
         broadcast: Callable[[Values], Values] | None = None,
+        averages: AveragedWeights | None = None,
+        evaluate: Callable[[], Losses] | None = None,
     ) -> None:
         """optimizer: its state of frozen weights is freed. total_steps: of the run; may be set later, before step 1.
 
         log: takes one line per check and tower in which something froze. detail: takes one line per component that
         froze. rewrap: called after requires_grad has changed, for models that have to be wrapped again then (DDP).
         broadcast: given a check's numbers, returns those of rank 0, by which all ranks decide.
+        averages: of the weights; what freezes takes its average. evaluate: for the metric rollback (see Rollback).
         Raises ValueError on impossible settings and where the model has no component.
         """
         config.check()
@@ -62,14 +67,18 @@ class GradESMonitor:
         # What target_components leaves out keeps training, so it counts for the end of the run.
         self.num_matrices = len(find_components(model) if config.target_components else self.components)
         self.total_steps = total_steps
-        self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
+        self.metric = self._make_metric(model, optimizer, averages, evaluate)
         self.scale = make_scale(config.tau_mode)
-        self.freezer = Freezer(model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, rewrap)
+        settle = averages.settle if averages is not None and config.freeze_to == "average" else None
+        self.freezer = Freezer(
+            model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, rewrap, settle
+        )
         self.prober = GradientNorm(config.monitor_sample)
         self.taus = resolve_taus(config, self.components)  # by name; empty while one is still to be found
         self.replayed = self._draw_replay()  # step -> names
         self.frozen: dict[str, int] = {}  # name -> step of freezing
         self.streaks: dict[str, int] = {}  # name -> checks in a row below tau
+        self.converged_step: int | None = None  # with on_converged cooldown, the step after which it begins
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
         self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
@@ -78,6 +87,18 @@ class GradESMonitor:
         self._seen_backward = False
         if total_steps is not None:
             self._check_grace()
+
+    def _make_metric(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        averages: AveragedWeights | None,
+        evaluate: Callable[[], Losses] | None,
+    ) -> Metric:
+        config = self.config
+        if config.metric != ROLLBACK:
+            return make_metric(config.metric, config.monitor_sample, optimizer)
+        return Rollback(model, self.components, averages, evaluate, config.compute_interval, config.rollback_parts)
 
     @property
     def grace_steps(self) -> int:
@@ -108,7 +129,8 @@ class GradESMonitor:
             self._unfreeze(step)
         if self._is_check(step):
             self.latest = self._measure(step)
-            if step > self.grace_steps:
+            self._thaw(step)
+            if step > self.grace_steps and self.converged_step is None:
                 self._judge(step)
         if step in self.replayed:
             self._freeze(self.replayed[step], step)
@@ -173,7 +195,8 @@ class GradESMonitor:
     def _measure(self, step: int) -> Values:
         values = self.metric.measure(self._unfrozen())
         values = self.scale.apply(values if self.broadcast is None else self.broadcast(values))
-        self.checks.append({"step": step, "values": [values.get(component.name) for component in self.components]})
+        listed = [values.get(component.name) for component in self.components]
+        self.checks.append({"step": step, "values": listed} | self.metric.details())
         if not self.taus and step <= self.grace_steps:
             self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
         self._thin_checks()
@@ -193,7 +216,16 @@ class GradESMonitor:
         self.taus = self.taus or resolve_taus(self.config, self.components, self.grace_checks)
         judged = {name: v for name, v in self.latest.items() if self.config.may_freeze(self.by_name[name].tower)}
         self.streaks = policy.count_below(self.streaks, judged, self.taus)
-        self._freeze(policy.converged(judged, self.streaks, self.config.patience), step)
+        names = policy.converged(judged, self.streaks, self.config.patience)
+        if self.config.freeze_order == "front":
+            names = policy.front(names, self.frozen, [(c.name, c.tower, c.layer) for c in self.components])
+        frozen_then = len(set(names) | set(self.frozen))
+        last = policy.enough_frozen(frozen_then, self.num_matrices, self.config.max_frozen_ratio)
+        if last and self.config.on_converged == "cooldown":
+            self.converged_step = step
+            self.log(f"step {step:,}: all that trains has converged; the cooldown begins")
+            return
+        self._freeze(names, step)
 
     def _freeze(self, names: Iterable[str], step: int) -> None:
         names = [name for name in names if name not in self.frozen]
@@ -210,15 +242,28 @@ class GradESMonitor:
         assert self.config.unfreeze_factor is not None
         values = self.prober.measure([self.by_name[name] for name in self.frozen])
         names = policy.to_unfreeze(values, self.taus, self.config.unfreeze_factor)
-        events: list[dict[str, Any]] = []
+        self._record(self._train_again(names, values, step), "unfroze", f"> {self.config.unfreeze_factor:g} *")
+
+    def _thaw(self, step: int) -> None:
+        """Let components train again since whose freeze the loss has risen by more than its error."""
+        names = [name for name in self.metric.risen() if name in self.frozen]
+        if names:
+            self.metric.thaw(names)
+            self.events += self._train_again(names, {}, step)
+            self.log(f"step {step:,}: the loss has risen since {len(names)} matrices froze; they train again")
+
+    def _train_again(self, names: Iterable[str], values: Mapping[str, float | None], step: int) -> list[dict[str, Any]]:
+        """Unfreeze the components; returns the events. values: what was measured of them."""
+        names = list(names)
         for name in names:
             del self.frozen[name]
             self.streaks.pop(name, None)
-            value, tau = values[name], self.taus[name]
-            events.append({"step": step, "name": name, "value": value, "tau": tau, "unfrozen": True})
         if names:
             self.freezer.unfreeze(names)
-        self._record(events, "unfroze", f"> {self.config.unfreeze_factor:g} *")
+        return [
+            {"step": step, "name": name, "value": values.get(name), "tau": self.taus.get(name), "unfrozen": True}
+            for name in names
+        ]
 
     def _record(self, events: list[dict[str, Any]], what: str, sign: str) -> None:
         """Keep the events of a step and tell `log` and `detail`. sign: how their values compare with tau."""
@@ -285,6 +330,7 @@ class GradESMonitor:
             "checks": list(self.checks),
             "grace_checks": list(self.grace_checks),
             "events": list(self.events),
+            "converged_step": self.converged_step,
             "latest": dict(self.latest),
             "metric": self.metric.state_dict(),
             "scale": self.scale.state_dict(),
@@ -320,6 +366,7 @@ class GradESMonitor:
         self.last_step = state["last_step"]
         self.checks, self.events = list(state["checks"]), list(state["events"])
         self.grace_checks = list(state["grace_checks"])
+        self.converged_step = state.get("converged_step")
         self.latest = dict(state["latest"])
         if state["metric"] is not None:
             self.metric.load_state_dict(state["metric"], self.components)

@@ -15,6 +15,7 @@ UNITS = {
     "gradient_change": "L1 gradient change since last step",
     "gradient_norm": "L1 gradient norm",
     "gradient_rms": "sum of sqrt(v) of Adam",
+    "rollback": "rollback gain + error, nats / 100 steps",
 }
 
 

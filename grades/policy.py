@@ -33,6 +33,23 @@ def converged(values: Mapping[str, float | None], streaks: Mapping[str, int], pa
     return [name for name, value in values.items() if value is not None and streaks[name] >= patience]
 
 
+def front(names: Iterable[str], frozen: Iterable[str], components: Sequence[tuple[str, str, int]]) -> list[str]:
+    """Those of the names before which everything is frozen: in block order, the vision tower before the language tower.
+
+    components: (name, tower, layer) of all, in the order of the model. Matrices of one block freeze in any order.
+    """
+    wanted, done = set(names), set(frozen)
+    kept: list[str] = []
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name, tower, layer in sorted(components, key=lambda c: (c[1] != "vision", c[2])):
+        blocks.setdefault((tower, layer), []).append(name)
+    for block in blocks.values():
+        kept += [name for name in block if name in wanted]
+        if not all(name in wanted or name in done for name in block):
+            break
+    return kept
+
+
 def to_unfreeze(values: Mapping[str, float | None], taus: Mapping[str, float], factor: float) -> list[str]:
     """The frozen names to unfreeze: their gradient norm is above factor times their tau."""
     return [name for name, value in values.items() if value is not None and value > factor * taus[name]]

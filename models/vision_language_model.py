@@ -57,6 +57,8 @@ class VisionLanguageModel(nn.Module):
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        loss_per_label: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """(logits [B, T, V], mean loss or None) as nanoVLM; with label_positions the summed loss alone.
 
@@ -66,14 +68,19 @@ class VisionLanguageModel(nn.Module):
         image_slots, int [K]: flat positions in B * T that hold image tokens, in ascending order;
         image_sources, int [K]: for each of them its row of the N * M image embeddings (default: in order), so that
         rows can share an image; label_positions, int [L]: flat positions in B * T that have a target.
+        image_features, [N, patches, vit_hidden_dim]: what the vision tower gave for `images`, which are then not
+        needed. loss_per_label: with label_positions, the loss of each of them, float32 [L].
         position_ids, document_ids, int [B, T]: see LanguageModel.forward.
         """
-        x = self.embed(input_ids, images, image_slots, image_sources)
+        x = self.embed(input_ids, images, image_slots, image_sources, image_features)
         x = self.decoder(x, attention_mask, position_ids, document_ids)
         if label_positions is not None:
             assert targets is not None
             hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
-            return self._summed_loss(hidden, targets.flatten().index_select(0, label_positions))
+            labels = targets.flatten().index_select(0, label_positions)
+            if loss_per_label:
+                return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="none")
+            return self._summed_loss(hidden, labels)
         logits = self.decoder.head(x)
         loss = None
         if targets is not None:
@@ -104,23 +111,27 @@ class VisionLanguageModel(nn.Module):
         images: Images = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings [B, T, C] with image embeddings in the image slots; arguments as in `forward`.
 
         Raises ValueError where input_ids do not hold one image token per image embedding.
         """
         x = self.decoder.token_embedding(input_ids)
-        images = _stack_images(images)
-        if images is None:
-            return x
-        image_embeddings = self.MP(self.vision_encoder(images)).flatten(0, 1)  # [N * M, C]
+        if image_features is None:
+            images = _stack_images(images)
+            if images is None:
+                return x
+            image_features = self.vision_encoder(images)
+        assert image_features is not None
+        image_embeddings = self.MP(image_features).flatten(0, 1)  # [N * M, C]
         if image_sources is not None:
             image_embeddings = image_embeddings.index_select(0, image_sources)
         if image_slots is None:
             image_slots = (input_ids.flatten() == self.cfg.image_token_id).nonzero().squeeze(1)
             if len(image_slots) != len(image_embeddings):
                 raise ValueError(
-                    f"input_ids hold {len(image_slots)} image tokens, {len(images)} images of "
+                    f"input_ids hold {len(image_slots)} image tokens, {len(image_features)} images of "
                     f"{self.cfg.mp_image_token_length} tokens make {len(image_embeddings)}"
                 )
         return x.flatten(0, 1).index_copy(0, image_slots, image_embeddings.to(x.dtype)).view_as(x)

@@ -13,7 +13,7 @@ ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "s
 MAY_IMPORT = {
     "grades": {"grades"},
     "models": {"models", "grades.config", "grades.fields", "grades.files"},
-    "data": {"data", "models.config"},
+    "data": {"data", "models.config", "models.train_config"},
     "training": {"training", "models", "grades", "data"},
     "eval": {"eval", "models", "data"},
 }

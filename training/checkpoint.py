@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from grades import GradESMonitor
+from grades.averaging import AveragedWeights
 from models.lora import lora_state_dict
 from models.vision_language_model import VisionLanguageModel
 from training.checkpoint_folder import (
@@ -73,8 +74,14 @@ class Checkpointer:
         keep: int,
         parallel: Parallel,
         say: Callable[[str], None],
+        averages: AveragedWeights | None = None,
     ):
-        """stateful: by name, what has a state; it is loaded in this order. keep: newest checkpoints that are kept."""
+        """stateful: by name, what has a state; it is loaded in this order. keep: newest checkpoints that are kept.
+
+        averages: saved as the model where they are the better weights; then the last ones are in the optimizer's state.
+        """
+        self.averages = averages
+        self.saved_averages = False  # as the model of the latest checkpoint
         self.start, self.model, self.optimizer, self.tokenizer = start, model, optimizer, tokenizer
         self.stateful, self.keep, self.parallel, self.say = stateful, keep, parallel, say
         self.folder = start.folder
@@ -125,6 +132,7 @@ class Checkpointer:
         assert self.start.checkpoint is not None
         if self.start.checkpoint.resolve().is_relative_to(self.folder.resolve()):
             self.saved_step = saved["step"]
+            self.saved_averages = saved["states"].get("averages", {}).get("is_swapped", False)
         self._load_optimizer(saved)
         shards: dict[str, Any] = {}
         if (saved["kind"], saved["world_size"]) == ("fsdp", self.parallel.world_size) and self.parallel.kind == "fsdp":
@@ -164,6 +172,13 @@ class Checkpointer:
 
         Raises what a state_dict raises, before anything is written: NonFiniteLossError.
         """
+        averaged = self.averages is not None and state.averaged_is_better
+        with self.averages.applied() if averaged and self.averages is not None else contextlib.nullcontext():
+            self._save(state, name)
+        self.saved_averages = averaged
+        self.mark_best(state)
+
+    def _save(self, state: LoopState, name: str | None) -> None:
         folder = step_folder(self.folder, state.step) if name is None else self.folder / "checkpoints" / name
         sharded, problem = self.parallel.sharded, None
         states = {}
@@ -188,10 +203,15 @@ class Checkpointer:
         }
         self.parallel.from_main(lambda: self._write(folder, model, content, problem))
         self.saved_step = state.step
-        self.mark_best(state)
 
     def mark_best(self, state: LoopState) -> None:
-        """Let `best` lead to the checkpoint of this step, if that was saved and is the best so far."""
+        """Let `best` lead to the checkpoint of this step, if that was saved and is the best so far.
+
+        Where an evaluation has found the other of last and averaged weights to be better, it is saved again with those.
+        """
+        if self.saved_step == state.step and self.saved_averages != state.averaged_is_better:
+            self.save(state)
+            return
         folder = step_folder(self.folder, state.step)
         if self.parallel.is_main and state.best_step == state.step and folder.is_dir():
             point(folder.with_name("best"), folder)

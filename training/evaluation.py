@@ -1,14 +1,17 @@
 """Evaluations during a run and at its end."""
 
+import contextlib
 import copy
 from typing import Protocol
 
 from grades import GradESMonitor
+from grades.averaging import AveragedWeights
 from models.config import TrainConfig
 from training.early_stopping import EarlyStopping, validation_interval
 from training.logging import RunLog
 from training.meter import Meter
 from training.parallel import Parallel
+from training.schedule import cooldown_steps
 from training.signals import StopSignal
 from training.state import LoopState
 
@@ -38,16 +41,22 @@ class EvaluationSchedule:
         stop: StopSignal,
         meter: Meter,
         log: RunLog,
+        averages: AveragedWeights | None = None,
     ):
+        """averages: of the weights, evaluated too."""
         self.cfg, self.evaluator, self.monitor, self.parallel = cfg, evaluator, monitor, parallel
+        self.averages = averages
         self.stop, self.meter, self.log = stop, meter, log
         self.early_stopping = EarlyStopping(cfg.es_delta, cfg.es_patience) if cfg.early_stopping else None
         self.loss_interval = validation_interval(cfg.es_interval, cfg.max_training_steps)
 
     def end_reason(self, state: LoopState) -> str | None:
-        """Why the run is over after this step: "frozen", "early_stopping", "max_training_steps"; None if it is not."""
+        """Why the run is over after this step, one of END_REASONS; None if it is not."""
         if self.monitor is not None and self.monitor.enough_frozen():
             return "frozen"
+        start = None if self.monitor is None else self.monitor.converged_step
+        if start is not None and state.step >= start + cooldown_steps(self.cfg, start):
+            return "converged"
         if self.early_stopping is not None and self.early_stopping.is_over:
             return "early_stopping"
         return "max_training_steps" if state.step >= self.cfg.max_training_steps else None
@@ -69,12 +78,18 @@ class EvaluationSchedule:
         whole, stopping, before_s = self.is_full(state), copy.copy(self.early_stopping), self.meter.seconds["eval"]
         with self.meter.clock("eval"):
             val = {"val/loss": self.parallel.with_model(self.evaluator.loss)}
+            if self.averages is not None:
+                with self.averages.applied():
+                    val["val/loss_averaged"] = self.parallel.with_model(self.evaluator.loss)
             self.stop.share()
             if stopping is not None and self._stopping_is_due(state):
-                stopping.update(val["val/loss"])
+                stopping.update(val["val/loss_averaged" if self.cfg.es_weights == "averaged" else "val/loss"])
                 whole = whole or stopping.is_over
             if whole and not self.stop.requested:
-                val |= self.parallel.with_model(self.evaluator.answers)
+                better = copy.copy(state)
+                better.record(val)
+                with self.weights_in_use(better):
+                    val |= self.parallel.with_model(self.evaluator.answers)
                 self.stop.share()
         if self.stop.requested:
             return
@@ -85,10 +100,15 @@ class EvaluationSchedule:
             state.record(val)
             self.log.say(f"step {state.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
 
-    def test(self) -> dict[str, float | None] | None:
+    def weights_in_use(self, state: LoopState) -> contextlib.AbstractContextManager:
+        """Within this context the model has the averaged weights, where they are the better ones."""
+        averaged = self.averages is not None and state.averaged_is_better
+        return self.averages.applied() if averaged and self.averages is not None else contextlib.nullcontext()
+
+    def test(self, state: LoopState) -> dict[str, float | None] | None:
         """Exact match on the test questions; None where a signal has cut it short."""
         self.log.say("Answering the test questions ...")
-        with self.meter.clock("test"):
+        with self.meter.clock("test"), self.weights_in_use(state):
             scores = self.parallel.with_model(lambda: self.evaluator.answers("test"))
             self.stop.share()
         return None if self.stop.requested else scores

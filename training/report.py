@@ -22,7 +22,7 @@ from training.logging import RunLog
 from training.memory import peak_memory_bytes
 from training.meter import Meter
 from training.resume import RunStart
-from training.state import LoopState
+from training.state import END_REASONS, LoopState
 from training.trackers import make_tracker
 
 
@@ -148,18 +148,21 @@ def make_summary(
         "train_time_s": train_s,
         "eval_time_s": seconds["eval"] + seconds["test"],
         "test_time_s": seconds["test"],
+        "rollback_time_s": seconds["rollback"],
         "save_time_s": seconds["save"],
         "steps": state.step,
         "resumed_at_steps": state.resumed_at,
         "stop_reason": stop_reason,
         "test_cut_short": stop_reason == "interrupted" and seconds["test"] > 0,
-        "stop_step": state.step if stop_reason in ("frozen", "early_stopping") else None,
+        "stop_step": state.step if stop_reason in END_REASONS[1:] else None,
         "train_flops": flops.done,
         "train_flops_unfrozen_per_step": flops.unfrozen / state.step if state.step else None,
         "train_tflops_per_s": flops.done / train_s / 1e12 if train_s else None,
         "peak_memory_gib": None if peak is None else peak / 2**30,
         "train_tokens": meter.total_tokens,
         "val_loss": state.val.get("val/loss"),
+        "val_loss_averaged": state.val.get("val/loss_averaged"),
+        "weights": "averaged" if state.averaged_is_better else "last",
         "val_exact_match": state.val.get("val/exact_match"),
         "test_exact_match": scores.get("test/exact_match"),
         "test_exact_match_by_source": {

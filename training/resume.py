@@ -24,6 +24,7 @@ from training.checkpoint_folder import (
 )
 from training.parallel import Parallel
 from training.run_folder import FolderLock, lock, new_run_folder
+from training.state import END_REASONS
 
 FORMAT = 2  # of training_state.pt
 # Settings that change nothing of what is computed.
@@ -69,7 +70,7 @@ class RunStart:
             return False
         found = json.loads(summary.read_text(encoding="utf-8"))
         longer = found["stop_reason"] == "max_training_steps" and found["steps"] < self.requested["max_training_steps"]
-        ended = found["stop_reason"] in ("frozen", "early_stopping", "max_training_steps") and not longer
+        ended = found["stop_reason"] in END_REASONS and not longer
         return ended and found["steps"] == self.state["step"]
 
     def check_same_data(self, data: dict[str, str], cfg: TrainConfig) -> None:

@@ -7,17 +7,43 @@ import torch
 from models.config import TrainConfig
 
 
-def lr_factor(step: int, cfg: TrainConfig) -> float:
-    """Share of the peak learning rate at optimizer step `step`, counted from 1: linear warm-up, then a cosine."""
-    warmup = int(cfg.warmup_ratio * cfg.max_training_steps)
+def cooldown_steps(cfg: TrainConfig, steps: int) -> int:
+    """Length of a cooldown of a run with so many steps (of wsd), or after so many (on_converged cooldown)."""
+    return max(1, math.ceil(cfg.cooldown_ratio * steps))
+
+
+def lr_factor(step: int, cfg: TrainConfig, cooldown_start: int | None = None) -> float:
+    """Share of the peak learning rate at optimizer step `step`, counted from 1: linear warm-up, then the schedule.
+
+    cooldown_start: the step after which the run converged and cools down, whatever its schedule says.
+    """
+    total = cfg.max_training_steps
+    warmup = int(cfg.warmup_ratio * total)
     if step <= warmup:
         return step / warmup
-    progress = (step - warmup) / max(1, cfg.max_training_steps - warmup)
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    if cooldown_start is not None:
+        return _cooled((step - cooldown_start) / cooldown_steps(cfg, cooldown_start), cfg)
+    if cfg.lr_schedule == "constant":
+        return 1.0
+    if cfg.lr_schedule == "wsd":
+        length = cooldown_steps(cfg, total)
+        return _cooled((step - (total - length)) / length, cfg)
+    progress = (step - warmup) / max(1, total - warmup)
+    remaining = 1 - progress if cfg.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * remaining
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig) -> None:
+def _cooled(progress: float, cfg: TrainConfig) -> float:
+    """The factor at a share of the cooldown; before it, at a share of at most 0, 1."""
+    progress = min(max(progress, 0.0), 1.0)
+    remaining = 1 - (math.sqrt(progress) if cfg.cooldown_shape == "sqrt" else progress)
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * remaining
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig, cooldown_start: int | None = None
+) -> None:
     """Give each parameter group its rate for optimizer step `step`, counted from 1: its "peak_lr" times lr_factor."""
-    factor = lr_factor(step, cfg)
+    factor = lr_factor(step, cfg, cooldown_start)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+END_REASONS = ("max_training_steps", "frozen", "converged", "early_stopping")  # why a run ends by itself
+
 
 @dataclass
 class LoopState:
@@ -14,12 +16,16 @@ class LoopState:
     val: dict[str, float | None] = field(default_factory=dict)  # of the latest one that measured all
     best_step: int | None = None
     best_val_loss: float = math.inf  # nats
+    averaged_is_better: bool = False  # than the last weights, by the latest validation loss
     resumed_at: list[int] = field(default_factory=list)  # steps
 
     def record(self, val: dict[str, float | None]) -> None:
         """Take in the numbers of an evaluation after this step. A loss that was not measured is None and never best."""
         self.val = val
-        loss = val["val/loss"]
+        loss, averaged = val["val/loss"], val.get("val/loss_averaged")
+        if loss is not None and averaged is not None:
+            self.averaged_is_better = averaged <= loss
+            loss = min(loss, averaged)
         if loss is not None and loss < self.best_val_loss:
             self.best_val_loss, self.best_step = loss, self.step
 

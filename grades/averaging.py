@@ -1,0 +1,128 @@
+"""A running average of the weights, held beside them: nearly always better than the last weights at a constant rate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+AVERAGE, BLOCK = "average", "average_block"  # keys of a parameter's state
+
+
+class HasState(Protocol):
+    """An optimizer, or another place for what is held of each parameter."""
+
+    state: Any
+
+
+class AveragedWeights:
+    """The average of each weight that has been updated, in that weight's own state.
+
+    Its place is the optimizer's state, beside the moments: there it is saved, sharded and freed as they are. A decay
+    below 1 gives an exponential average; a window W the mean over the current block of W steps and the whole one
+    before, so over W to 2 W steps.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: HasState, rate: float) -> None:
+        """parameters: that may train. optimizer: holds their state. rate: a decay below 1, or a window.
+
+        The state of a parameter that is empty (it was never updated, or is frozen) is left alone.
+        """
+        self.parameters, self.optimizer = list(parameters), optimizer
+        self.window = round(rate) if rate >= 2 else None
+        self.decay = rate
+        self.steps = 0  # in the current block of the window
+        self.before = 0  # in the block before: none, or the window
+        self.is_swapped = False
+
+    @property
+    def state(self) -> MutableMapping[Any, dict[str, Any]]:
+        """What the optimizer holds of each parameter."""
+        return self.optimizer.state
+
+    @property
+    def averaged(self) -> list[nn.Parameter]:
+        """The parameters that have an average."""
+        return [p for p in self.parameters if AVERAGE in self.state.get(p, ())]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after an optimizer step."""
+        assert not self.is_swapped
+        updated = [p for p in self.parameters if self.state.get(p) and p.requires_grad]
+        new = [p for p in updated if AVERAGE not in self.state[p]]
+        for parameter in new:
+            self.state[parameter][AVERAGE] = parameter.detach().clone()
+        old = updated if not new else [p for p in updated if p not in set(new)]
+        if self.window is None:
+            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), 0)
+            return
+        self._update_window(updated, old)
+
+    def _update_window(self, updated: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+        """BLOCK holds the mean of the current block, AVERAGE that of the block before and this one together."""
+        assert self.window is not None
+        if self.steps == self.window:  # the block is whole: from here on it is the one before
+            for parameter in updated:
+                if BLOCK in self.state[parameter]:
+                    self.state[parameter][AVERAGE].copy_(self.state[parameter][BLOCK])
+                    del self.state[parameter][BLOCK]
+            self.steps, self.before = 0, self.window
+        for parameter in updated:
+            if BLOCK not in self.state[parameter]:
+                self.state[parameter][BLOCK] = parameter.detach().clone()
+        self._lerp(old, BLOCK, get_swa_multi_avg_fn(), self.steps)
+        self._lerp(old, AVERAGE, get_swa_multi_avg_fn(), self.before + self.steps)
+        self.steps += 1
+
+    def _lerp(self, parameters: list[nn.Parameter], key: str, average: Any, count: int) -> None:
+        """Move the averages of the parameters towards their weights. count: weights that are in the average."""
+        by_kind: dict[tuple, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        for group in by_kind.values():
+            average([self.state[p][key] for p in group], [p.detach() for p in group], count)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the model has the averaged weights; afterwards the last ones again, bit for bit."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and averages, one parameter after the other."""
+        for parameter in self.averaged:
+            exchange(parameter, self.state[parameter][AVERAGE])
+        self.is_swapped = not self.is_swapped
+
+    @torch.no_grad()
+    def settle(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give parameters, which are about to freeze, their averaged values."""
+        for parameter in parameters:
+            if AVERAGE in self.state.get(parameter, ()):
+                parameter.copy_(self.state[parameter][AVERAGE])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in the parameters' state."""
+        return {"steps": self.steps, "before": self.before, "is_swapped": self.is_swapped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue; a checkpoint that was written while swapped holds the averages as its weights, and is swapped."""
+        self.steps, self.before, self.is_swapped = state["steps"], state["before"], state["is_swapped"]
+        if self.is_swapped:
+            self.swap()
+
+
+def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Swap the values of two tensors in place (sharded weights are known by their storage)."""
+    kept = one.detach().clone()
+    one.copy_(other)
+    other.copy_(kept)

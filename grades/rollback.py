@@ -1,0 +1,183 @@
+"""Rollback gain: what training a part still brings, in nats. Not in the paper.
+
+Put one part of the averaged weights back to its average of N steps ago and see by how much the loss on held-out rows
+rises. Kin: layers put back to earlier values as an analysis (arXiv:1902.01996).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from grades.averaging import AVERAGE, AveragedWeights, exchange
+from grades.components import Component, clean_name, tower_of
+from grades.metrics import Metric
+
+OLDER = "average_older"  # key of a parameter's state: its average at the previous check
+PER_STEPS = 100  # a gain is told per this many steps
+CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
+RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since a freeze to thaw it
+SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
+
+Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Components that are put back together, with all other weights around them: norms, embeddings."""
+
+    name: str
+    components: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+
+class Rollback(Metric):
+    """The gain of a component's part since the previous check, plus its standard error, in nats per 100 steps.
+
+    The standard error is that over rows: nothing counts as converged on noise. At a check the loss is evaluated once,
+    and once more for each part in which something trains.
+    """
+
+    first_check = 2
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Sequence[Component],
+        averages: AveragedWeights | None,
+        evaluate: Callable[[], Losses] | None,
+        interval: int,
+        parts: str = "towers",
+    ) -> None:
+        """evaluate: the losses of a fixed sample of held-out rows under the model's present weights. interval: steps
+        between two checks. parts: see `find_parts`. Raises ValueError where one of these is missing."""
+        super().__init__()
+        if averages is None or evaluate is None:
+            raise ValueError("--metric rollback: needs averaged weights and held-out rows: give --average_weights 0.98")
+        self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
+        self.scale, self.level = PER_STEPS / interval, parts
+        self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
+        self.losses: Losses = ()  # at the last check, under the averaged weights
+        self.at_freeze: dict[str, Losses] = {}  # by frozen component
+
+    @torch.no_grad()
+    def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
+        """None at the first check, which has nothing to put back."""
+        parts = find_parts(self.model, components, self.level)
+        known = [part for part in parts if all(OLDER in self.averages.state.get(p, ()) for p in self._averaged(part))]
+        bounds: dict[str, list[float]] = {}
+        self.gains = {}
+        with self.averages.applied():
+            self.losses = list(self.evaluate())
+            for part in known:
+                gain, error = paired_difference(self.losses, self._put_back(part))
+                self.gains[part.name] = gain, error
+                for name in part.components:
+                    bounds.setdefault(name, []).append(max(SMALLEST, self.scale * (gain + CERTAINTY * error)))
+        self._remember()
+        return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}
+
+    def details(self) -> dict[str, Any]:
+        """For the history: the mean loss in nats, and (gain, standard error) of each part in nats per 100 steps."""
+        loss, _ = mean_and_error(self.losses)
+        return {"loss": loss, "gains": {k: [self.scale * value for value in pair] for k, pair in self.gains.items()}}
+
+    def risen(self) -> list[str]:
+        """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""
+        rises = {id(before): paired_difference(before, self.losses) for before in self.at_freeze.values()}
+        return [
+            name
+            for name, before in self.at_freeze.items()
+            if rises[id(before)][0] > RISE_CERTAINTY * rises[id(before)][1] > 0
+        ]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Remember the loss at which these froze."""
+        self.at_freeze |= dict.fromkeys(names, self.losses)
+
+    def thaw(self, names: Iterable[str]) -> None:
+        """These train again."""
+        for name in names:
+            self.at_freeze.pop(name, None)
+
+    def _averaged(self, part: Part) -> list[nn.Parameter]:
+        return [p for p in part.parameters if AVERAGE in self.averages.state.get(p, ())]
+
+    def _put_back(self, part: Part) -> Losses:
+        """The losses with the part at its older average."""
+        parameters = self._averaged(part)
+        for parameter in parameters:
+            exchange(parameter, self.averages.state[parameter][OLDER])
+        losses = list(self.evaluate())
+        for parameter in parameters:
+            exchange(parameter, self.averages.state[parameter][OLDER])
+        return losses
+
+    def _remember(self) -> None:
+        """Let the averages of now be the older ones of the next check."""
+        for parameter in self.averages.averaged:
+            state = self.averages.state[parameter]
+            if OLDER not in state:
+                state[OLDER] = torch.empty_like(state[AVERAGE])
+            state[OLDER].copy_(state[AVERAGE])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The older averages are in the parameters' state."""
+        return {"losses": list(self.losses), "at_freeze": dict(self.at_freeze)}
+
+    def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
+        self.losses, self.at_freeze = state["losses"], dict(state["at_freeze"])
+
+
+def find_parts(model: nn.Module, components: Sequence[Component], level: str = "towers") -> list[Part]:
+    """The parts of which components (those that train) remain.
+
+    level: "towers"; "prefixes", with besides each tower the first half of its blocks in which something trains; or
+    "blocks", with besides each tower each block.
+    """
+    parameters = [(clean_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    parts = []
+    for tower in dict.fromkeys(component.tower for component in components):
+        own = [component for component in components if component.tower == tower]
+        parts.append(
+            Part(tower, tuple(c.name for c in own), tuple(p for name, p in parameters if tower_of(name) == tower))
+        )
+        layers = list(dict.fromkeys(component.layer for component in own))
+        groups: dict[str, list[list[int]]] = {"towers": [], "prefixes": [layers[: len(layers) // 2]]}
+        groups["blocks"] = [[layer] for layer in layers]
+        for group in groups[level]:
+            inside = [component for component in own if component.layer in group]
+            if inside:
+                roots = {_block_path(component) for component in inside}
+                weights = tuple(p for name, p in parameters if any(name.startswith(root) for root in roots))
+                name = f"{tower} {group[0]}" + (f"-{group[-1]}" if len(group) > 1 else "")
+                parts.append(Part(name, tuple(c.name for c in inside), weights))
+    return parts
+
+
+def _block_path(component: Component) -> str:
+    """The path of the component's block, with the dot after it."""
+    before, after = component.name.split(f".{component.layer}.", 1)
+    return component.name[: -len(after)] if after else before
+
+
+def paired_difference(before: Losses, after: Losses) -> tuple[float, float]:
+    """By how much the mean loss per label token is higher after than before, and the standard error over rows: nats."""
+    differences = [(b - a, tokens) for (a, tokens), (b, _) in zip(before, after, strict=True)]
+    return mean_and_error(differences)
+
+
+def mean_and_error(rows: Losses) -> tuple[float, float]:
+    """Mean per token of (sum, tokens) of rows, and its standard error (of a ratio, over rows)."""
+    tokens = sum(count for _, count in rows)
+    if not tokens:
+        return math.nan, math.nan
+    mean = math.fsum(total for total, _ in rows) / tokens
+    square = math.fsum((total - mean * count) ** 2 for total, count in rows)
+    n = len(rows)
+    return mean, math.sqrt(square * n / max(1, n - 1)) / tokens

@@ -1,0 +1,230 @@
+"""TrainConfig: data, optimisation, evaluation and output of a run. See models/config.py, which exports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from grades.fields import Checked, Relation, doc
+
+
+@dataclass
+class TrainConfig(Checked):
+    """Data, optimisation, evaluation and output of one run."""
+
+    enable_grades: bool = doc("watch every projection matrix and freeze it when it has converged", False)
+
+    train_dataset_path: str = doc(
+        "easy-vqa (embedded), a local folder / .parquet / .jsonl / save_to_disk, or a hub id",
+        "HuggingFaceM4/FineVision_concat_shuffled_2",
+        section="Data",
+    )
+    train_dataset_name: list[str] = doc("configurations (subsets) of the data set: all, or several names", ["all"])
+    test_dataset_path: str | None = doc("rows for the exact match at the end; easy-vqa brings its own test split", None)
+    stream_dataset: bool = doc("stream a hub data set instead of downloading it", True)
+    val_size: int | float = doc(
+        "validation rows, held out from the training rows: a count, or below 1 a share of them", 50_000, ge=0
+    )
+    turns_per_image: int | None = doc(
+        "draw this many turns of a row at each visit, each one a conversation of its own; by default a row is one "
+        "conversation of all its turns",
+        None,
+        ge=1,
+    )
+    source_weights: dict[str, float] = doc(
+        "with turns_per_image: how often to draw the `source`s of a row's turns, as JSON; 1 for those not named",
+        {},
+        gt=0,
+    )
+    balance_answers: bool = doc(
+        "with turns_per_image: draw the answers of a question equally often, so that it cannot be answered unseen",
+        False,
+    )
+    flip_images: bool = doc("mirror half of the training images left to right", False)
+    mixture_weights: dict[str, float] = doc(
+        "how often the rows of a subset come in an epoch, as JSON; 1 for the subsets not named", {}, gt=0
+    )
+    skip_bad_subsets: bool = doc("skip subsets that cannot be loaded, and name them; off: they are an error", False)
+    packing: bool = doc(
+        "fill rows of lm_max_length tokens with several samples. None sees another; batch_size counts such rows",
+        False,
+    )
+    max_images_per_knapsack: int = doc("packing: images in one row; a sample with more has a row of its own", 18, gt=0)
+    max_images_per_example: int = doc("rows with more images are dropped", 4, ge=0)
+    max_sample_length: int = doc("samples with more tokens are dropped", 4096, gt=0)
+    relevance_min_rating: int = doc("FineVision: drop turns rated lower", 1)
+    image_correspondence_min_rating: int = doc("FineVision: drop turns rated lower", 1)
+    visual_dependency_min_rating: int = doc("FineVision: drop turns rated lower", 1)
+    formatting_min_rating: int = doc("FineVision: drop turns rated lower", 1)
+    cache_rows: bool = doc("keep prepared rows (decoded images, token ids) in memory; for small data sets", False)
+    num_workers: int = doc("processes that prepare batches; 0: in the training process", 0, ge=0)
+
+    lr_mp: float = doc("peak learning rate of the modality projector", 0.00512, ge=0, section="Optimisation")
+    lr_vision_backbone: float = doc("peak learning rate of the vision tower; 0 freezes it", 5e-5, ge=0)
+    lr_language_backbone: float = doc("peak learning rate of the language model; 0 freezes it", 5e-5, ge=0)
+    batch_size: int = doc("rows (images, with turns_per_image) in a micro-batch", 2, gt=0)
+    gradient_accumulation_steps: int = doc("micro-batches in an optimizer step", 8, gt=0)
+    max_grad_norm: float = doc("clip the gradient to this L2 norm; 0: no clipping", 1.0, ge=0)
+    max_training_steps: int = doc("optimizer steps", 40_000, gt=0)
+    lr_schedule: str = doc(
+        "learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or wsd (constant, then the "
+        "cooldown). With constant and average_weights a run can end at any step",
+        "cosine",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    warmup_ratio: float = doc("share of the steps with linear warm-up", 0.03, ge=0, lt=1)
+    min_lr_ratio: float = doc(
+        "the schedule ends at this share of the peak; constant stays at the peak", 0.1, ge=0, le=1
+    )
+    cooldown_ratio: float = doc(
+        "wsd: share of the steps in which the rate falls; with on_converged cooldown: of the steps made until then",
+        0.15,
+        gt=0,
+        lt=1,
+    )
+    cooldown_shape: str = doc(
+        "how the rate falls in the cooldown, from the peak to min_lr_ratio: with x from 0 to 1 as 1 - sqrt(x), linear "
+        "as 1 - x",
+        "sqrt",
+        choices=("sqrt", "linear"),
+    )
+    average_weights: float = doc(
+        "keep a running average of the weights, evaluated beside the last ones and saved in their place when it is "
+        "better: below 1 the decay per step of an exponential average (0.98), from 2 on a window, over which many "
+        "steps the mean is taken (in effect: one to two windows); 0: off",
+        0.0,
+        ge=0,
+    )
+    weight_decay: float = doc("AdamW's decoupled weight decay", 0.01, ge=0)
+    adam_beta1: float = doc("AdamW: decay of the first moment", 0.9, ge=0, lt=1)
+    adam_beta2: float = doc("AdamW: decay of the second moment", 0.999, ge=0, lt=1)
+    seed: int = doc("seed of weights, order of the data and dropout", 0)
+
+    lora_rank: int = doc(
+        "rank of LoRA adapters, which then train in place of the towers' weights; 0: full fine-tuning. The projector "
+        "trains in full, all else is frozen; checkpoints hold the merged weights",
+        0,
+        ge=0,
+        section="LoRA",
+    )
+    lora_alpha: float = doc("an adapter's output is scaled by lora_alpha / lora_rank", 16.0, gt=0)
+    lora_dropout: float = doc("dropout of an adapter's input", 0.0, ge=0, lt=1)
+    lora_targets: list[str] = doc(
+        "adapt the matrices that one of these names, a whole part of the dotted name (q_proj, mlp, blocks.0, *_proj); "
+        "empty: every projection matrix of both towers",
+        [],
+    )
+    lora_vision: bool = doc("adapt the vision tower too; off: it trains in full (as one from scratch must)", True)
+
+    dtype: str = doc(
+        "autocast: bfloat16, float32, or auto, which is bfloat16 where the device has it",
+        "auto",
+        choices=("auto", "bfloat16", "float32"),
+        section="Hardware",
+    )
+    compile: bool = doc("torch.compile every block", False)
+    activation_checkpointing: bool = doc(
+        "less memory, about a third more work. Of each block only the input is kept for the backward pass, which "
+        "computes the block again",
+        False,
+    )
+    feature_cache_gib: float = doc(
+        "once the vision tower is frozen, keep its output for images that are read again, up to this many GiB, and "
+        "do not compute it again; 0: off",
+        0.0,
+        ge=0,
+    )
+    loss_chunk_size: int = doc(
+        "label positions whose logits are held at a time, which are computed again in the backward pass: less memory, "
+        "one more product of the head; 0: all at once",
+        0,
+        ge=0,
+    )
+    parallel: str = doc(
+        "ddp or fsdp, for several processes (torchrun). ddp: each holds all weights; fsdp: weights, gradients and "
+        "optimizer state are divided among them",
+        "ddp",
+        choices=("ddp", "fsdp"),
+    )
+    profile: int = doc(
+        "profile this many steps (5 without a number), from the sixth of this process on: the slowest operators are "
+        "printed, trace.json in the run folder shows all; 0: off",
+        0,
+        ge=0,
+        alone=5,
+    )
+
+    eval_interval: int = doc(
+        "optimizer steps between two evaluations, each of which ends with a checkpoint", 500, gt=0, section="Evaluation"
+    )
+    eval_batch_size: int = doc("conversations in an evaluation batch", 64, gt=0)
+    rollback_rows: int = doc(
+        "with --metric rollback: validation rows on which the rollback gain is measured", 200, gt=1
+    )
+    max_new_tokens: int = doc("longest generated answer in evaluation, in tokens", 16, gt=0)
+    early_stopping: bool = doc("stop when the validation loss has stopped falling: the baseline to GradES", False)
+    es_interval: float = doc("early stopping: share of the run between two validation losses", 0.05, gt=0, lt=1)
+    es_delta: float = doc("early stopping: the loss must fall by more than this below the best, in nats", 0.0005, ge=0)
+    es_patience: int = doc("early stopping: stop after this many validations in a row without such a fall", 3, ge=1)
+
+    es_weights: str = doc(
+        "early stopping: whose validation loss, the last weights' or with average_weights the averaged ones'",
+        "last",
+        choices=("last", "averaged"),
+    )
+
+    dry_run: bool = doc(
+        "print what the run will take (parameters, tokens, FLOPs, memory) and end. Nothing is downloaded or written",
+        False,
+        section="Output",
+    )
+    checkpoint_interval: int = doc(
+        "optimizer steps between two more checkpoints; 0: none but those of evaluations", 0, ge=0
+    )
+    keep_checkpoints: int = doc("keep this many of the latest checkpoints, and the best one", 2, gt=0)
+    resume: str | None = doc(
+        "continue a run: auto (that of --run_name), a run folder, or a checkpoint. It continues from its newest whole "
+        "checkpoint, with auto from the start where there is none yet; with another --run_name as a new run from there",
+        None,
+    )
+    resume_override: bool = doc("resume although settings differ from the run's; each is named", False)
+    resume_from_vlm_checkpoint: bool = doc("start from the weights of --vlm_checkpoint_path", False)
+    run_name: str | None = doc("folder of the run; by default made from the recipe and the time", None)
+    output_dir: str = doc("where run folders go", "grades_output")
+    log_interval: int = doc("optimizer steps between two lines of metrics.jsonl", 10, gt=0)
+    log_with: str | None = doc(
+        "also record to wandb, tensorboard or trackio. wandb (Weights & Biases) is offline where there is no account",
+        None,
+        choices=("wandb", "tensorboard", "trackio"),
+    )
+    log_wandb: bool = doc("the same as --log_with wandb", False)
+    wandb_project: str = doc("project in Weights & Biases or trackio", "nanovlm-grades")
+    wandb_entity: str | None = doc("account or team in Weights & Biases", None)
+
+    def relations(self) -> Iterable[Relation]:
+        draws_turns = self.turns_per_image is not None
+        peak_lr = max(self.lr_mp, self.lr_vision_backbone, self.lr_language_backbone)
+        return [
+            (peak_lr > 0, "lr_mp", "> 0 where both towers' learning rates are 0: nothing would train"),
+            (self.val_size < 1 or self.val_size % 1 == 0, "val_size", "a share below 1 or a whole number of rows"),
+            (self.val_size != 0 or not self.early_stopping, "val_size", "> 0 with early_stopping"),
+            (self.es_weights == "last" or self.average_weights > 0, "es_weights", "last without average_weights"),
+            (draws_turns or not self.source_weights, "source_weights", "empty without turns_per_image"),
+            (draws_turns or not self.balance_answers, "balance_answers", "off without turns_per_image"),
+            (not self.log_wandb or self.log_with in (None, "wandb"), "log_with", "left out with --log_wandb"),
+            (self.resume != "auto" or self.run_name is not None, "resume", "given with --run_name"),
+            (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
+            (not 1 <= self.average_weights < 2, "average_weights", "a decay below 1, or a window of 2 steps or more"),
+            *self._lora_relations(),
+        ]
+
+    def _lora_relations(self) -> list[Relation]:
+        full = self.lora_rank == 0
+        adapted = self.lr_language_backbone > 0 or (self.lora_vision and self.lr_vision_backbone > 0)
+        return [
+            (full or adapted, "lora_rank", "0 where no tower is adapted (learning rates of 0, lora_vision off)"),
+            (not full or self.lora_dropout == 0, "lora_dropout", "0 without lora_rank"),
+            (not full or not self.lora_targets, "lora_targets", "empty without lora_rank"),
+            (not full or self.lora_vision, "lora_vision", "on without lora_rank"),
+        ]
