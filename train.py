@@ -33,6 +33,7 @@ from training import setup
 from training.build import build_model, dry_run
 from training.checkpoint import Checkpointer, MonitorState
 from training.evaluation import EvaluationSchedule
+from training.feature_cache import FeatureCache
 from training.flops import FlopCounter
 from training.logging import NoLog, RunLog
 from training.meter import Meter, NonFiniteLossError
@@ -88,40 +89,25 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     # What the loop works with
     optimizer = setup.make_optimizer(model, cfg)
-    averages = None
-    if cfg.average_weights:
-        averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights)
+    rate = cfg.average_weights
+    averages = AveragedWeights(model.parameters(), optimizer, rate) if rate else None
     log = RunLog(start.folder, cfg.max_training_steps, bool(start.state)) if parallel.is_main else NoLog()
     stop = StopSignal(log.say, parallel)
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
     evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
-    monitor = None
-    if cfg.enable_grades:
-        monitor = GradESMonitor(
-            settings.grades,
-            model,
-            optimizer,
-            cfg.max_training_steps,
-            log.say,
-            detail=log.detail,
-            rewrap=parallel.on_requires_grad_change,  # DDP is wrapped again after a freeze
-            broadcast=parallel.same_on_all,  # all ranks freeze alike
-            averages=averages,
-            evaluate=lambda: held_out_losses(evaluator, cfg, meter, parallel),
-        )
+    monitor = watch(settings, model, optimizer, averages, evaluator, meter, parallel, log)
     evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log, averages)
     if not parallel.is_main:
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
     # Where an interrupted run was, from its checkpoint
     state = LoopState()
-    stateful = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "log": log,
-                "random": setup.RandomState(device, parallel.rank)}  # fmt: skip
-    if monitor is not None:
-        # Where weights are sharded each rank saves what the metric holds of its own shards.
-        stateful["grades"] = monitor if parallel.sharded is None else MonitorState(monitor)
-    if averages is not None:
-        stateful["averages"] = averages
+    cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
+    parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "log": log, "averages": averages,
+             "random": setup.RandomState(device, parallel.rank), "cache": cache,
+             # Where weights are sharded each rank saves what the metric holds of its own shards.
+             "grades": MonitorState(monitor) if monitor and parallel.sharded else monitor}  # fmt: skip
+    stateful = {name: part for name, part in parts.items() if part is not None}
     checkpoints = Checkpointer(
         start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say, averages
     )
@@ -135,19 +121,48 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
         try:
             stop_reason = train(cfg, state, data, model, optimizer, averages, monitor, meter, evaluations,
-                                checkpoints, log, stop, parallel, device, autocast)  # fmt: skip
+                                checkpoints, cache, log, stop, parallel, device, autocast)  # fmt: skip
         except NonFiniteLossError as error:
             log.say(f"stopped: {error}; {checkpoints.last_saved()}")
             stop_reason = "non_finite_loss"
         return test_and_report(
-            stop_reason, cfg, state, data, model, monitor, meter, evaluations, checkpoints, log, stop, parallel
+            stop_reason, cfg, state, data, model, monitor, meter, evaluations, checkpoints, cache, log, stop, parallel
         )
 
 
-def held_out_losses(evaluator: Evaluator, cfg: TrainConfig, meter: Meter, parallel: Parallel) -> list:
-    """For the metric rollback: the losses of a fixed sample of validation rows, the same on all ranks."""
-    with meter.clock("rollback"):
-        return parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows))
+def watch(
+    settings: Settings,
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    averages: AveragedWeights | None,
+    evaluator: Evaluator,
+    meter: Meter,
+    parallel: Parallel,
+    log: RunLog,
+) -> GradESMonitor | None:
+    """GradES on the model; None without --enable_grades."""
+    cfg = settings.train
+    if not cfg.enable_grades:
+        return None
+
+    def held_out_losses() -> list[tuple[float, int]]:  # for the metric rollback; the same on all ranks
+        with meter.clock("rollback"):
+            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows))
+            meter.flops.add_forward(evaluator.probe or ())
+        return losses
+
+    return GradESMonitor(
+        settings.grades,
+        model,
+        optimizer,
+        cfg.max_training_steps,
+        log.say,
+        detail=log.detail,
+        rewrap=parallel.on_requires_grad_change,  # DDP is wrapped again after a freeze
+        broadcast=parallel.same_on_all,  # all ranks freeze alike
+        averages=averages,
+        evaluate=held_out_losses,
+    )
 
 
 def train(
@@ -161,6 +176,7 @@ def train(
     meter: Meter,
     evaluations: EvaluationSchedule,
     checkpoints: Checkpointer,
+    cache: FeatureCache | None,
     log: RunLog,
     stop: StopSignal,
     parallel: Parallel,
@@ -181,7 +197,7 @@ def train(
 
         batches = [next(data) for _ in range(cfg.gradient_accumulation_steps)]
         set_learning_rate(optimizer, state.step + 1, cfg, monitor.converged_step if monitor is not None else None)
-        loss = forward_backward(model, batches, device, autocast, parallel)
+        loss = forward_backward(model, batches, device, autocast, parallel, cache)
         meter.add(state.step + 1, loss, batches)  # read when it is logged; NaN ends the run then
         if monitor is not None:
             monitor.after_backward(state.step + 1)  # GradES reads gradients, before they are clipped
@@ -220,6 +236,7 @@ def test_and_report(
     meter: Meter,
     evaluations: EvaluationSchedule,
     checkpoints: Checkpointer,
+    cache: FeatureCache | None,
     log: RunLog,
     stop: StopSignal,
     parallel: Parallel,
@@ -237,7 +254,7 @@ def test_and_report(
     failed = None if checkpoints.error is None else f"the end of the run is not saved: {checkpoints.error}"
     if parallel.is_main:
         try:
-            write_report(cfg, checkpoints.folder, stop_reason, scores, state, data, model, monitor, meter, log)
+            write_report(cfg, checkpoints.folder, stop_reason, scores, state, data, model, monitor, meter, cache, log)
         except OSError as error:
             failed = f"the report could not be written: {error}"
     parallel.close()

@@ -37,6 +37,12 @@ class Collator:
             "input_ids": torch.from_numpy(input_ids),
             "targets": torch.from_numpy(targets),
             **_image_inputs(input_ids, [sample.images for sample in samples], counts, self.vlm_cfg),
+            "image_keys": [
+                (sample.id, sample.mirrored, tile)
+                for sample in samples
+                if sample.images is not None
+                for tile in range(len(sample.images))
+            ],
             "label_positions": torch.from_numpy(label_positions),
             "num_labels": len(label_positions),
         }
@@ -50,7 +56,8 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: float32 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
-        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}.
+        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; image_keys: for
+        each of the N images its row, whether it is mirrored, and its place in the row.
         If every row was dropped, input_ids is None and the batch has only ids and dropped besides.
         """
         dropped = count_drops(samples)

@@ -41,6 +41,7 @@ class Sample:
     conversations: list[tuple[torch.Tensor, torch.Tensor]]  # (ids, labels), int64 [T]; ids hold the image tokens
     id: str
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
+    mirrored: bool = False  # the images, left to right
 
 
 @dataclass
@@ -165,7 +166,7 @@ class VQADataset:
         images = prepared.tiles
         if prepared.mirrored and images is not None:
             images = self._mirror(images, prepared.grids)
-        return Sample(images, prepared.conversations, prepared.id, prepared.dropped)
+        return Sample(images, prepared.conversations, prepared.id, prepared.dropped, prepared.mirrored)
 
     def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
         """With the tiles in place of the images."""

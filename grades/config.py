@@ -27,8 +27,8 @@ class GradESConfig(Checked):
     metric: str = doc(
         "what is measured: weight_change, gradient_change, gradient_norm, gradient_rms or rollback. The L1 norm of: "
         "the weight's change since the previous check; the gradient's since the previous step (the paper's Eq. 1); "
-        "the gradient (Eq. 3, for LoRA); or, beyond the paper, sqrt(v), v Adam's running mean of the squared gradient, "
-        "which costs nothing to keep. rollback: by how many nats per 100 steps the validation loss rises when a part of the "
+        "the gradient (Eq. 3, for LoRA); or, beyond the paper, sqrt(v), v Adam's running mean of the squared gradient; "
+        "it costs nothing. rollback: by how many nats per 100 steps the validation loss rises when a part of the "
         "averaged weights goes back to where it was at the previous check",
         "weight_change",
         choices=(*METRICS, ROLLBACK),

@@ -83,6 +83,7 @@ class GradESMonitor:
         self.checks: list[dict[str, Any]] = []
         self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
         self.events: list[dict[str, Any]] = []
+        self.validation: list[dict[str, float | None]] = []  # what `note` was told
         self.latest: Values = {}  # of the last check
         self._seen_backward = False
         if total_steps is not None:
@@ -142,6 +143,10 @@ class GradESMonitor:
     def enough_frozen(self) -> bool:
         """Whether max_frozen_ratio of the model's projection matrices, watched or not, are frozen: the run ends."""
         return policy.enough_frozen(len(self.frozen), self.num_matrices, self.config.max_frozen_ratio)
+
+    def note(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Keep numbers of a validation after step `step` for the pictures: "loss", "loss_averaged", in nats."""
+        self.validation = [known for known in self.validation if known["step"] != step] + [{"step": step, **values}]
 
     def frozen_share(self, tower: str | None = None) -> float | None:
         """Share of the components (of a tower) that are frozen, in [0, 1]; None where there are none."""
@@ -303,7 +308,7 @@ class GradESMonitor:
             "total_steps": self.total_steps,
             "grace_steps": self.grace_steps,
             "last_step": self.last_step,
-            "stopped_early": self.enough_frozen(),
+            "stopped_early": self.enough_frozen() or self.converged_step is not None,
             "components": [
                 {"name": c.name, "tower": c.tower, "kind": c.kind, "layer": c.layer, "elements": c.elements}
                 | {"tau": self.taus.get(c.name)}
@@ -311,6 +316,7 @@ class GradESMonitor:
             ],
             "checks": self.checks,
             "events": self.events,
+            "validation": self.validation,
         }
 
     def save_history(self, path: str | Path) -> None:
@@ -331,6 +337,7 @@ class GradESMonitor:
             "grace_checks": list(self.grace_checks),
             "events": list(self.events),
             "converged_step": self.converged_step,
+            "validation": list(self.validation),
             "latest": dict(self.latest),
             "metric": self.metric.state_dict(),
             "scale": self.scale.state_dict(),
@@ -366,7 +373,7 @@ class GradESMonitor:
         self.last_step = state["last_step"]
         self.checks, self.events = list(state["checks"]), list(state["events"])
         self.grace_checks = list(state["grace_checks"])
-        self.converged_step = state.get("converged_step")
+        self.converged_step, self.validation = state.get("converged_step"), list(state.get("validation", ()))
         self.latest = dict(state["latest"])
         if state["metric"] is not None:
             self.metric.load_state_dict(state["metric"], self.components)

@@ -39,9 +39,12 @@ def convergence(history: dict[str, Any]) -> Any:
 
     history: what GradESMonitor.history returns.
     """
-    figure, towers = _figure(history, height_per_row=3.2)
-    axes = figure.subplots(len(towers), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, tower in zip(axes, towers, strict=True):
+    losses = _losses(history)
+    figure, towers = _figure(history, height_per_row=3.2, rows_more=bool(losses))
+    axes = figure.subplots(len(towers) + bool(losses), 1, sharex=True, squeeze=False)[:, 0]
+    if losses:
+        _draw_losses(axes[0], history, losses)
+    for axis, tower in zip(axes[bool(losses) :], towers, strict=True):
         _draw_metric(axis, history, tower)
         axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
         axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
@@ -52,6 +55,29 @@ def convergence(history: dict[str, Any]) -> Any:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     axes[-1].set_xlabel("optimizer step")
     return figure
+
+
+def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """(step, nats) of the validation losses by name; empty where weights were not averaged."""
+    validation = history.get("validation", [])
+    names = {"loss": "last weights", "loss_averaged": "averaged weights"}
+    found = {
+        label: [(known["step"], known[key]) for known in validation if known.get(key) is not None]
+        for key, label in names.items()
+    }
+    return found if found["averaged weights"] else {}
+
+
+def _draw_losses(axis: Any, history: dict[str, Any], losses: dict[str, list[tuple[int, float]]]) -> None:
+    for (label, points), color in zip(losses.items(), ("0.6", "black"), strict=True):
+        axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
+    if history["stopped_early"]:
+        axis.axvline(history["last_step"], color="black", linestyle=":", label=f"end, step {history['last_step']:,}")
+    axis.set_yscale("log")
+    axis.set_title("validation loss", loc="left", fontweight="bold")
+    axis.set_ylabel("nats", fontsize=8)
+    axis.grid(axis="y", color="0.9")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
 def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
@@ -199,9 +225,9 @@ def _draw_map(axis: Any, history: dict[str, Any], tower: str) -> Any:
     return image
 
 
-def _figure(history: dict[str, Any], height_per_row: float) -> tuple[Any, list[str]]:
+def _figure(history: dict[str, Any], height_per_row: float, rows_more: int = 0) -> tuple[Any, list[str]]:
     """An empty figure that needs no display, and the towers that the history has."""
     from matplotlib.figure import Figure
 
     towers = [tower for tower in COLORS if any(c["tower"] == tower for c in history["components"])]
-    return Figure(figsize=(10, max(1.0, height_per_row * len(towers))), layout="constrained"), towers
+    return Figure(figsize=(10, max(1.0, height_per_row * (len(towers) + rows_more))), layout="constrained"), towers

@@ -216,6 +216,7 @@ class TrainConfig(Checked):
             (self.resume != "auto" or self.run_name is not None, "resume", "given with --run_name"),
             (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
             (not 1 <= self.average_weights < 2, "average_weights", "a decay below 1, or a window of 2 steps or more"),
+            (self.feature_cache_gib == 0 or self.parallel == "ddp", "feature_cache_gib", "0 with --parallel fsdp"),
             *self._lora_relations(),
         ]
 

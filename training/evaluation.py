@@ -96,6 +96,8 @@ class EvaluationSchedule:
         self.early_stopping = stopping
         self.log.record(state.step, val | {"val/time_s": self.meter.seconds["eval"] - before_s})
         state.evaluated_step = state.step
+        if self.monitor is not None:
+            self.monitor.note(state.step, {key.removeprefix("val/"): val[key] for key in val if "loss" in key})
         if whole:
             state.record(val)
             self.log.say(f"step {state.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))

@@ -21,6 +21,7 @@ class Cost:
     """FLOPs of the forward and backward pass, per thing that a micro-batch holds."""
 
     image: int  # or tile
+    vision: int  # what of it the vision tower takes
     token: int  # position of a row, padding included
     pair: int  # pair of positions of one row
     label: int  # label position
@@ -29,9 +30,11 @@ class Cost:
         """FLOPs of a micro-batch of the collator: input_ids [B, T], images [N, 3, S, S] or None, num_labels."""
         rows, length = batch["input_ids"].shape
         images = 0 if batch["images"] is None else len(batch["images"])
+        cached = batch.get("cached_images", 0)  # went through the projector alone
         positions = rows * length
         return (
             images * self.image
+            - cached * self.vision
             + positions * self.token
             + positions * length * self.pair
             + batch["num_labels"] * self.label
@@ -47,6 +50,7 @@ class FlopCounter:
         self.parameters = list(model.parameters())
         self.flags = self._flags()
         self.cost = self.cost_unfrozen = model_cost(model)
+        self.cost_forward = forward_cost(model)
         self.done = self.unfrozen = 0
 
     def add(self, micro_batches: Iterable[dict]) -> None:
@@ -57,6 +61,10 @@ class FlopCounter:
         for batch in micro_batches:
             self.done += self.cost.of(batch)
             self.unfrozen += self.cost_unfrozen.of(batch)
+
+    def add_forward(self, batches: Iterable[dict]) -> None:
+        """Count forward passes without a backward one, which GradES makes to measure."""
+        self.done += sum(self.cost_forward.of(batch) for batch in batches)
 
     def _flags(self) -> bytes:
         return bytes(parameter.requires_grad for parameter in self.parameters)
@@ -77,6 +85,7 @@ class FlopCounter:
 def model_cost(model: VisionLanguageModel) -> Cost:
     """The cost with the parameters' present requires_grad."""
     image, image_grad = _vision(model.vision_encoder)
+    vision = image
     factor = model.MP.factor**2
     patches = model.vision_encoder.cfg.vit_grid**2
     projector = Flow(image_grad).linears(model.MP.proj)
@@ -87,7 +96,18 @@ def model_cost(model: VisionLanguageModel) -> Cost:
     pair = sum(_decoder_block(block, flow) for block in decoder.blocks)
     token = flow.flops
     head = Flow(flow.grad or _trains(decoder.norm)).linears(decoder.head)
-    return Cost(image, token, pair, head.flops)
+    return Cost(image, vision, token, pair, head.flops)
+
+
+def forward_cost(model: VisionLanguageModel) -> Cost:
+    """The cost of a forward pass alone, under torch.no_grad."""
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in training:
+        parameter.requires_grad_(False)
+    cost = model_cost(model)
+    for parameter in training:
+        parameter.requires_grad_(True)
+    return cost
 
 
 def _vision(vit: ViT) -> tuple[int, bool]:

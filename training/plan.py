@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from grades import find_components
 from grades.components import Component
+from grades.config import ROLLBACK
 from grades.sampling import make_sampler
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -19,7 +20,7 @@ from training.flops import model_cost
 META = torch.device("meta")
 LABEL_SHARE = 0.25  # of a row's tokens carry a label: questions, image tokens and templates do not
 # Copies that a metric keeps of the matrices, or of a sample of them.
-SNAPSHOTS = {"weight_change": 1, "gradient_change": 1, "gradient_norm": 0, "gradient_rms": 0}
+SNAPSHOTS = {"weight_change": 1, "gradient_change": 1, "gradient_norm": 0, "gradient_rms": 0, "rollback": 0}
 NOTES = """\
             Activations: kept for the backward pass of one micro-batch, {dtype} products, fused attention.
             Not counted: what an operation needs only while it runs, float32 copies in CUDA's norms, the allocator's
@@ -105,10 +106,18 @@ def _held(model: nn.Module, settings: Settings, components: list[Component], sha
         "optimizer": 2 * gradients,  # AdamW's two moments
         "GradES": SNAPSHOTS[settings.grades.metric] * copied,
     }
+    if copies := _averages(settings):
+        whole["averages"] = copies * gradients
     shares = {name: -(-size // shards) for name, size in whole.items()}
     if settings.train.gradient_accumulation_steps > 1:  # FSDP divides gradients in the last micro-batch
         shares["gradients"] = gradients
     return shares
+
+
+def _averages(settings: Settings) -> int:
+    """Copies of what trains: the average, of a window its block, and for rollback the older average."""
+    rate, grades = settings.train.average_weights, settings.train.enable_grades
+    return (rate > 0) + (rate >= 2) + (grades and settings.grades.metric == ROLLBACK)
 
 
 def full_batch(settings: Settings, device: torch.device) -> dict:

@@ -18,6 +18,7 @@ from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import DEFAULT_RECIPE, Settings
 from training.environment import record_environment
+from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.memory import peak_memory_bytes
 from training.meter import Meter
@@ -104,6 +105,7 @@ def write_report(
     model: VisionLanguageModel,
     monitor: GradESMonitor | None,
     meter: Meter,
+    cache: FeatureCache | None,
     log: RunLog,
 ) -> None:
     """Write pictures and summary.json, and say what they hold. test: None where nothing was tested."""
@@ -111,7 +113,7 @@ def write_report(
     baseline = None
     if test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME:
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
-    summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter)
+    summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter, cache)
     write_json(folder / "summary.json", summary)
     for line in summary_lines(summary, folder, pictures):
         log.say(line)
@@ -137,6 +139,7 @@ def make_summary(
     model: VisionLanguageModel,
     monitor: GradESMonitor | None,
     meter: Meter,
+    cache: FeatureCache | None,
 ) -> dict[str, Any]:
     """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
     seconds, flops, scores = meter.seconds, meter.flops, test or {}
@@ -159,6 +162,8 @@ def make_summary(
         "train_flops_unfrozen_per_step": flops.unfrozen / state.step if state.step else None,
         "train_tflops_per_s": flops.done / train_s / 1e12 if train_s else None,
         "peak_memory_gib": None if peak is None else peak / 2**30,
+        "feature_cache_hits": cache.hits if cache else None,  # images
+        "feature_cache_lookups": cache.lookups if cache else None,
         "train_tokens": meter.total_tokens,
         "val_loss": state.val.get("val/loss"),
         "val_loss_averaged": state.val.get("val/loss_averaged"),
@@ -184,7 +189,8 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     if summary["test_exact_match"] is not None:
         by_source = ", ".join(f"{k} {percent(v)}" for k, v in summary["test_exact_match_by_source"].items())
         of_each = f" ({by_source})" if by_source else ""
-        lines.append(f"test exact match      {percent(summary['test_exact_match'])}{of_each}")
+        weights = ", averaged weights" if summary["weights"] == "averaged" else ""
+        lines.append(f"test exact match      {percent(summary['test_exact_match'])}{weights}{of_each}")
     if summary["test_cut_short"]:
         lines.append("test exact match      the test was cut short; a resumed run begins with it")
     if summary["question_only_exact_match"] is not None:
@@ -194,6 +200,14 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         towers = ", ".join(f"{tower} {percent(summary[f'frozen_share_{tower}'])}" for tower in ("vision", "language"))
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
+    if summary["frozen_share"] == 0:
+        lines.append("                      still learning at the end: nothing to save")
+    if summary["rollback_time_s"]:
+        share = percent(summary["rollback_time_s"] / summary["total_time_s"])
+        lines.append(f"measuring gains       {summary['rollback_time_s']:.1f} s, {share} of the time")
+    if summary["feature_cache_lookups"]:
+        hits = percent(summary["feature_cache_hits"] / summary["feature_cache_lookups"])
+        lines.append(f"feature cache         held {hits} of {summary['feature_cache_lookups']:,} images")
     if summary["frozen_share"] and summary["steps"]:
         share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
         tflop = summary["train_flops"] / 1e12

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from data.collators import to_device
 from models.vision_language_model import VisionLanguageModel
+from training.feature_cache import FeatureCache
 from training.parallel import Parallel
 
 
@@ -16,12 +17,14 @@ def forward_backward(
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
     parallel: Parallel | None = None,
+    cache: FeatureCache | None = None,
 ) -> torch.Tensor:
     """Accumulate the gradient over the micro-batches; returns the step's loss, a float32 scalar on the device.
 
     Each micro-batch's loss is a sum over its label tokens; it is divided by their number over all micro-batches of all
     ranks, so that every label token weighs the same wherever it stands. With several ranks the mean of what they
-    return is the step's loss.
+    return is the step's loss. cache: of a frozen vision tower's features; a micro-batch gets the number of
+    "cached_images" that it spared.
     """
     parallel = parallel or Parallel()
     num_labels, num_images = parallel.sum(
@@ -34,6 +37,8 @@ def forward_backward(
         inputs = parallel.complete(to_device(batch, device), model)
         with parallel.accumulation(model, last=number == len(micro_batches)):
             with autocast:
+                if cache is not None:
+                    inputs, batch["cached_images"] = cache.complete(inputs, batch["image_keys"])
                 loss = parallel.module(model)(**inputs) / labels_per_rank
             loss.backward()
         total += loss.detach()
