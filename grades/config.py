@@ -40,15 +40,15 @@ class GradESConfig(Checked):
         "absolute",
         choices=TAU_MODES,
     )
-    vision_tau: float | str | None = doc(
-        "freeze a vision component whose metric is below this; or auto. By default 1e-5, with --metric rollback auto",
-        None,
+    vision_tau: float | str = doc(
+        "freeze a vision component whose metric is below this; or auto (with --metric rollback the default is auto)",
+        DEFAULT_TAUS["vision"],
         gt=0,
         choices=(AUTO,),
     )
-    language_tau: float | str | None = doc(
-        "freeze a language component whose metric is below this; or auto. By default 1e-4, with --metric rollback auto",
-        None,
+    language_tau: float | str = doc(
+        "freeze a language component whose metric is below this; or auto (with --metric rollback the default is auto)",
+        DEFAULT_TAUS["language"],
         gt=0,
         choices=(AUTO,),
     )
@@ -129,11 +129,11 @@ class GradESConfig(Checked):
 
     def tau_of(self, tower: str, part: str) -> float | str:
         """The threshold of the part ("attention" or "mlp") of a tower; "auto" where the grace period has to show it."""
-        own, of_tower = getattr(self, f"{tower}_{part}_tau"), getattr(self, f"{tower}_tau")
-        tau: float | str | None = of_tower if own is None else own
-        if self.metric == ROLLBACK:
-            return ROLLBACK_TAU if tau in (None, AUTO) else float(tau)
-        return DEFAULT_TAUS[tower] if tau is None else tau
+        own = getattr(self, f"{tower}_{part}_tau")
+        tau: float | str = getattr(self, f"{tower}_tau") if own is None else own
+        if self.metric == ROLLBACK and tau in (AUTO, *DEFAULT_TAUS.values()):  # the paper's, which are not in nats
+            return ROLLBACK_TAU
+        return tau
 
     def relations(self) -> Iterable[Relation]:
         relative, unfreezes = self.tau_mode == "relative", self.unfreeze_factor is not None

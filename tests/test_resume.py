@@ -70,7 +70,12 @@ CASES = {
                                 "language_attention_tau": 3.4, "unfreeze_factor": 1.1, "probe_interval": 2},
     "sampled": WATCHED | {"monitor_sample": 2, "batch_size": 30},
     "gradient_rms": WATCHED | {"metric": "gradient_rms", "language_attention_tau": 0.95},
-    "lora": WATCHED | {"lora_rank": 2, "lora_dropout": 0.1},
+    "rollback": {"enable_grades": True, "metric": "rollback", "average_weights": 0.5, "lr_schedule": "constant",
+                 "alpha": 0.1, "vision_tau": 1e9, "language_tau": 99, "patience": 3, "rollback_rows": 3, "val_size": 5,
+                 "feature_cache_gib": 0.1, "on_converged": "cooldown", "cooldown_ratio": 0.3},
+    "window": WATCHED | {"average_weights": 3, "lr_schedule": "wsd", "early_stopping": True, "es_weights": "averaged",
+                         "es_interval": 0.25, "es_patience": 9},
+    "lora": WATCHED | {"lora_rank": 2, "lora_dropout": 0.1, "average_weights": 0.5},
     "packing": {"packing": True, "num_workers": 2, "lm_max_length": 24, "max_sample_length": 24, "batch_size": 1},
     "stream": {"stream_dataset": True, "num_workers": 2, "gradient_accumulation_steps": 2},
 }  # fmt: skip

@@ -75,8 +75,8 @@ def assert_same(folder: Path, whole: Path) -> None:
 def before_steps(hook) -> None:
     """Let train.py call hook(step), counted from 1, before it makes a step."""
 
-    def set_learning_rate(optimizer, step, cfg):
+    def set_learning_rate(optimizer, step, *args):
         hook(step)
-        schedule.set_learning_rate(optimizer, step, cfg)
+        schedule.set_learning_rate(optimizer, step, *args)
 
     train.set_learning_rate = set_learning_rate

@@ -1,0 +1,99 @@
+"""Averaged weights: what they are, that they come and go without a trace, and what becomes of them on a freeze."""
+
+import pytest
+import torch
+from tiny.grades import Loop, batch, make_model, make_optimizer, same_weights
+
+from grades import GradESConfig, GradESMonitor
+from grades.averaging import AVERAGE, AveragedWeights
+
+
+def trained(rate: float, steps: int):
+    """(model, its averages, the weights after each step)."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    averages = AveragedWeights(model.parameters(), optimizer, rate)
+    past = []
+    for step in range(steps):
+        model(**batch(step))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.update()
+        past.append([p.detach().clone() for p in model.parameters()])
+    return model, averages, past
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9, 2, 3, 5])
+def test_the_average_is_what_its_definition_says(rate):
+    model, averages, past = trained(rate, 8)
+    weights = torch.zeros(8)
+    if rate < 1:
+        for i in range(8):
+            weights *= rate
+            weights[i] = 1 - rate if i else 1.0
+    else:
+        begun = 7 // rate * rate  # of the current block
+        weights[max(0, begun - rate) :] = 1.0
+    weights /= weights.sum()
+    for i, parameter in enumerate(model.parameters()):
+        expected = sum(w * step[i] for w, step in zip(weights, past, strict=True))
+        torch.testing.assert_close(averages.state[parameter][AVERAGE], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_weights_come_back_bit_for_bit():
+    model, averages, past = trained(0.5, 3)
+    with pytest.raises(RuntimeError, match="in between"), averages.applied():
+        assert not torch.equal(model.MP.proj.weight, past[-1][-1])
+        raise RuntimeError("in between")
+    assert all(torch.equal(p, last) for p, last in zip(model.parameters(), past[-1], strict=True))
+
+
+def test_training_is_the_same_with_averages():
+    model, *_ = trained(0.9, 4)
+    other = make_model()
+    optimizer = make_optimizer(other)
+    for step in range(4):
+        other(**batch(step))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same_weights(model, other)
+
+
+@pytest.mark.parametrize("kept", ["average", "last"])
+def test_a_weight_freezes_at_its_average_or_its_last_value(kept):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    averages = AveragedWeights(model.parameters(), optimizer, 0.5)
+    config = GradESConfig(vision_tau=1e9, language_tau=1e-9, alpha=0.4, freeze_to=kept)
+    loop = Loop(model, None, 6, optimizer)
+    loop.monitor = GradESMonitor(config, model, optimizer, 6, averages=averages)
+    values = {}
+
+    def update(step):
+        averages.update()
+        if step == 2:
+            before_freezing(step)
+
+    def before_freezing(step):
+        weight = model.vision_encoder.blocks[0].mlp.fc1.weight
+        values["last"] = weight.detach().clone()
+        values["average"] = averages.state[weight][AVERAGE].clone()
+
+    loop.on_step = update
+    after_step = loop.monitor.after_step
+
+    def measured(step):
+        if step == 3:
+            averages.update()
+            before_freezing(step)
+        return after_step(step)
+
+    loop.monitor.after_step = measured
+    loop.on_step = lambda step: averages.update() if step != 3 else None
+    loop.run()
+    weight = model.vision_encoder.blocks[0].mlp.fc1.weight
+    assert not weight.requires_grad
+    assert torch.equal(weight, values[kept])
+    assert AVERAGE not in optimizer.state.get(weight, {})
+    norm = model.vision_encoder.layer_norm.weight  # frozen with its tower
+    assert not norm.requires_grad

@@ -1,0 +1,158 @@
+"""Rollback gain: the numbers against a slow computation, what it decides, and that it leaves no trace."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny.grades import Loop, batch, make_model, make_optimizer, same_weights
+
+from grades import GradESConfig, GradESMonitor, policy
+from grades.averaging import AVERAGE, AveragedWeights
+from grades.components import tower_of
+from grades.rollback import find_parts, mean_and_error, paired_difference
+
+STEPS = 12
+
+
+def row_losses(model, rows=range(100, 106)):
+    with torch.no_grad():
+        return [(float(model(**batch(row))[1]) * 20, 20) for row in rows]
+
+
+def loop(config: dict, evaluate=None, **others) -> Loop:
+    """A loop with averages; `averaged` holds the averages after each step."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    averages = AveragedWeights(model.parameters(), optimizer, 0.5)
+    made = Loop(model, None, STEPS, optimizer)
+    given = {"metric": "rollback", "compute_interval": 3, "alpha": 0.0} | config
+    made.monitor = GradESMonitor(
+        GradESConfig(**given), model, optimizer, STEPS, made.lines.append, averages=averages,
+        evaluate=evaluate or (lambda: row_losses(model)), **others,
+    )  # fmt: skip
+    made.averages, made.averaged = averages, {}
+    after_step = made.monitor.after_step
+
+    def updated(step):
+        averages.update()
+        made.averaged[step] = {
+            name: averages.state[p][AVERAGE].clone() if AVERAGE in averages.state.get(p, ()) else p.detach().clone()
+            for name, p in model.named_parameters()
+        }
+        return after_step(step)
+
+    made.monitor.after_step = updated
+    return made
+
+
+NEVER = {"vision_tau": 1e-12, "language_tau": 1e-12}
+
+
+def test_the_gain_is_what_a_slow_computation_says():
+    run = loop(NEVER).run()
+    other = copy.deepcopy(run.model)
+
+    def losses(weights):
+        other.load_state_dict(weights, strict=False)
+        return row_losses(other)
+
+    checks = {check["step"]: check for check in run.monitor.checks}
+    assert set(checks) == {3, 6, 9, 12}
+    assert all(value is None for value in checks[3]["values"])
+    for step in (6, 9, 12):
+        now, before = run.averaged[step], run.averaged[step - 3]
+        base = losses(now)
+        assert checks[step]["loss"] == pytest.approx(mean_and_error(base)[0], rel=1e-5)
+        for tower in ("vision", "language"):
+            mixed = {name: (before if tower_of(name) == tower else now)[name] for name in now}
+            differences = [(b - a) / 20 for (a, _), (b, _) in zip(base, losses(mixed), strict=True)]
+            gain = sum(differences) / len(differences)
+            error = torch.tensor(differences).std().item() / math.sqrt(len(differences))
+            assert checks[step]["gains"][tower] == pytest.approx([gain * 100 / 3, error * 100 / 3], rel=1e-3, abs=1e-4)
+
+
+def test_measuring_changes_nothing():
+    assert same_weights(loop(NEVER).run().model, Loop(make_model(), None, STEPS).run().model)
+
+
+def test_the_error_is_that_of_a_ratio():
+    rows = [(1.0, 1), (3.0, 2), (2.0, 4), (9.0, 3)]
+    mean, error = mean_and_error(rows)
+    assert mean == 1.5
+    assert error == pytest.approx(math.sqrt(sum((s - 1.5 * n) ** 2 for s, n in rows) * 4 / 3) / 10)
+    assert paired_difference(rows, [(s + n, n) for s, n in rows]) == pytest.approx((1.0, 0.0))
+    assert all(math.isnan(value) for value in mean_and_error([]))
+
+
+def test_nothing_freezes_on_noise():
+    """Gains of zero whose error is above tau."""
+    calls = []
+
+    def noisy():
+        calls.append(1)
+        sign = 1 if len(calls) % 2 else -1
+        return [(20 + sign * 2, 20), (20 - sign * 2, 20)]
+
+    run = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=noisy).run()
+    gains = [check["gains"]["vision"] for check in run.monitor.checks[1:]]
+    assert all(gain == pytest.approx(0) and error > 0.5 for gain, error in gains)
+    assert not run.monitor.frozen
+    still = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=lambda: [(20.0, 20), (21.0, 20)]).run()
+    assert still.step == 6  # the first check with a gain; everything is frozen, and the run ends
+    assert still.monitor.enough_frozen()
+
+
+def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
+    height = [0.0]
+    run = loop(
+        {"vision_tau": 1e9, "language_tau": 1e-12},
+        evaluate=lambda: [(20.0 + height[0] + i / 10 * height[0], 20) for i in range(9)],
+    )
+    run.on_step = lambda step: height.__setitem__(0, 5.0 if step == 8 else 0.0 if step == 9 else height[0])
+    run.run()
+    events = [(event["step"], bool(event.get("unfrozen"))) for event in run.monitor.events]
+    assert set(events) == {(6, False), (9, True), (12, False)}
+    assert any("risen" in line for line in run.lines)
+
+
+def test_the_last_part_trains_on_in_the_cooldown():
+    run = loop({"vision_tau": 1e9, "language_tau": 1e9, "on_converged": "cooldown"})
+    run.run()
+    assert run.monitor.converged_step == 6
+    assert not run.monitor.frozen
+    assert run.step == STEPS  # whoever drives it ends the run
+
+
+@pytest.mark.parametrize(("level", "names"), [
+    ("towers", ["vision", "language"]),
+    ("prefixes", ["vision", "vision 0", "language", "language 0"]),
+    ("blocks", ["vision", "vision 0", "vision 1", "language", "language 0", "language 1"]),
+])  # fmt: skip
+def test_the_parts(level, names):
+    model = make_model()
+    monitor = GradESMonitor(GradESConfig(), model, total_steps=10)
+    parts = {part.name: part for part in find_parts(model, monitor.components, level)}
+    assert list(parts) == names
+    of_vision = {p for name, p in model.named_parameters() if name.startswith("vision_encoder.")}
+    assert set(parts["vision"].parameters) == of_vision
+    if "language 1" in parts:
+        assert set(parts["language 1"].parameters) == set(model.decoder.blocks[1].parameters())
+        assert all(name.startswith("decoder.blocks.1.") for name in parts["language 1"].components)
+
+
+def test_it_says_what_it_needs():
+    with pytest.raises(ValueError, match="--average_weights"):
+        GradESMonitor(GradESConfig(metric="rollback"), make_model(), total_steps=10)
+    with pytest.raises(ValueError, match="rollback"):
+        GradESConfig(metric="rollback", tau_mode="relative").check()
+
+
+def test_only_the_front_freezes():
+    components = [(f"{tower}{layer}{kind}", tower, layer) for tower in ("language", "vision") for layer in (0, 1)
+                  for kind in "ab"]  # fmt: skip
+    names = [name for name, *_ in components]
+    assert policy.front(names, [], components) == sorted(names, key=lambda name: name[0] != "v")
+    assert policy.front(["vision0a", "vision1a"], [], components) == ["vision0a"]
+    assert policy.front(["vision0a", "vision1a"], ["vision0b"], components) == ["vision0a", "vision1a"]
+    assert policy.front(["language0a"], ["vision0a"], components) == []
