@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -77,18 +75,6 @@ def test_adapters_and_projector_alone_train_and_the_base_never_moves():
         assert torch.equal(value, before[name]) == (name not in trainable), name
         if ".lora_" not in name and name not in trainable:
             assert torch.equal(value, plain[name.replace(".base_layer", "")]), name
-
-
-def test_components_are_the_adapter_pairs_under_the_names_of_the_matrices():
-    plain, components = find_components(make_model()), find_components(adapted())
-    assert [(c.name, c.tower, c.kind, c.layer) for c in components] == [
-        (c.name, c.tower, c.kind, c.layer) for c in plain
-    ]
-    for component, matrix in zip(components, plain, strict=True):
-        outer, inner = matrix.weights[0].shape
-        assert [tuple(weight.shape) for weight in component.weights] == [(4, inner), (outer, 4)]
-        assert component.parameters == component.weights
-    assert kinds(adapted()) == {"vision": VISION, "language": LANGUAGE}
 
 
 @pytest.mark.parametrize(
@@ -203,11 +189,6 @@ def test_adapters_work_in_bfloat16_autocast_and_see_no_float32_copy():
     torch.testing.assert_close(rounded.float(), logits, rtol=0.1, atol=0.1)
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-
-
-def test_peft_and_transformers_are_imported_only_where_they_are_used():
-    code = "import sys, models.vision_language_model; assert not {'peft', 'transformers'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("metric", ["weight_change", "gradient_norm"])

@@ -141,20 +141,6 @@ def test_image_embeddings_replace_the_slots_in_order(model):
     assert torch.equal(x[0, 6:], model.decoder.token_embedding(ids[0, 6:]))
 
 
-def test_documents_do_not_see_each_other(model):
-    ids = text(1, 12)
-    document_ids = torch.tensor([[0] * 5 + [1] * 7])
-    position_ids = torch.cat((torch.arange(5), torch.arange(7)))[None]
-    changed = ids.clone()
-    changed[0, :5] = (changed[0, :5] + 1) % IMAGE
-    before, after = (model(x, position_ids=position_ids, document_ids=document_ids)[0] for x in (ids, changed))
-    assert torch.equal(before[0, 5:], after[0, 5:])
-    assert not torch.equal(before[0, :5], after[0, :5])
-    torch.testing.assert_close(before[:, 5:], model(ids[:, 5:])[0])
-    leaking = [model(x, position_ids=position_ids)[0][0, 5:] for x in (ids, changed)]
-    assert not torch.equal(*leaking)
-
-
 def test_right_padding_leaves_real_positions_alone(model):
     ids = text(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny.data import dataset, encoded, picture, row, some_rows, stream, tiny_train, tiny_vlm, turn
+from tiny.data import dataset, encoded, picture, row, same, some_rows, stream, tiny_train, tiny_vlm, turn
 
 import models.language_model
 from data.collators import TrainCollator, to_device
@@ -171,15 +171,14 @@ def test_packed_batches_follow_from_the_seed_and_go_on_after_any_of_them(kind, w
         cfg = packing(num_workers=workers, turns_per_image=2, flip_images=True, seed=seed)
         return list(islice(batches(rows, small(), cfg, start), count))
 
-    def same(some: list[dict], others: list[dict]) -> bool:
-        pairs = [(one[name], other[name]) for one, other in zip(some, others, strict=True) for name in one]
-        return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
+    def are_same(some: list[dict], others: list[dict]) -> bool:
+        return all(map(same, some, others)) and len(some) == len(others)
 
     whole = first(12)
-    assert same(first(12), whole)
-    assert not same(first(12, seed=1), whole)
+    assert are_same(first(12), whole)
+    assert not are_same(first(12, seed=1), whole)
     for number in (1, 4, 9):
-        assert same(first(12 - number, whole[number - 1]["position"]), whole[number:])
+        assert are_same(first(12 - number, whole[number - 1]["position"]), whole[number:])
 
 
 def test_what_cannot_be_used_is_counted_once_a_visit():
