@@ -78,16 +78,10 @@ def photos_and_texts(rng: random.Random) -> tuple[int, int]:
     return 65 * tiles + 20 + min(2000, int(rng.lognormvariate(4.5, 1))), int(tiles > 0)
 
 
-def short_answers_and_texts(rng: random.Random) -> tuple[int, int]:
-    """So many short samples with an image that the limit closes rows, and texts that there is room for beside them."""
-    return (rng.randint(70, 110), 1) if rng.random() < 0.78 else (rng.randint(300, 900), 0)
-
-
-@pytest.mark.parametrize(("kind", "count"), [(photos_and_texts, 600), (short_answers_and_texts, 2000)])
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_of_mixed_lengths_with_images_are_nearly_full(kind, count, seed):
+def test_rows_of_photos_and_texts_are_nearly_full(seed):
     rng = random.Random(seed)
-    lengths, images = zip(*(kind(rng) for _ in range(count)), strict=True)
+    lengths, images = zip(*(photos_and_texts(rng) for _ in range(600)), strict=True)
     rows = pack(lengths, images, 4096, 18)
     assert sum(lengths) / (4096 * len(rows)) > 0.97
     assert all(sum(images[i] for i in one) <= 18 for one in rows)

@@ -135,8 +135,7 @@ def test_the_same_command_continues_after_a_failure(start, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "difference"),
-    [(["--", "--lr_mp", "0.5"], "now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "now 3.0")],
+    ("words", "difference"), [(["--", "--lr_mp", "0.5"], "now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "now 3.0")]
 )
 def test_results_of_other_settings_are_refused(start, capsys, words, difference):
     rows = ("--seeds", "1", "--rows", "full", "full_grades")

@@ -165,29 +165,6 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_culprits(start, monkeypatc
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
-def test_a_crash_loses_nothing_that_was_trained(start, monkeypatch, tmp_path):
-    real, calls = train.forward_backward, []
-
-    def fails_at_the_third(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return real(*args)
-
-    monkeypatch.setattr(train, "forward_backward", fails_at_the_third)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        start()
-    folder = tmp_path / "out" / "run"
-    assert "RuntimeError after step 2" in (folder / "log.txt").read_text()
-    state = torch.load(folder / "checkpoints" / "crash" / "training_state.pt", weights_only=True)
-    assert state["step"] == 2
-    monkeypatch.setattr(train, "forward_backward", real)
-    _, whole, _ = start("whole", checkpoint_interval=2, keep_checkpoints=9)
-    crashed, expected = weights(folder, "crash"), weights(whole, "step_00000002")
-    assert all(torch.equal(crashed[name], value) for name, value in expected.items())
-    assert find_checkpoint(folder) == folder / "checkpoints" / "crash"
-
-
 def test_data_of_which_nothing_can_be_used_is_an_error_that_says_why(start, data, tmp_path, capsys):
     code, folder, _ = start(max_sample_length=5)
     assert code == 2
@@ -301,3 +278,12 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
     assert (place / "model.safetensors").read_text() == "third"
     assert damage(place) is None
     assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+def test_of_a_run_folder_the_best_counts_then_the_newest_then_what_a_crash_left(tmp_path):
+    for name in ("crash", "step_00000002", "step_00000004", "best"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).touch()
+        assert find_checkpoint(tmp_path) == folder
