@@ -1,6 +1,7 @@
 """Tests run on tiny tensors: one thread is fastest, and its sums come out the same on every machine."""
 
 import os
+import socket
 
 import pytest
 
@@ -22,6 +23,20 @@ def small_scale(monkeypatch):
     from grades import sampling
 
     monkeypatch.setattr(sampling, "MIN_SAMPLE_ELEMENTS", 64)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every look-up and connection fails as without a network; returns the addresses that were asked for."""
+    asked = []
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return asked
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from tiny.grades import TINY, make_model
 
 from models.config import VLMConfig
-from models.language_model import KVCache, LanguageModel, RotaryEmbedding
+from models.language_model import KVCache, RotaryEmbedding
 from models.modality_projector import ModalityProjector
 from models.vision_language_model import VisionLanguageModel, _sample
 
@@ -57,17 +57,6 @@ def test_rotary_scales_positions_beyond_the_maximum_and_its_output():
     found = RotaryEmbedding(tiny(lm_max_position_embeddings=8, lm_attn_scaling=0.5))(position_ids, 32)
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain * 0.5)
-
-
-def test_grouped_query_attention_is_attention_with_repeated_kv_weights():
-    grouped, full = LanguageModel(tiny(lm_n_kv_heads=2)), LanguageModel(tiny(lm_n_kv_heads=6))
-    weights = grouped.state_dict()
-    for name in weights:
-        if "k_proj" in name or "v_proj" in name:
-            weights[name] = weights[name].view(2, 4, 24).repeat_interleave(3, dim=0).flatten(0, 1)
-    full.load_state_dict(weights)
-    x = torch.randn(2, 9, 24)
-    torch.testing.assert_close(grouped(x), full(x))
 
 
 def test_loss_is_the_mean_cross_entropy_of_labels_and_in_training_their_sum(model):

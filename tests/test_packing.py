@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny.data import dataset, encoded, picture, row, same, some_rows, stream, tiny_train, tiny_vlm, turn
+from tiny.data import dataset, encoded, picture, row, same, some_rows, tiny_train, tiny_vlm, turn
 
 import models.language_model
 from data.collators import TrainCollator, to_device
@@ -157,11 +157,10 @@ def test_every_row_comes_once_in_an_epoch_whoever_reads(workers):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("kind", ["table", "stream"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_packed_batches_follow_from_the_seed_and_go_on_after_any_of_them(kind, workers):
+def test_packed_batches_follow_from_the_seed_and_go_on_after_any_of_them(workers):
     def first(count: int, start=0, seed: int = 0) -> list[dict]:
-        rows = [*some_rows(30), row([b"junk"], name="bad")] if kind == "table" else stream(30)
+        rows = [*some_rows(30), row([b"junk"], name="bad")]
         cfg = packing(num_workers=workers, turns_per_image=2, flip_images=True, seed=seed)
         return list(islice(batches(rows, small(), cfg, start), count))
 

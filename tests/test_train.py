@@ -138,15 +138,6 @@ def test_the_summary_says_where_time_and_flops_went(start):
     assert plain["train_flops"] == plain["train_flops_unfrozen_per_step"] * 8 == unfrozen
 
 
-def test_a_learning_rate_of_zero_freezes_its_tower(start):
-    _, folder, _ = start(lr_vision_backbone=0, max_training_steps=2, eval_interval=1)
-    before = VisionLanguageModel.from_pretrained(folder / "checkpoints" / "last").vision_encoder.state_dict()
-    torch.manual_seed(0)
-    fresh = VisionLanguageModel(parse_arguments([f"--{k}={v}" for k, v in TINY.items()]).vlm)
-    assert all(torch.equal(before[name], value) for name, value in fresh.vision_encoder.state_dict().items())
-    assert not torch.equal(weights(folder)["MP.proj.weight"], fresh.MP.proj.weight)
-
-
 def test_a_non_finite_loss_ends_the_run_and_names_the_culprits(start, monkeypatch):
     real, calls = VisionLanguageModel.forward, []
 
