@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import DropCounter, Questions, Sample, VQADataset, nothing_usable
-from data.order import EpochIndices, EpochOrder, RankOrder
+from data.order import EpochIndices, EpochOrder
 from data.packing import PackedCollator, PackedReaders
 from data.readers import StreamReaders, as_it_is
 from data.streams import RowStream
@@ -74,7 +74,8 @@ def train_batches(
         return _used(StreamReaders(dataset, collator, place, rank, world_size).batches(options), None, 0, blank)
     number = start if isinstance(start, int) else 0
     order = epoch_order(dataset.rows, train_cfg, world_size, number)
-    loader = DataLoader(cast(Dataset, dataset), batch_sampler=RankOrder(order, rank, train_cfg.batch_size), **options)
+    mine = slice(rank * train_cfg.batch_size, (rank + 1) * train_cfg.batch_size)
+    loader = DataLoader(cast(Dataset, dataset), batch_sampler=(keys[mine] for keys in order), **options)
     return _used(loader, order.batches_per_epoch, number, blank)
 
 

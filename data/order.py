@@ -87,13 +87,3 @@ class EpochOrder:
                 keys = keys[self.batch_size :]
             if self.fills_a_batch:
                 keys = []
-
-
-class RankOrder:
-    """A rank's part of each list of keys: batch_size keys from rank * batch_size on."""
-
-    def __init__(self, order: EpochOrder, rank: int, batch_size: int):
-        self.order, self.part = order, slice(rank * batch_size, (rank + 1) * batch_size)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (keys[self.part] for keys in self.order)

@@ -188,18 +188,9 @@ def load_data(
     def dataset(rows: Any, train: bool) -> VQADataset:
         return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
 
-    data = Data(
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        val_rows=val_rows,
-        test_rows=test_rows,
-        train_dataset=dataset(train_rows, train=True),
-        val_dataset=dataset(val_rows, train=False),
-        test_dataset=dataset(test_rows, train=False) if test_rows is not None else None,
-        cfg=cfg,
-        rank=rank,
-        world_size=world_size,
-    )
+    test_dataset = dataset(test_rows, train=False) if test_rows is not None else None
+    datasets = dataset(train_rows, train=True), dataset(val_rows, train=False), test_dataset
+    data = Data(tokenizer, train_rows, val_rows, test_rows, *datasets, cfg, rank, world_size)
     note = check_words(data.train_dataset, some_rows(rows))
     if note and rank == 0:
         print(f"NOTE {note}", file=sys.stderr)

@@ -245,12 +245,7 @@ class RowStream:
         _ = self.shards
 
     def epoch(
-        self,
-        key: str,
-        weights: Mapping[str, float],
-        share: int = 0,
-        shares: int = 1,
-        place: StreamPlace = EPOCH_START,
+        self, key: str, weights: Mapping[str, float], share: int = 0, shares: int = 1, place: StreamPlace = EPOCH_START
     ) -> EpochRows:
         """The rows of an epoch in an order drawn by `key`, after `place`.
 

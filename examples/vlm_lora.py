@@ -9,7 +9,7 @@ With transformers' Trainer, the model's own processor and a collator. Each tower
 import random
 from typing import Any
 
-from common import finish, make_callback, parser, tau, tiny_tokenizer, trainer_arguments
+from common import make_callback, parser, tau, tiny_tokenizer, train, trainer_arguments
 
 IMAGE_TOKEN = "<image>"
 TINY_IMAGE_SIZE, TINY_PATCH_SIZE = 64, 16
@@ -22,9 +22,9 @@ TINY_CHAT_TEMPLATE = (
 
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__.splitlines()[0], "grades_output/vlm_lora", learning_rate=1e-3, max_steps=60)
-    made.add_argument("--model", help="hub id or local folder; left out: a tiny LLaVA of random weights")
+    made.add_argument("--model", help="hub id or local folder; default: a tiny LLaVA with random weights")
     made.add_argument("--lora_rank", type=int, default=16)
-    made.add_argument("--vision_tau", type=tau, default="auto", help="freeze what measures less than this; or auto")
+    made.add_argument("--vision_tau", type=tau, default="auto", help="freeze a vision matrix below this; or auto")
     made.add_argument("--language_tau", type=tau, default="auto", help="the same for the language model")
     given = made.parse_args(argv)
 
@@ -47,19 +47,16 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=Collator(processor),
         callbacks=[callback],
     )
-    trainer.train()
-    trainer.save_model(given.output_dir)
-    finish(given.output_dir)
+    train(trainer, given.output_dir)
 
 
 def questions(limit: int, seed: int) -> list[dict]:
     """At most `limit` questions of easy-VQA, each with the path of its image."""
-    from data.rows import load_rows
+    from data import easy_vqa
 
-    easy_vqa: Any = load_rows("easy-vqa")
     rows = [
         {"image": row["images"][0], "question": text["user"], "answer": text["assistant"]}
-        for row in easy_vqa
+        for row in easy_vqa.rows("train")
         for text in row["texts"]
     ]
     random.Random(seed).shuffle(rows)
@@ -67,7 +64,7 @@ def questions(limit: int, seed: int) -> list[dict]:
 
 
 class Collator:
-    """Rows -> batch: images opened, text made by the chat template, labels on the answer alone."""
+    """Rows -> batch of the processor: images opened, text by the chat template, labels on the answers only."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -76,11 +73,10 @@ class Collator:
     def __call__(self, rows: list[dict]) -> Any:
         from PIL import Image
 
-        prompts = [self._text([turn("user", row["question"], image=True)], True) for row in rows]
-        texts = [
-            self._text([turn("user", row["question"], image=True), turn("assistant", row["answer"])], False)
-            for row in rows
-        ]
+        questions = [turn("user", row["question"], image=True) for row in rows]
+        prompts = [self._text([question], True) for question in questions]
+        answered = zip(questions, rows, strict=True)
+        texts = [self._text([question, turn("assistant", row["answer"])], False) for question, row in answered]
         images = [[Image.open(row["image"]).convert("RGB")] for row in rows]
         batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         labels = batch["input_ids"].clone().fill_(-100)
@@ -95,49 +91,39 @@ class Collator:
 
 
 def turn(role: str, text: str, image: bool = False) -> dict:
+    """A message as chat templates take it, the image before the text."""
     return {"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}
 
 
 def load(name: str) -> tuple:
+    """A vision-language model in float32 and its processor."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32), AutoProcessor.from_pretrained(
-            name
-        )
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+        return model, AutoProcessor.from_pretrained(name)
     except OSError as error:
         raise SystemExit(f"--model {name}: must be a hub id or a local folder; {error}") from None
 
 
 def tiny_llava(texts: list[str]) -> tuple:
-    """A LLaVA of two blocks a tower with random weights, and its processor."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    """A LLaVA with two blocks per tower and random weights, and its processor."""
+    import transformers
 
-    print("No --model: a tiny LLaVA of random weights shows the mechanics, not a result.")
+    print("No --model: training a tiny LLaVA with random weights.")
     tokenizer = tiny_tokenizer(texts, (IMAGE_TOKEN,))
-    blocks: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**blocks, image_size=TINY_IMAGE_SIZE, patch_size=TINY_PATCH_SIZE),
-        text_config=LlamaConfig(**blocks, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
+    blocks: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    blocks["num_hidden_layers"] = 2
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**blocks, image_size=TINY_IMAGE_SIZE, patch_size=TINY_PATCH_SIZE),
+        text_config=transformers.LlamaConfig(**blocks, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=-1,
     )
     size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=size, do_center_crop=False),
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(size=size, do_center_crop=False),
         tokenizer=tokenizer,
         patch_size=TINY_PATCH_SIZE,
         vision_feature_select_strategy="default",
@@ -145,7 +131,7 @@ def tiny_llava(texts: list[str]) -> tuple:
         num_additional_image_tokens=1,  # CLIP's class token
         chat_template=TINY_CHAT_TEMPLATE,
     )
-    return LlavaForConditionalGeneration(config), processor
+    return transformers.LlavaForConditionalGeneration(config), processor
 
 
 if __name__ == "__main__":

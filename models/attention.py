@@ -33,12 +33,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Mask,
-    causal: bool,
-    dropout: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, causal: bool, dropout: float
 ) -> torch.Tensor:
     """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]. causal: only without a mask. dropout: of the weights."""
     if mask is not None and not isinstance(mask, torch.Tensor):

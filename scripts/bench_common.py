@@ -1,38 +1,36 @@
-"""What the benchmarks share: a recipe with random weights and rows, its step, clocks and tables."""
+"""What the benchmarks share: a recipe with random weights and rows, its step, and clocks."""
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from grades import GradESConfig, GradESMonitor
 from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings, parse_arguments
+from training.flops import model_cost
 from training.memory import peak_memory_bytes
 from training.step import clip_gradients, forward_backward
 
-GIB = 2**30
 
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of random_batch; train.py's flags go to `parse`."""
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="and train.py's flags")
-    made.add_argument("--sequence_length", type=int, help="tokens a row (default: the images and 20 of text)")
-    made.add_argument("--images_per_row", type=int, default=1, help="images (or tiles) a row")
-    made.add_argument("--label_share", type=float, default=0.25, help="share of the tokens that carry a label")
-    made.add_argument("--documents", type=int, default=1, help="samples a row, packed as --packing does; 1: no packing")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of random_batch; `parse` takes train.py's flags besides."""
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="Takes train.py's flags too.")
+    made.add_argument("--sequence_length", type=int, help="tokens per row (default: the images and 20 of text)")
+    made.add_argument("--images_per_row", type=int, default=1, help="images (or tiles) per row")
+    made.add_argument("--label_share", type=float, default=0.25, help="share of the tokens that have a label")
+    made.add_argument("--documents", type=int, default=1, help="samples packed into each row; 1: no packing")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return made
 
 
 def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """The script's own flags, and the recipe with train.py's."""
+    """The script's own flags, and the recipe with train.py's; impossible ones end the program."""
     arguments, rest = made.parse_known_args(argv)
     settings = parse_arguments(rest)
     image_tokens = arguments.images_per_row * settings.vlm.mp_image_token_length
@@ -44,7 +42,10 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argpar
 
 
 class Bench:
-    """A recipe's model and optimizer on a device, and its step. Random weights and rows: nothing is downloaded."""
+    """A recipe's model and optimizer on a device, and its step. Random weights and rows: nothing is downloaded.
+
+    Each micro-batch of a step is the same one.
+    """
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings):
         self.settings, self.cfg = settings, settings.train
@@ -65,9 +66,11 @@ class Bench:
         self.micro_batches = [batch] * self.cfg.gradient_accumulation_steps
 
     def backward(self) -> None:
+        """The forward and backward passes of a step."""
         forward_backward(self.model, self.micro_batches, self.device, self.autocast)
 
     def update(self) -> None:
+        """The rest of the step: clipping, optimizer, no gradients left."""
         clip_gradients(self.model, self.cfg.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -77,18 +80,30 @@ class Bench:
         self.update()
 
     def flops(self) -> int:
-        """Of the matrix products of a step, which is made."""
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        return counter.get_total_flops()
+        """Of the matrix products of a step, with what is trainable now; what is computed twice counts once."""
+        cost = model_cost(self.model)
+        return sum(map(cost.of, self.micro_batches))
+
+    def tokens(self) -> int:
+        """Positions of a step, images and padding included."""
+        return sum(batch["input_ids"].numel() for batch in self.micro_batches)
+
+    def peak_gib(self) -> float | None:
+        """The most memory so far: of the device with CUDA, of this process on a CPU; None where unknown."""
+        peak = peak_memory_bytes(self.device)
+        return None if peak is None else peak / 2**30
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Of work, from an idle device to an idle device."""
-        synchronize(self.device)
+        self._synchronize()
         started = time.perf_counter()
         work()
-        synchronize(self.device)
+        self._synchronize()
         return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
 
     def describe(self) -> list[str]:
         """Where and what is measured."""
@@ -103,10 +118,9 @@ class Bench:
 
 
 def random_batch(arguments: argparse.Namespace, settings: Settings, device: torch.device) -> dict:
-    """Rows of random ids that begin with their images; the last positions carry the labels.
+    """A micro-batch as the collator makes it: rows of random ids that begin with their images and end with labels.
 
-    With turns_per_image that many rows share their images, as in training. With --documents a row holds several
-    samples that do not see each other.
+    turns_per_image rows share their images, as in training. Several documents in a row do not see each other.
     """
     vlm, turns = settings.vlm, settings.train.turns_per_image or 1
     image_tokens = arguments.images_per_row * vlm.mp_image_token_length
@@ -133,9 +147,6 @@ def random_batch(arguments: argparse.Namespace, settings: Settings, device: torc
     return {name: value.to(device) for name, value in batch.items()} | {"num_labels": rows * labels}
 
 
-K = TypeVar("K")
-
-
 class Watcher(Protocol):
     """What is called in a step as GradESMonitor is, and checks at even steps."""
 
@@ -147,30 +158,25 @@ class Watcher(Protocol):
 def make_monitor(bench: Bench, metric: str, sample: int, compute_interval: int = 2) -> GradESMonitor:
     """A monitor that measures and never freezes."""
     config = GradESConfig(
-        metric=metric,
-        monitor_sample=sample,
-        compute_interval=compute_interval,
-        alpha=0.0,
-        freeze_vision=False,
-        freeze_language=False,
-        target_components=bench.settings.grades.target_components,
-    )
+        metric=metric, monitor_sample=sample, compute_interval=compute_interval, alpha=0.0, freeze_vision=False,
+        freeze_language=False, target_components=bench.settings.grades.target_components,
+    )  # fmt: skip
     return GradESMonitor(config, bench.model, bench.optimizer, log=lambda line: None)
 
 
-def time_checks(bench: Bench, watchers: Mapping[K, Watcher], rounds: int) -> tuple[float, dict[K, float]]:
+def time_checks(bench: Bench, watchers: Mapping[Any, Watcher], rounds: int) -> tuple[float, dict[Any, float]]:
     """Median seconds of a step, and of all that each watcher does in two steps, which is one check.
 
-    The watchers take turns, two real steps each: caches and gradients are what they are in training, and a machine
-    that slows down does so for all.
+    The watchers take turns, two real steps each: caches and gradients are as in training, and a machine that becomes
+    slower slows all of them.
     """
     bench.step()
-    for watcher in watchers.values():  # until each holds all that it ever will
+    for watcher in watchers.values():  # until each holds all that it will ever hold
         for step in range(1, 5):
             watcher.after_backward(step)
             watcher.after_step(step)
     step_s: list[float] = []
-    check_s: dict[K, list[float]] = {name: [] for name in watchers}
+    check_s: dict[Any, list[float]] = {name: [] for name in watchers}
     for number in range(rounds):
         for name, watcher in watchers.items():
             spent = 0.0
@@ -181,26 +187,3 @@ def time_checks(bench: Bench, watchers: Mapping[K, Watcher], rounds: int) -> tup
                 spent += bench.seconds(lambda: watcher.after_step(step))  # noqa: B023
             check_s[name].append(spent)
     return statistics.median(step_s), {name: statistics.median(found) for name, found in check_s.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak of what the device held, elsewhere of the whole process; NaN where the system does not say."""
-    peak = peak_memory_bytes(device)
-    return float("nan") if peak is None else peak / GIB
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, two spaces apart: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in (header, *rows):
-        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)

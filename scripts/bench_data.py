@@ -4,9 +4,8 @@
     python scripts/bench_data.py --config configs/nanovlm_450m.yaml --random_rows 400 --num_workers 8 --step_s 0.5 \\
         --lm_tokenizer easy-vqa --lm_base_vocab_size 36
 
-Every flag of train.py works besides. With --random_rows nothing is read: photos of up to --image_size in many shapes
-are made up, with questions of easy-VQA, and a tenth of the rows has none. A step is a sleep, as a GPU's would be for
-the CPU.
+Takes every flag of train.py too. With --random_rows no data set is read: the rows have made-up photos of up to
+--image_size in many shapes, or, one row in ten, none. A step is a sleep, which is what a GPU's step is for the CPU.
 """
 
 import argparse
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,14 +35,13 @@ from training.arguments import Settings, parse_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False, epilog="and train.py's flags"
-    )
+    epilog = "Takes train.py's flags too."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, epilog=epilog)
     parser.add_argument("--random_rows", type=int, default=0, help="rows to make up; 0: the recipe's data set")
     parser.add_argument("--image_size", type=int, nargs=2, default=(640, 480), help="their largest width and height")
     parser.add_argument("--micro_batches", type=int, default=32, help="timed without a pause")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are slept through")
-    parser.add_argument("--step_s", type=float, default=0.5, help="seconds of a step on its own")
+    parser.add_argument("--steps", type=int, default=10, help="steps, which sleep")
+    parser.add_argument("--step_s", type=float, default=0.5, help="seconds per step without waiting for data")
     arguments, rest = parser.parse_known_args(argv)
     settings = parse_arguments(rest)
     torch.set_num_threads(1)  # as in a worker
@@ -58,14 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join([describe(settings), f"first micro-batch    after {startup_s:.2f} s"]))
     print("\n".join(time_throughput(batches, arguments.micro_batches)), flush=True)
     if settings.train.packing:
-        dataset.prepared = None  # no image is decoded for a plan
+        dataset.prepared = None  # so that no image is decoded
         print(time_packer(PackedReaders(dataset, PackedCollator(collator.pad_id, settings.vlm))), flush=True)
     accumulated = settings.train.gradient_accumulation_steps
     print("\n".join(time_waits(batches, arguments.steps, arguments.step_s, accumulated)))
 
 
 def random_rows(arguments: argparse.Namespace) -> list[dict]:
-    """Rows of a photo or none, up to four questions, answers of a few to 400 words; a few photos, used again."""
+    """Rows of one photo or none, with one to four questions and answers of up to 400 words; 16 photos take turns."""
     rng = random.Random(0)
     sizes = [tuple(round(side * rng.uniform(0.3, 1)) for side in arguments.image_size) for _ in range(16)]
     photos = [jpeg(seed, size) for seed, size in enumerate(sizes[: arguments.random_rows])]
@@ -81,27 +78,24 @@ def random_rows(arguments: argparse.Namespace) -> list[dict]:
 
 
 def jpeg(seed: int, size: tuple[int, int]) -> bytes:
-    """Something with the file size of a photo."""
+    """Noise as blurred as a photo, so that its file is about as large."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def make_dataset(settings: Settings, rows: Any) -> VQADataset:
+def make_dataset(settings: Settings, rows: list[dict] | None) -> VQADataset:
     """Of the given rows, or of the recipe's."""
     vlm, cfg = settings.vlm, settings.train
-    if rows is None:
-        rows = load_rows(
-            cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
-            skip_bad_subsets=cfg.skip_bad_subsets,
-        )  # fmt: skip
-    return VQADataset(rows, get_tokenizer(vlm), ImageProcessor(vlm), vlm, cfg, train=True, cache=cfg.cache_rows)
+    names, bad = cfg.train_dataset_name, cfg.skip_bad_subsets
+    found = rows or load_rows(cfg.train_dataset_path, names, "train", cfg.stream_dataset, skip_bad_subsets=bad)
+    return VQADataset(found, get_tokenizer(vlm), ImageProcessor(vlm), vlm, cfg, train=True, cache=cfg.cache_rows)
 
 
 def describe(settings: Settings) -> str:
     cfg = settings.train
-    layout = f"packed to {settings.vlm.lm_max_length} tokens" if cfg.packing else "padded to the longest"
+    layout = f"packed to {settings.vlm.lm_max_length} tokens" if cfg.packing else "padded to the longest row"
     return (
         f"{settings.recipe.stem}, {cfg.num_workers} workers: micro-batches of {cfg.batch_size} rows, {layout}; "
         f"images up to {settings.vlm.max_img_size} pixels"
@@ -109,14 +103,14 @@ def describe(settings: Settings) -> str:
 
 
 def time_throughput(batches: Iterator[dict], count: int) -> list[str]:
-    """What comes in a second when nothing else is to be done."""
+    """Rates without pauses between the micro-batches."""
     started = time.perf_counter()
     seen = list(map(measures, itertools.islice(batches, count)))
     seconds = time.perf_counter() - started
     rows, samples, images, tokens, positions = map(sum, zip(*seen, strict=True))
     return [
         f"rows/s               {rows / seconds:,.1f}",
-        f"samples/s            {samples / seconds:,.1f}, {samples / rows:.2f} a row",
+        f"samples/s            {samples / seconds:,.1f}, {samples / rows:.2f} per row",
         f"tiles/s              {images / seconds:,.1f}",
         f"tokens/s             {tokens / seconds:,.0f}",
         f"fill rate            {tokens / positions:.2%} of the positions are tokens",
@@ -124,7 +118,7 @@ def time_throughput(batches: Iterator[dict], count: int) -> list[str]:
 
 
 def time_packer(readers: PackedReaders) -> str:
-    """Samples of two windows that one reader plans and packs in a second, without the decoding of their images."""
+    """Samples per second that one reader plans and packs, images not decoded, over two windows."""
     started = time.perf_counter()
     samples = sum(len(window) for _, window, _ in itertools.islice(readers.windows(0, 0), 2))
     return f"packer samples/s     {samples / (time.perf_counter() - started):,.0f}, nothing decoded"
@@ -138,7 +132,7 @@ def measures(batch: dict) -> tuple[int, int, int, int, int]:
 
 
 def time_waits(batches: Iterator[dict], steps: int, step_s: float, accumulated: int) -> list[str]:
-    """How long steps of step_s wait for their micro-batches, which workers make meanwhile."""
+    """How long steps of step_s seconds wait for their micro-batches, which workers prepare in the meantime."""
     waits = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -147,9 +141,9 @@ def time_waits(batches: Iterator[dict], steps: int, step_s: float, accumulated: 
         waits.append(time.perf_counter() - started)
         time.sleep(step_s)
     wait_s, share = statistics.mean(waits), sum(waits) / (sum(waits) + steps * step_s)
-    verdict = "not the bottleneck" if share < 0.05 else "THE BOTTLENECK: more workers, or a step that takes longer"
+    verdict = "not the bottleneck" if share < 0.05 else "THE BOTTLENECK: use more workers or longer steps"
     return [
-        f"wait a step          mean {wait_s * 1000:.1f} ms, longest {max(waits) * 1000:.1f} ms, with steps of "
+        f"wait per step        mean {wait_s * 1000:.1f} ms, longest {max(waits) * 1000:.1f} ms, with steps of "
         f"{step_s:g} s of {accumulated} micro-batches",
         f"data is              {verdict} ({share:.1%} of the time is waiting)",
     ]

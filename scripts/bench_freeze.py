@@ -3,11 +3,11 @@
     python scripts/bench_freeze.py --config configs/nanovlm_222m.yaml --batch_size 2 --sequence_length 128 \\
         --gradient_accumulation_steps 1
 
-Random weights and rows; nothing is downloaded. Every flag of train.py works besides. The states take turns on one
-model; of full, for the time, is the median over the rounds of a state's seconds divided by those of nothing frozen in
-the same round. Time / FLOPs saved: the share of the time that is saved over the share of the FLOPs in matrix products;
-100 % is what these promise, more comes from what they leave out, as the optimizer. Saved for backward: what autograd
-keeps of one micro-batch. Peak: of a process (with CUDA of the device) that trains in this state alone.
+Random weights and rows; nothing is downloaded. Takes every flag of train.py too. The states take turns on one model;
+time of full is the median over the rounds of a state's seconds divided by those of nothing frozen in the same round.
+Time / FLOPs saved: the share of the time that is saved over the share of the FLOPs in matrix products; 100 % is what
+the FLOPs promise, more comes from what they do not count, such as the optimizer. Saved for backward: what autograd
+keeps of one micro-batch. Peak: of a process (with CUDA of the device) that trains in this state only.
 """
 
 import argparse
@@ -25,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from data.collators import to_device
 from grades import find_components
 from grades.freezing import Freezer, release
-from scripts.bench_common import Bench, parse, parser, peak_memory_gib, table
+from scripts.bench_common import Bench, make_parser, parse
+from scripts.runs import markdown_table
+from training.activations import saved_bytes
 from training.arguments import Settings
-from training.step import forward_backward
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ STATES = (
 
 @contextlib.contextmanager
 def frozen(bench: Bench, state: State) -> Iterator[None]:
-    """The bench's model in this state, as GradES brings it about; before and after it nothing is frozen."""
+    """The bench's model in this state, frozen as GradES does it; before and after nothing is frozen."""
     components = find_components(bench.model, bench.settings.grades.target_components)
     freezer = Freezer(bench.model, components, bench.optimizer, state.prefix)
     names = [component.name for component in components if component.tower in state.towers]
@@ -81,21 +83,11 @@ def time_states(bench: Bench, states: Sequence[State], rounds: int, steps: int) 
     return found
 
 
-def saved_bytes(bench: Bench) -> int:
+def activation_bytes(bench: Bench) -> int:
     """What autograd keeps of a micro-batch from the forward to the backward pass, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward_backward(bench.model, bench.micro_batches[:1], bench.device, bench.autocast)
-    bench.optimizer.zero_grad(set_to_none=True)
-    return sum(storage.nbytes() for storage in kept.values())
+    inputs = to_device(bench.micro_batches[0], bench.device)
+    with bench.autocast:
+        return saved_bytes(lambda: bench.model(**inputs), but=bench.model.parameters())
 
 
 def training_bytes(bench: Bench) -> int:
@@ -108,49 +100,46 @@ def training_bytes(bench: Bench) -> int:
     )
 
 
-def peak_gib(arguments: argparse.Namespace, settings: Settings, state: State) -> float:
+def peak_gib(arguments: argparse.Namespace, settings: Settings, state: State) -> float | None:
     """Peak memory of steps in this state, for a process that has done nothing else."""
     bench = Bench(arguments, settings)
     with frozen(bench, state):
         for _ in range(2):
             bench.step()
-    return peak_memory_gib(bench.device)
+    return bench.peak_gib()
 
 
-def peaks_gib(arguments: argparse.Namespace, settings: Settings) -> list[float]:
-    """Of each state. To be called while this process is small: Linux counts it in where a child starts."""
+def peaks_gib(arguments: argparse.Namespace, settings: Settings) -> list[float | None]:
+    """Of each state. To be called while this process is small: Linux counts the parent's memory in a child's peak."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         return list(pool.map(functools.partial(peak_gib, arguments, settings), STATES))
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = parser(__doc__.splitlines()[0])
+    made = make_parser(__doc__.splitlines()[0])
     made.add_argument("--rounds", type=int, default=5, help="turns of each state")
     made.add_argument("--steps", type=int, default=3, help="timed steps in a turn")
     arguments, settings = parse(made, argv)
     peaks = peaks_gib(arguments, settings)
     bench = Bench(arguments, settings)
-    flops, training, saved = [], [], []
+    counts = []
     for state in STATES:
         with frozen(bench, state):
             bench.step()
-            flops.append(bench.flops())
-            training.append(training_bytes(bench))
-            saved.append(saved_bytes(bench))
+            counts.append((bench.flops(), training_bytes(bench) / 2**20, activation_bytes(bench) / 2**20))
     rounds = time_states(bench, STATES, arguments.rounds, arguments.steps)
     rows = []
-    for i, state in enumerate(STATES):
-        time_share = statistics.median(ours / full for ours, full in zip(rounds[i], rounds[0], strict=True))
-        flop_share = flops[i] / flops[0]
-        promise = f"{(1 - time_share) / (1 - flop_share):.0%}" if i else ""
-        time_cells = [f"{statistics.median(rounds[i]):.4f}", f"{time_share:.3f}"]
-        flop_cells = [f"{flops[i] / 1e12:.4f}", f"{flop_share:.3f}", promise]
-        memory_cells = [f"{training[i] / 2**20:,.2f}", f"{saved[i] / 2**20:,.2f}", f"{peaks[i]:.2f}"]
-        rows.append([state.name, *time_cells, *flop_cells, *memory_cells])
-    header = ["frozen", "step (s)", "of full", "TFLOP", "of full", "time / FLOPs saved"]
+    for state, times, (flops, *memory_mib), peak in zip(STATES, rounds, counts, peaks, strict=True):
+        time_share = statistics.median(ours / full for ours, full in zip(times, rounds[0], strict=True))
+        flop_share = flops / counts[0][0]
+        cells = [f"{statistics.median(times):.4f}", f"{time_share:.3f}", f"{flops / 1e12:.4f}", f"{flop_share:.3f}"]
+        cells += [f"{(1 - time_share) / (1 - flop_share):.0%}" if flop_share < 1 else "–"]
+        cells += [f"{mib:,.2f}" for mib in memory_mib]
+        rows.append([state.name, *cells, "–" if peak is None else f"{peak:.2f}"])
+    header = ["frozen", "step (s)", "time of full", "TFLOP", "FLOPs of full", "time / FLOPs saved"]
     header += ["gradients + optimizer (MiB)", "saved for backward (MiB)", "peak (GiB)"]
-    print("\n".join([*bench.describe(), "", table(header, rows)]))
+    print("\n".join([*bench.describe(), "", markdown_table(header, rows)]))
 
 
 if __name__ == "__main__":

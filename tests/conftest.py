@@ -1,7 +1,7 @@
 """Tests run on tiny tensors: one thread is fastest, and its sums come out the same on every machine."""
 
-import json
 import os
+import socket
 
 import pytest
 
@@ -18,19 +18,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.fixture
+def small_scale(monkeypatch):
+    """Sample the matrices of the tiny model too, which are otherwise so small that they are measured whole."""
+    from grades import sampling
+
+    monkeypatch.setattr(sampling, "MIN_SAMPLE_ELEMENTS", 64)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every look-up and connection fails as without a network; returns the addresses that were asked for."""
+    asked = []
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return asked
+
+
+@pytest.fixture
 def data(tmp_path):
     """Sixteen rows in the_cauldron's shape, one of which holds no image that decodes."""
-    from tiny.data import encoded, picture
+    from tiny.data import write_rows
 
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    lines = []
-    for i in range(16):
-        (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
-        texts = [
-            {"user": "is there a red shape?", "assistant": "yes" if i % 2 else "no"},
-            {"user": "what?", "assistant": "red"},
-        ]
-        lines.append(json.dumps({"images": [f"{i}.png"], "texts": texts}))
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_rows(tmp_path / "rows", 16)

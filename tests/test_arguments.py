@@ -125,6 +125,7 @@ def test_every_impossible_value_is_named_at_once(capsys):
     assert parse_arguments(["--val_size", "0.05"]).train.val_size == 0.05
     assert isinstance(parse_arguments(["--val_size", "40"]).train.val_size, int)
     assert "--val_size 1.5" in errors_of(capsys, "--val_size", "1.5")
+    assert "--log_with trackio" in errors_of(capsys, "--log_with", "trackio", "--log_wandb")
 
 
 def test_unknown_flags_and_values_of_another_kind_are_named_at_once(capsys):
@@ -211,16 +212,6 @@ def test_the_resolved_settings_are_a_recipe_again(tmp_path):
     path.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
     again = parse_arguments(["--config", str(path)])
     assert (again.vlm, again.train, again.grades) == (settings.vlm, settings.train, settings.grades)
-
-
-def test_a_checkpoint_of_another_shape_than_a_flag_asks_for_is_refused():
-    settings = parse_arguments(["--lm_hidden_dim=64", "--image_mean=0.1"])
-    other = parse_arguments(["--lm_n_blocks=1"]).vlm
-    with pytest.raises(ValueError, match="lm_hidden_dim 64: must be 128"):
-        settings.use_model_config(other, "the checkpoint")
-    settings.given -= {"lm_hidden_dim"}
-    settings.use_model_config(other, "the checkpoint")
-    assert (settings.vlm.lm_n_blocks, settings.vlm.lm_hidden_dim, settings.vlm.image_mean) == (1, 128, 0.1)
 
 
 # What names and paths tell

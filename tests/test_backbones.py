@@ -1,7 +1,6 @@
 """Pretrained backbones: our towers against transformers', and what an error says of a bad folder or an absent hub."""
 
 import json
-import socket
 import time
 
 import pytest
@@ -264,20 +263,6 @@ def test_missing_files_are_named(backbones):
     (language / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"language.config\.json"):
         LanguageModel.from_pretrained(cfg)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every look-up and connection fails as without a network; returns the addresses that were asked for."""
-    asked = []
-
-    def refuse(*address, **_):
-        asked.append(address)
-        raise OSError("no network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    return asked
 
 
 def test_local_folders_need_no_network(backbones, no_network):

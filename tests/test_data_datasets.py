@@ -171,13 +171,6 @@ def test_unusable_turns_leave_the_others():
     assert len({tuple(ids.tolist()) for ids, _ in sample.conversations}) == 1
 
 
-def test_rows_without_images_are_text():
-    sample = dataset([row([])])[0, 0]
-    assert sample.images is None
-    assert len(sample.conversations) == 1
-    assert not (sample.conversations[0][0] == dataset([]).vlm_cfg.image_token_id).any()
-
-
 def test_questions_are_the_prompts_of_the_usable_turns():
     turns = [turn("what is the shape?", "circle", "shape"), turn(""), turn("is the shape red?", "no", "yes_no")]
     data = dataset([row(texts=turns, name="here"), row([b"junk"])], train=False)

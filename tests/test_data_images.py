@@ -267,12 +267,3 @@ def test_pils_own_limit_is_off_for_the_call_alone(monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 100
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(PNG))
-
-
-def test_an_image_that_ends_too_soon_is_found_when_it_is_decoded():
-    data = dataset([row([PNG[:200]])])
-    prepared = data.prepare((0, 0))
-    assert prepared.grids == [(4, 4)]
-    assert len(prepared.conversations) == 1
-    sample = data.decode(prepared)
-    assert (sample.conversations, sample.images, sample.dropped) == ([], None, {"image does not decode": 1})

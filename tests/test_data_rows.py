@@ -1,8 +1,6 @@
 """Rows of local files and folders and of easy-VQA; which are held out; what is refused."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -73,14 +71,6 @@ def test_what_must_be_beaten_without_the_image():
     test = [row(texts=[turn("what?", "red"), turn("is it?", "no"), turn("never asked", "red"), turn("what?", "blue")])]
     assert easy_vqa.question_only(train, test) == 0.5
     assert easy_vqa.question_only([], test) is easy_vqa.question_only(train, []) is None
-
-
-def test_easy_vqa_needs_neither_datasets_nor_torch():
-    code = (
-        "import sys; from data.rows import load_rows, split_rows; split_rows(load_rows('easy-vqa'), 10, 0); "
-        "assert not {'datasets', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Files and folders

@@ -74,8 +74,16 @@ def test_grades_needs_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_configuration_loads_without_torch():
-    code = "import sys; sys.modules['torch'] = None; import models.config, grades; grades.GradESConfig().check()"
+@pytest.mark.parametrize(
+    ("absent", "code"),
+    [
+        ("torch", "import models.config, grades; grades.GradESConfig().check()"),
+        ("torch datasets", "from data.rows import load_rows, split_rows; split_rows(load_rows('easy-vqa'), 10, 0)"),
+        ("peft transformers", "import models.vision_language_model"),
+    ],
+)
+def test_heavy_packages_are_imported_only_where_they_are_used(absent, code):
+    code = f"import sys; sys.modules |= dict.fromkeys({absent.split()}); {code}"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from tiny.grades import ALWAYS, NEVER, Loop, make_model, same_weights, train, unfreezing_loop
 from tiny.runs import same
 
-from grades import GradESConfig, GradESMonitor, find_components, sampling
+from grades import GradESConfig, GradESMonitor, find_components
 from grades.config import METRICS
 from grades.plots import convergence, freezing
 
@@ -24,12 +24,6 @@ BOTH_AUTO = {"vision_tau": "auto", "language_tau": "auto"}
 @pytest.fixture
 def model():
     return make_model()
-
-
-@pytest.fixture
-def small_scale(monkeypatch):
-    """Small matrices sampled too, where sampling is asked for."""
-    monkeypatch.setattr(sampling, "MIN_SAMPLE_ELEMENTS", 64)
 
 
 def test_components_are_the_projection_matrices_of_both_towers(model):

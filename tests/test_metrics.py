@@ -24,12 +24,6 @@ class LoRALinear(nn.Module):
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
 
 
-@pytest.fixture
-def small_scale(monkeypatch):
-    """Sample the matrices of the tiny model too, which are otherwise so small that they are measured whole."""
-    monkeypatch.setattr(sampling, "MIN_SAMPLE_ELEMENTS", 64)
-
-
 class Recorder:
     """Keeps a float64 copy of every component's weights and whole, unclipped gradients of each step."""
 

@@ -5,7 +5,7 @@ import torch
 from tiny.grades import TINY, make_model
 
 from models.config import VLMConfig
-from models.language_model import KVCache, LanguageModel, RotaryEmbedding
+from models.language_model import KVCache, RotaryEmbedding
 from models.modality_projector import ModalityProjector
 from models.vision_language_model import VisionLanguageModel, _sample
 
@@ -57,17 +57,6 @@ def test_rotary_scales_positions_beyond_the_maximum_and_its_output():
     found = RotaryEmbedding(tiny(lm_max_position_embeddings=8, lm_attn_scaling=0.5))(position_ids, 32)
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain * 0.5)
-
-
-def test_grouped_query_attention_is_attention_with_repeated_kv_weights():
-    grouped, full = LanguageModel(tiny(lm_n_kv_heads=2)), LanguageModel(tiny(lm_n_kv_heads=6))
-    weights = grouped.state_dict()
-    for name in weights:
-        if "k_proj" in name or "v_proj" in name:
-            weights[name] = weights[name].view(2, 4, 24).repeat_interleave(3, dim=0).flatten(0, 1)
-    full.load_state_dict(weights)
-    x = torch.randn(2, 9, 24)
-    torch.testing.assert_close(grouped(x), full(x))
 
 
 def test_loss_is_the_mean_cross_entropy_of_labels_and_in_training_their_sum(model):
@@ -139,20 +128,6 @@ def test_image_embeddings_replace_the_slots_in_order(model):
     x = model.embed(ids, images)
     torch.testing.assert_close(x[0, 2:6], model.MP(model.vision_encoder(images))[0])
     assert torch.equal(x[0, 6:], model.decoder.token_embedding(ids[0, 6:]))
-
-
-def test_documents_do_not_see_each_other(model):
-    ids = text(1, 12)
-    document_ids = torch.tensor([[0] * 5 + [1] * 7])
-    position_ids = torch.cat((torch.arange(5), torch.arange(7)))[None]
-    changed = ids.clone()
-    changed[0, :5] = (changed[0, :5] + 1) % IMAGE
-    before, after = (model(x, position_ids=position_ids, document_ids=document_ids)[0] for x in (ids, changed))
-    assert torch.equal(before[0, 5:], after[0, 5:])
-    assert not torch.equal(before[0, :5], after[0, :5])
-    torch.testing.assert_close(before[:, 5:], model(ids[:, 5:])[0])
-    leaking = [model(x, position_ids=position_ids)[0][0, 5:] for x in (ids, changed)]
-    assert not torch.equal(*leaking)
 
 
 def test_right_padding_leaves_real_positions_alone(model):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny.data import STREAM_OF_10, dataset, encoded, picture, stream, tiny_train, tiny_vlm, turn
+from tiny.data import dataset, row, tiny_train, tiny_vlm, write_rows
 from tiny.runs import TINY
 
 import train
@@ -37,20 +37,8 @@ WOKEN = {"metric": "gradient_norm", "vision_tau": 3, "language_tau": 5, "unfreez
 CHANGE = {"metric": "gradient_change", "vision_tau": "auto", "language_tau": "auto"}
 
 
-def write_rows(folder: Path, count: int, text=lambda i: i % 5 == 2) -> Path:
-    """text: whether row i is text alone, so that some batches hold no image; the image of one does not decode."""
-    folder.mkdir()
-    lines = []
-    for i in range(count):
-        texts = [
-            {"user": "is there a red shape?", "assistant": "yes" if i % 2 else "no"},
-            {"user": "what?", "assistant": "red"},
-        ]
-        if not text(i):
-            (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
-        lines.append(json.dumps({"images": [] if text(i) else [f"{i}.png"], "texts": texts}))
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder
+def some_texts(i: int) -> bool:
+    return i % 5 == 2
 
 
 def arguments(rows: Path, name: str, **flags) -> list[str]:
@@ -81,7 +69,7 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder, self.made = folder, {"rows"}
-        self.rows = write_rows(folder / "rows", 40)
+        self.rows = write_rows(folder / "rows", 40, text=some_texts)
         self.sparse = write_rows(folder / "sparse_rows", 40, text=lambda i: i % 4 != 0)
 
     def __truediv__(self, name: str) -> Path:
@@ -297,7 +285,7 @@ def test_another_global_batch_is_another_run(two, capsys):
 def test_three_processes_share_rows_that_do_not_divide_evenly(two, tmp_path):
     """Seven rows to train on, nine in a global batch: it goes on into the next epoch. And three processes go on with
     the shards of two."""
-    rows = write_rows(tmp_path / "rows", 9)
+    rows = write_rows(tmp_path / "rows", 9, text=some_texts)
     flags = {"val_size": 2, "gradient_accumulation_steps": 1, "max_training_steps": 4, "eval_interval": 4}
     resumed = {"parallel": "fsdp", "batch_size": 2, "resume": step_4(two / "six")} | THRICE
     run_together(
@@ -316,7 +304,7 @@ def test_three_processes_share_rows_that_do_not_divide_evenly(two, tmp_path):
 def start_long_run(tmp_path: Path) -> subprocess.Popen:
     """Two processes in the middle of training."""
     flags = arguments(
-        write_rows(tmp_path / "rows", 16), "run", max_training_steps=100_000, eval_interval=100_000,
+        write_rows(tmp_path / "rows", 16, text=some_texts), "run", max_training_steps=100_000, eval_interval=100_000,
         checkpoint_interval=0, vision_tau=1e-9, language_tau=1e-9,
     )  # fmt: skip
     process = torchrun(2, "train.py", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -346,6 +334,7 @@ def test_a_signal_ends_all_processes_with_everything_saved(tmp_path):
     process.communicate(timeout=60)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stop_reason"] == "interrupted"
+    assert (tmp_path / "run" / "convergence.png").exists()
     state = torch.load(tmp_path / "run" / "checkpoints" / "last" / "training_state.pt", weights_only=True)
     assert state["step"] == summary["steps"] > 0
     assert len({own["position"] for own in state["states"]["data"]}) == 1
@@ -361,8 +350,7 @@ def batches_of(rows, rank: int, world_size: int, count: int, start=0, **changes)
 
 
 def some_rows(count: int, bad: set[int] = frozenset()) -> list[dict]:
-    image = encoded(picture())
-    return [{"images": [b"" if i in bad else image], "texts": [turn()], "id": f"row{i}"} for i in range(count)]
+    return [row([b""] if i in bad else None, name=f"row{i}") for i in range(count)]
 
 
 @pytest.mark.parametrize(("rows", "world_size", "batch_size"), [(24, 2, 3), (23, 3, 2), (5, 4, 2)])
@@ -373,16 +361,6 @@ def test_the_batches_of_all_ranks_are_those_of_one_process(rows, world_size, bat
         assert batch["ids"] == [row for part in of_ranks for row in part["ids"]]
         assert all(len(part["ids"]) == batch_size for part in of_ranks)
         assert {part["position"] for part in of_ranks} == {batch["position"]}
-
-
-def test_ranks_read_other_rows_of_a_stream():
-    names = [batch["ids"][0] for rank in (0, 1) for batch in batches_of(stream(10), rank, 2, 5, batch_size=1)]
-    assert sorted(names) == STREAM_OF_10
-
-
-def test_ranks_pack_other_rows():
-    found = [batches_of(some_rows(10), rank, 2, 1, batch_size=1, packing=True)[0] for rank in (0, 1)]
-    assert sorted(row for batch in found for row in batch["ids"]) == sorted(f"row{i}" for i in range(10))
 
 
 def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():
@@ -402,7 +380,7 @@ def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():
 def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
     from models.language_model import LanguageModelMLP
 
-    rows, calls, real = write_rows(tmp_path / "rows", 16), [], LanguageModelMLP.forward
+    rows, calls, real = write_rows(tmp_path / "rows", 16, text=some_texts), [], LanguageModelMLP.forward
     monkeypatch.setattr(
         LanguageModelMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or real(self, x)
     )

@@ -11,7 +11,6 @@ from grades.policy import (
     enough_frozen,
     few_patterns,
     grace_steps,
-    is_check,
     lasting,
     replay,
     round_number,
@@ -21,11 +20,6 @@ from grades.policy import (
 
 def test_the_grace_period_is_exactly_the_share_of_the_steps_rounded_up():
     assert [grace_steps(0.28, 1500), grace_steps(0, 10), grace_steps(0.3, 7), grace_steps(0.3, 10)] == [420, 0, 3, 3]
-
-
-def test_checks_are_counted_from_step_1():
-    assert [step for step in range(1, 10) if is_check(step, 3)] == [3, 6, 9]
-    assert all(is_check(step, 1) for step in range(1, 5))
 
 
 def test_what_is_below_tau_counts_up_what_is_not_starts_again_and_what_was_not_measured_waits():

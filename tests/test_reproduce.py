@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny.runs import TINY
+from tiny.tables import read_table
 
 from grades import find_components
 from models.vision_language_model import VisionLanguageModel
@@ -38,6 +39,11 @@ def value_of(command: list[str], flag: str) -> str | None:
     return command[places[-1] + 1] if places else None
 
 
+def ended(code: int) -> SimpleNamespace:
+    """A process that has ended."""
+    return SimpleNamespace(poll=lambda: code, wait=lambda: code, terminate=lambda: None)
+
+
 class Trainer:
     """Stands in for train.py. fails_at: the number of the run that fails after writing half of its folder.
 
@@ -48,7 +54,7 @@ class Trainer:
         self.commands: dict[str, list[str]] = {}  # by the run's name
         self.fails_at, self.history = fails_at, history
 
-    def __call__(self, command: list[str], log: Path) -> int:
+    def __call__(self, command: list[str], log: Path) -> SimpleNamespace:
         name = value_of(command, "--run_name")
         self.commands[name] = command
         folder = Path(value_of(command, "--output_dir"), name)
@@ -58,13 +64,13 @@ class Trainer:
             (checkpoint / "manifest.json").write_text(json.dumps({"step": step}), encoding="utf-8")
         log.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")
         if len(self.commands) == self.fails_at:
-            return 1
+            return ended(1)
         frozen = "--enable_grades" in command and "--freeze_vision" not in command
         steps = 1200 if frozen else int(value_of(command, "--max_training_steps") or 1600)
         found = summary(steps, test_exact_match=0.9 + 0.02 * int(value_of(command, "--seed")))
         for file, content in (("summary", found), ("grades_history", self.history(frozen))):
             (folder / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
-        return 0
+        return ended(0)
 
 
 @pytest.fixture
@@ -129,8 +135,7 @@ def test_the_same_command_continues_after_a_failure(start, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "difference"),
-    [(["--", "--lr_mp", "0.5"], "now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "now 3.0")],
+    ("words", "difference"), [(["--", "--lr_mp", "0.5"], "now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "now 3.0")]
 )
 def test_results_of_other_settings_are_refused(start, capsys, words, difference):
     rows = ("--seeds", "1", "--rows", "full", "full_grades")
@@ -180,67 +185,69 @@ def test_saved_time_is_attributed_and_adds_up():
     assert {name: found[name] for name in parts} == pytest.approx(parts)
     assert found["flops_ratio"] == 1000 / 1600
     alone = runs.compare(run, None)
-    assert (alone["saved_s"], alone["steps"]) == (None, 1000)
+    assert (alone.get("saved_s"), alone["steps"]) == (None, 1000)
 
 
 def test_tables_say_mean_and_spread_of_every_row(start):
     _, _, out = start(reproduce, "--seeds", "3", "--rows", "full", "full_grades")
-    text = (out / "table.md").read_text(encoding="utf-8")
-    assert "| Full | 92.0 ± 2.0 (90.0..94.0) | 184 ± 0 (184..184) |" in text
-    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
-    assert [values["seed"] for values in rows["full_grades"]["seeds"]] == [0, 1, 2]
+    rows, saved = (read_table((out / "table.md").read_text(encoding="utf-8"), number) for number in (0, 1))
+    assert [row[""] for row in rows] == [row[""] for row in saved] == ["Full", "Full + GradES"]
+    assert rows[0]["test exact match (%)"] == "92.0 ± 2.0 (90.0..94.0)"
+    assert rows[0]["time (s)"] == "184 ± 0 (184..184)"
+    assert saved[1]["steps not made"] == "+40.0 ± 0.0 (+40.0..+40.0)"
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [values["seed"] for values in results["full_grades"]["seeds"]] == [0, 1, 2]
     accuracy = {"mean": 0.92, "std": 0.02, "min": 0.90, "max": 0.94}
-    assert rows["full"]["spread"]["accuracy"] == pytest.approx(accuracy)
+    assert results["full"]["spread"]["accuracy"] == pytest.approx(accuracy)
     assert (out / "table.png").stat().st_size > 10_000
 
 
 def test_what_was_not_measured_is_a_dash_and_validation_stands_in_for_a_test():
-    known = {(None, None): "–", (0.5,): "0.5", (1.0, None, 3.0): "2.0 ± 1.4 (1.0..3.0)"}
-    assert {values: runs.cell(values, "{:.1f}") for values in known} == known
+    known = {"–": [{"steps": None}, {}], "5": [{"steps": 5}], "2 ± 1 (1..3)": [{"steps": n} for n in (1, None, 3)]}
+    assert {text: runs.cell(seeds, "steps") for text, seeds in known.items()} == {text: text for text in known}
     assert runs.accuracy_of(summary(test_exact_match=None)) == summary()["val_exact_match"]
 
 
-def test_the_remaining_time_comes_from_the_same_row_where_there_is_one():
-    specs = [runs.RunSpec(row, row, seed, ()) for seed in (0, 1) for row in ("full", "lora")]
-    results = {"full_seed0": {"row": "full", "wall_s": 100.0}}
-    assert runs.remaining_s(specs, results) == 300
-    results["lora_seed0"] = {"row": "lora", "wall_s": 40.0}
-    assert runs.remaining_s(specs, results) == 140
-    assert runs.clock(3725) == "1:02:05"
+def test_the_remaining_time_comes_from_the_same_row_where_there_is_one(tmp_path):
+    made = runs.Runs(tmp_path, [runs.RunSpec(row, row, seed, ()) for seed in (0, 1) for row in ("full", "lora")])
+    made.results["full_seed0"] = {"row": "full", "wall_s": 100.0}
+    assert made.remaining_s() == 300
+    made.results["lora_seed0"] = {"row": "lora", "wall_s": 40.0}
+    assert made.remaining_s() == 140
 
 
 def test_a_run_does_not_outlive_the_script(tmp_path):
     child = f"import time, pathlib; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
     script = f"""
-import signal, sys
-from pathlib import Path
-from scripts import runs
-signal.signal(signal.SIGTERM, runs._end)
-processes = runs.Processes()
-runner = lambda command, log: processes([sys.executable, "-c", {child!r}], log)
-runs.Runs(Path({str(tmp_path)!r}), [runs.RunSpec("row", "row", 0, ())], runner, processes.end).run_all(lambda: None)
-"""
+import sys
+from scripts import reproduce, runs
+launch = lambda command, log: runs.launch([sys.executable, "-c", {child!r}], log)
+reproduce.main(["--output", {str(tmp_path)!r}, "--rows", "full"], launch)"""
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 128 + signal.SIGTERM  # it waits for its child, which would sleep for a minute
 
 
-def test_jobs_run_at_once_and_wait_for_what_they_need(tmp_path):
-    together, trainer = threading.Barrier(2), Trainer()  # a and b meet at the barrier, or it breaks
+def test_jobs_run_at_once_and_wait_for_what_they_need(tmp_path, monkeypatch):
+    trainer, needs = Trainer(), {"a": (), "c": ("a_seed0",), "b": ()}
+    monkeypatch.setattr(runs, "POLL_S", 0)
+    may_end = set()
 
-    def runner(command, log):
-        if value_of(command, "--run_name") == "c_seed0":
+    def launch(command, log):
+        done, name = trainer(command, log), value_of(command, "--run_name")
+        if name == "b_seed0":  # a is still running, c waits for it
+            assert list(trainer.commands) == ["a_seed0", "b_seed0"]
+            may_end.add("a_seed0")
+        if name == "c_seed0":
             assert (tmp_path / "runs" / "a_seed0" / "run.json").exists()
-        else:
-            together.wait(timeout=60)
-        return trainer(command, log)
+            may_end.update(("b_seed0", "c_seed0"))
+        return SimpleNamespace(poll=lambda: 0 if name in may_end else None, wait=done.wait, terminate=done.terminate)
 
-    needs = {"a": (), "c": ("a_seed0",), "b": ()}
-    made = runs.Runs(tmp_path, [runs.RunSpec(row, row, 0, ("--seed", "0"), needs[row]) for row in needs], runner)
-    made.run_all(lambda: None, jobs=2)
+    made = runs.Runs(tmp_path, [runs.RunSpec(row, row, 0, ("--seed", "0"), needs[row]) for row in needs])
+    made.run_all(lambda: None, jobs=2, launch=launch)
     assert set(made.results) == {"a_seed0", "b_seed0", "c_seed0"}
 
 
@@ -258,7 +265,8 @@ def test_a_sweep_branches_off_the_full_run_and_shows_the_grid(start):
     assert "--resume_override" in last
     starts = [Path(value_of(command, "--resume")) for command in (first[names[1]], last)]  # where grace periods end
     assert starts == [out / "runs" / "full_seed0" / "checkpoints" / f"step_{step}" for step in (320, 640)]
-    assert "| 0.2 | 1200 | 1200 |" in (out / "sweep.md").read_text(encoding="utf-8")
+    tables = [read_table((out / "sweep.md").read_text(encoding="utf-8"), number) for number in range(4)]
+    assert [table[1]["taus x 2"] for table in tables] == ["90.0", "141", "0.750", "1200"]
     points = json.loads((out / "results.json").read_text(encoding="utf-8"))["points"]
     assert [(point["alpha"], point["tau_factor"]) for point in points] == [(0.2, 1), (0.2, 2), (0.4, 1), (0.4, 2)]
     assert (out / "sweep.png").stat().st_size > 10_000
@@ -312,4 +320,5 @@ def test_the_tau_that_saves_a_share_of_the_updates():
     history = {"total_steps": 4, "grace_steps": 1, "components": components, "checks": checks}
     found = {saved: compare_metrics.find_tau(history, "vision", saved) for saved in (0.1, 0.3, 0.5)}
     assert found == pytest.approx({0.1: 2, 0.3: 5, 0.5: 8}, rel=1e-5)
-    assert compare_metrics.saved_by_tau(history, "vision", found[0.3]) == pytest.approx((1 + 2) / 8)
+    steps = compare_metrics.frozen_by_tau(history, "vision", found[0.3])
+    assert compare_metrics.saved_share(history, "vision", steps) == pytest.approx((1 + 2) / 8)

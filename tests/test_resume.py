@@ -308,6 +308,7 @@ def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(train, "forward_backward", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         run("run")
+    assert "RuntimeError after step 6" in (folder / "log.txt").read_text()
     assert run("whole") == 0
     assert run("new", resume=folder / "checkpoints" / "crash") == 0
     assert_same(tmp_path / "out" / "new", tmp_path / "out" / "whole")

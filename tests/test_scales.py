@@ -78,8 +78,7 @@ def test_auto_taus_are_found_in_a_run_and_recorded(metric):
 
 
 @pytest.mark.parametrize(
-    ("metric", "alpha", "interval", "needed"),
-    [("weight_change", 0.1, 20, 2), ("gradient_norm", 0.15, 20, 1)],
+    ("metric", "alpha", "interval", "needed"), [("weight_change", 0.1, 20, 2), ("gradient_norm", 0.15, 20, 1)]
 )
 def test_a_grace_period_too_short_for_auto_is_an_error_before_the_first_step(metric, alpha, interval, needed):
     config = GradESConfig(metric=metric, vision_tau="auto", language_tau=1.0, alpha=alpha, compute_interval=interval)

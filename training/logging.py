@@ -107,38 +107,20 @@ class RunLog:
                 file.close()
 
 
+def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of a method that says or writes something."""
+
+
 class NoLog(RunLog):
     """The log of a rank that says and writes nothing."""
+
+    start_bar = say = detail = record = load_state_dict = show = close_bar = close = _nothing
 
     def __init__(self) -> None:
         self.tracker = NoTracker()
 
-    def start_bar(self, step: int = 0) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
-
-    def detail(self, line: str) -> None:
-        pass
-
-    def record(self, step: int, values: dict[str, Any]) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Any]:
         return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def show(self, step: int, **postfix: str) -> None:
-        pass
-
-    def close_bar(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _is_finite(value: Any) -> bool:

@@ -52,10 +52,6 @@ def path_problems(settings: Settings) -> list[str]:
     """Every file, folder or package that is named and absent, and a run folder that exists already. Asks no network."""
     cfg = settings.train
     found: list[str] = []
-    try:
-        check_tracker(cfg)
-    except ValueError as error:
-        found.append(str(error))
     for source in sources(settings):
         if source.is_path() and not source.is_here():
             origin = "" if source.flag in settings.given else f" (from {settings.recipe} or a default)"

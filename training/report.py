@@ -11,8 +11,9 @@ import yaml
 
 from data import easy_vqa
 from data.pipeline import Data
-from grades import GradESMonitor
+from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
+from grades.report import HISTORY_NAME
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -109,7 +110,10 @@ def write_report(
     log: RunLog,
 ) -> None:
     """Write pictures and summary.json, and say what they hold. test: None where nothing was tested."""
-    pictures = draw_pictures(monitor, folder) if monitor is not None else []
+    pictures: list[Path] = []
+    if monitor is not None:
+        monitor.save_history(folder / HISTORY_NAME)
+        pictures = plots.draw(folder / HISTORY_NAME)
     baseline = None
     if test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME:
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
@@ -119,15 +123,6 @@ def write_report(
         log.say(line)
     log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
     log.close()
-
-
-def draw_pictures(monitor: GradESMonitor, folder: Path) -> list[Path]:
-    """Write grades_history.json, and convergence.png and freezing.png drawn from it."""
-    from grades.plots import draw
-
-    history = folder / "grades_history.json"
-    monitor.save_history(history)
-    return draw(history)
 
 
 def make_summary(
@@ -223,10 +218,10 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         lines.append(f"dropped, {split + ':':<13}{reasons}")
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
+    asked = shlex.quote(str(folder))
     if summary["stop_reason"] == "interrupted":
-        lines.append(f"continue              with the same command and --resume {shlex.quote(str(folder))}")
+        lines.append(f"continue              with the same command and --resume {asked}")
     if summary["stop_reason"] != "non_finite_loss":
-        asked = shlex.quote(str(folder))
         lines.append(f"ask it                python generate.py --checkpoint {asked} --image IMAGE.png --prompt '...'")
     return lines
 

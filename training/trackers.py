@@ -73,8 +73,7 @@ def make_tracker(
 class NoTracker:
     """Tracks nothing."""
 
-    def __init__(self, run_id: str | None = None):
-        self.id = run_id
+    id: str | None = None
 
     def log(self, values: dict[str, Any], step: int) -> None:
         pass
@@ -115,13 +114,9 @@ class WandbTracker:
         is_off = found.mode == "disabled"  # by a settings file
         is_offline = not is_off and (found.mode in ("offline", "dryrun") or not has_wandb_account(found.base_url))
         options: dict[str, Any] = {
-            "project": cfg.wandb_project,
-            "entity": cfg.wandb_entity,
-            "name": folder.name,
-            "dir": str(folder),
-            "config": settings,
-            "settings": quiet,
-        }
+            "project": cfg.wandb_project, "entity": cfg.wandb_entity, "name": folder.name, "dir": str(folder),
+            "config": settings, "settings": quiet,
+        }  # fmt: skip
         if run_id is not None:
             options |= {"id": run_id, "resume": "allow"}
         try:

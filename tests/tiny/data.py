@@ -1,6 +1,8 @@
 """Tiny configs, tokenizers, images and rows for the tests of `data`."""
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -65,23 +67,28 @@ def dataset(rows, vlm=None, train_cfg=None, train: bool = True, cache: bool = Fa
 
 def byte_level_tokenizer(folder) -> int:
     """Write a small byte-level BPE tokenizer with ChatML's tokens into the folder; returns its size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        ["user\nassistant\nwhat is the colour of the shape\n\n\nthe shape is red"] * 3, trainer
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return tokenizer.get_vocab_size()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = ["user\nassistant\nwhat is the colour of the shape\n\n\nthe shape is red"] * 3
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, vocab_size=320, special_tokens=special, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(made.to_str())).save_pretrained(folder)
+    return made.get_vocab_size()
+
+
+def write_rows(folder: Path, count: int, text=lambda i: False) -> Path:
+    """Rows in the_cauldron's shape in a new folder. text: whether row i is text alone; the image of one is none."""
+    folder.mkdir()
+    lines = []
+    for i in range(count):
+        if not text(i):
+            (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
+        turns = [turn(assistant="yes" if i % 2 else "no"), turn("what?", "red")]
+        lines.append(json.dumps({"images": [] if text(i) else [f"{i}.png"], "texts": turns}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 COLORS = ["red", "blue", "green", "gray", "teal", "black", "brown", "yellow"]
