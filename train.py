@@ -145,9 +145,9 @@ def watch(
     if not cfg.enable_grades:
         return None
 
-    def held_out_losses() -> list[tuple[float, int]]:  # for the metric rollback; the same on all ranks
+    def held_out_losses(same_vision: bool) -> list[tuple[float, int]]:  # for the metric rollback; all ranks get them
         with meter.clock("rollback"):
-            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows))
+            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision))
             meter.flops.add_forward(evaluator.probe or ())
         return losses
 

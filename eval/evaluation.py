@@ -32,6 +32,7 @@ class Evaluator:
     autocast: Autocast
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
     probe: list[dict] | None = None  # the batches of row_losses, once they are made
+    features: list[torch.Tensor | None] | None = None  # of the images of each of them, as of the latest call
 
     def loss(self) -> float | None:
         """Mean loss over the label tokens of the validation rows, in nats; None where there is none."""
@@ -40,15 +41,21 @@ class Evaluator:
         batches = eval_batches(self.data.val_dataset, collator, self.cfg, self.data.dropped["val"])
         return mean_loss(self.model, self.until(batches), self.device, self.autocast)
 
-    def row_losses(self, rows: int) -> list[tuple[float, int]]:
+    def row_losses(self, rows: int, same_vision: bool = False) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows.
 
         The draws are those of training (turns_per_image, its weights, mirroring) and the same at each call.
+        same_vision: the vision tower's weights are those of the call before, whose features then serve again.
         """
         if self.probe is None:
             collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
             self.probe = list(eval_batches(self.data.drawn_validation_rows(), collator, self.cfg, first=rows))
-        return row_losses(self.model, self.probe, self.device, self.autocast)
+        known = self.features if same_vision else None
+        losses, self.features = row_losses(self.model, self.probe, self.device, self.autocast, known)
+        for batch, features in zip(self.probe, self.features, strict=True):
+            # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
+            batch["cached_images"] = len(features) if same_vision and features is not None else 0
+        return losses
 
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the greedy answers to the questions of "val" or "test", and {split}/exact_match/SOURCE
@@ -89,20 +96,31 @@ def mean_loss(
 
 @torch.no_grad()
 def row_losses(
-    model: VisionLanguageModel, batches: Iterable[dict], device: torch.device, autocast: Autocast
-) -> list[tuple[float, int]]:
-    """(summed loss in nats, label tokens) of each conversation of the batches. Waits for the device once."""
-    sums, counts = [], []
+    model: VisionLanguageModel,
+    batches: list[dict],
+    device: torch.device,
+    autocast: Autocast,
+    features: list[torch.Tensor | None] | None = None,
+) -> tuple[list[tuple[float, int]], list[torch.Tensor | None]]:
+    """((summed loss in nats, label tokens) of each conversation of the batches, the features of each batch's images).
+
+    features: those of an earlier call, where the vision tower is the same. Waits for the device once.
+    """
+    sums, counts, used = [], [], []
     with evaluating(model):
-        for batch in batches:
+        for batch, known in zip(batches, features or [None] * len(batches), strict=True):
             inputs = to_device(batch, device)
             rows, length = inputs["input_ids"].shape
             with autocast:
-                losses = model(**inputs, loss_per_label=True)
+                images = inputs.pop("images", None)
+                if known is None and images is not None:
+                    known = model.vision_encoder(images)
+                losses = model(**inputs, image_features=known, loss_per_label=True)
+            used.append(known)
             row = inputs["label_positions"] // length
             sums.append(torch.zeros(rows, device=device).index_add_(0, row, losses))
             counts += torch.bincount(batch["label_positions"] // length, minlength=rows).tolist()
-    return list(zip(torch.cat(sums).tolist(), counts, strict=True)) if sums else []
+    return list(zip(torch.cat(sums).tolist(), counts, strict=True)) if sums else [], used
 
 
 def exact_match(

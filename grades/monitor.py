@@ -17,7 +17,7 @@ from grades.config import AUTO, ROLLBACK, GradESConfig
 from grades.files import write_text
 from grades.freezing import Freezer
 from grades.metrics import GradientNorm, Metric, make_metric
-from grades.rollback import Losses, Rollback
+from grades.rollback import Evaluate, Rollback
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 
 HISTORY_VERSION = 2
@@ -44,7 +44,7 @@ class GradESMonitor:
         rewrap: Callable[[], None] | None = None,
         broadcast: Callable[[Values], Values] | None = None,
         averages: AveragedWeights | None = None,
-        evaluate: Callable[[], Losses] | None = None,
+        evaluate: Evaluate | None = None,
     ) -> None:
         """optimizer: its state of frozen weights is freed. total_steps: of the run; may be set later, before step 1.
 
@@ -94,7 +94,7 @@ class GradESMonitor:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         averages: AveragedWeights | None,
-        evaluate: Callable[[], Losses] | None,
+        evaluate: Evaluate | None,
     ) -> Metric:
         config = self.config
         if config.metric != ROLLBACK:

@@ -25,6 +25,9 @@ RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since 
 SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
 
 Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
+# Gives the losses of a fixed sample of held-out rows under the model's present weights. Its argument: whether the
+# vision tower's weights are those of the call before, so that the features of the images need not be computed again.
+Evaluate = Callable[[bool], Losses]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Part:
     """Components that are put back together, with all other weights around them: norms, embeddings."""
 
     name: str
+    tower: str
     components: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
 
@@ -50,12 +54,12 @@ class Rollback(Metric):
         model: nn.Module,
         components: Sequence[Component],
         averages: AveragedWeights | None,
-        evaluate: Callable[[], Losses] | None,
+        evaluate: Evaluate | None,
         interval: int,
         parts: str = "towers",
     ) -> None:
-        """evaluate: the losses of a fixed sample of held-out rows under the model's present weights. interval: steps
-        between two checks. parts: see `find_parts`. Raises ValueError where one of these is missing."""
+        """interval: steps between two checks. parts: see `find_parts`. Raises ValueError where averages or evaluate are
+        missing."""
         super().__init__()
         if averages is None or evaluate is None:
             raise ValueError("--metric rollback: needs averaged weights and held-out rows: give --average_weights 0.98")
@@ -64,6 +68,7 @@ class Rollback(Metric):
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
         self.losses: Losses = ()  # at the last check, under the averaged weights
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
+        self.vision_moves = True  # since the evaluation before
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
@@ -73,12 +78,14 @@ class Rollback(Metric):
         bounds: dict[str, list[float]] = {}
         self.gains = {}
         with self.averages.applied():
-            self.losses = list(self.evaluate())
+            self.losses = list(self.evaluate(not self.vision_moves))
+            known.sort(key=lambda part: part.tower == "vision")  # until then the images' features are the same
             for part in known:
                 gain, error = paired_difference(self.losses, self._put_back(part))
                 self.gains[part.name] = gain, error
                 for name in part.components:
                     bounds.setdefault(name, []).append(max(SMALLEST, self.scale * (gain + CERTAINTY * error)))
+        self.vision_moves = any(part.tower == "vision" for part in parts)
         self._remember()
         return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}
 
@@ -102,6 +109,7 @@ class Rollback(Metric):
 
     def thaw(self, names: Iterable[str]) -> None:
         """These train again."""
+        self.vision_moves = True
         for name in names:
             self.at_freeze.pop(name, None)
 
@@ -113,7 +121,7 @@ class Rollback(Metric):
         parameters = self._averaged(part)
         for parameter in parameters:
             exchange(parameter, self.averages.state[parameter][OLDER])
-        losses = list(self.evaluate())
+        losses = list(self.evaluate(part.tower != "vision"))
         for parameter in parameters:
             exchange(parameter, self.averages.state[parameter][OLDER])
         return losses
@@ -128,10 +136,15 @@ class Rollback(Metric):
 
     def state_dict(self) -> dict[str, Any]:
         """The older averages are in the parameters' state."""
-        return {"losses": list(self.losses), "at_freeze": dict(self.at_freeze)}
+        return {
+            "losses": list(self.losses),
+            "at_freeze": dict(self.at_freeze),
+            "vision_moves": self.vision_moves,
+        }
 
     def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
         self.losses, self.at_freeze = state["losses"], dict(state["at_freeze"])
+        self.vision_moves = state["vision_moves"]
 
 
 def find_parts(model: nn.Module, components: Sequence[Component], level: str = "towers") -> list[Part]:
@@ -145,7 +158,7 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
     for tower in dict.fromkeys(component.tower for component in components):
         own = [component for component in components if component.tower == tower]
         parts.append(
-            Part(tower, tuple(c.name for c in own), tuple(p for name, p in parameters if tower_of(name) == tower))
+            Part(tower, tower, tuple(c.name for c in own), tuple(p for n, p in parameters if tower_of(n) == tower))
         )
         layers = list(dict.fromkeys(component.layer for component in own))
         groups: dict[str, list[list[int]]] = {"towers": [], "prefixes": [layers[: len(layers) // 2]]}
@@ -156,7 +169,7 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
                 roots = {_block_path(component) for component in inside}
                 weights = tuple(p for name, p in parameters if any(name.startswith(root) for root in roots))
                 name = f"{tower} {group[0]}" + (f"-{group[-1]}" if len(group) > 1 else "")
-                parts.append(Part(name, tuple(c.name for c in inside), weights))
+                parts.append(Part(name, tower, tuple(c.name for c in inside), weights))
     return parts
 
 

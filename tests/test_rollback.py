@@ -29,7 +29,7 @@ def loop(config: dict, evaluate=None, **others) -> Loop:
     given = {"metric": "rollback", "compute_interval": 3, "alpha": 0.0} | config
     made.monitor = GradESMonitor(
         GradESConfig(**given), model, optimizer, STEPS, made.lines.append, averages=averages,
-        evaluate=evaluate or (lambda: row_losses(model)), **others,
+        evaluate=evaluate or (lambda same_vision: row_losses(model)), **others,
     )  # fmt: skip
     made.averages, made.averaged = averages, {}
     after_step = made.monitor.after_step
@@ -89,16 +89,16 @@ def test_nothing_freezes_on_noise():
     """Gains of zero whose error is above tau."""
     calls = []
 
-    def noisy():
+    def noisy(same_vision):
         calls.append(1)
-        sign = 1 if len(calls) % 2 else -1
-        return [(20 + sign * 2, 20), (20 - sign * 2, 20)]
+        height = 2 * (len(calls) % 3)  # never the same for two evaluations of one check
+        return [(20.0 + height, 20), (20.0 - height, 20)]
 
     run = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=noisy).run()
     gains = [check["gains"]["vision"] for check in run.monitor.checks[1:]]
     assert all(gain == pytest.approx(0) and error > 0.5 for gain, error in gains)
     assert not run.monitor.frozen
-    still = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=lambda: [(20.0, 20), (21.0, 20)]).run()
+    still = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=lambda same_vision: [(20.0, 20), (21.0, 20)]).run()
     assert still.step == 6  # the first check with a gain; everything is frozen, and the run ends
     assert still.monitor.enough_frozen()
 
@@ -107,12 +107,12 @@ def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
     height = [0.0]
     run = loop(
         {"vision_tau": 1e9, "language_tau": 1e-12},
-        evaluate=lambda: [(20.0 + height[0] + i / 10 * height[0], 20) for i in range(9)],
+        evaluate=lambda same_vision: [(20.0 + height[0] + i / 10 * height[0], 20) for i in range(9)],
     )
     run.on_step = lambda step: height.__setitem__(0, 5.0 if step == 8 else 0.0 if step == 9 else height[0])
     run.run()
     events = [(event["step"], bool(event.get("unfrozen"))) for event in run.monitor.events]
-    assert set(events) == {(6, False), (9, True), (12, False)}
+    assert set(events) == {(6, False), (9, True)}
     assert any("risen" in line for line in run.lines)
 
 
