@@ -111,12 +111,17 @@ def row_losses(
         for batch, known in zip(batches, features or [None] * len(batches), strict=True):
             inputs = to_device(batch, device)
             rows, length = inputs["input_ids"].shape
+            if known is not None:
+                inputs.pop("images")
+            given: list[torch.Tensor] = []
+            # A hook, as sharded weights are whole only while the model itself is called.
+            hook = model.vision_encoder.register_forward_hook(
+                lambda module, images, output, given=given: given.append(output)
+            )
             with autocast:
-                images = inputs.pop("images", None)
-                if known is None and images is not None:
-                    known = model.vision_encoder(images)
                 losses = model(**inputs, image_features=known, loss_per_label=True)
-            used.append(known)
+            hook.remove()
+            used.append(given[0] if given else known)
             row = inputs["label_positions"] // length
             sums.append(torch.zeros(rows, device=device).index_add_(0, row, losses))
             counts += torch.bincount(batch["label_positions"] // length, minlength=rows).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, Protocol
 
@@ -10,13 +11,21 @@ import torch
 import torch.nn as nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-AVERAGE, BLOCK = "average", "average_block"  # keys of a parameter's state
+# Keys of a parameter's state. OLDER is of the metric rollback: the average at the previous check.
+AVERAGE, BLOCK, OLDER = "average", "average_block", "average_older"
 
 
 class HasState(Protocol):
     """An optimizer, or another place for what is held of each parameter."""
 
     state: Any
+
+
+class OwnState:
+    """A place of its own, where the optimizer's state is not to be touched."""
+
+    def __init__(self) -> None:
+        self.state: MutableMapping[Any, dict[str, Any]] = defaultdict(dict)
 
 
 class AveragedWeights:
@@ -30,7 +39,7 @@ class AveragedWeights:
     def __init__(self, parameters: Iterable[nn.Parameter], optimizer: HasState, rate: float) -> None:
         """parameters: that may train. optimizer: holds their state. rate: a decay below 1, or a window.
 
-        The state of a parameter that is empty (it was never updated, or is frozen) is left alone.
+        A parameter whose state in an optimizer is empty (it was never updated, or is frozen) has no average.
         """
         self.parameters, self.optimizer = list(parameters), optimizer
         self.window = round(rate) if rate >= 2 else None
@@ -53,7 +62,8 @@ class AveragedWeights:
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
         assert not self.is_swapped
-        updated = [p for p in self.parameters if self.state.get(p) and p.requires_grad]
+        own = isinstance(self.optimizer, OwnState)
+        updated = [p for p in self.parameters if p.requires_grad and (own or self.state.get(p))]
         new = [p for p in updated if AVERAGE not in self.state[p]]
         for parameter in new:
             self.state[parameter][AVERAGE] = parameter.detach().clone()
@@ -104,11 +114,14 @@ class AveragedWeights:
         self.is_swapped = not self.is_swapped
 
     @torch.no_grad()
-    def settle(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give parameters, which are about to freeze, their averaged values."""
+    def settle(self, parameters: Iterable[nn.Parameter], to: str = "average") -> None:
+        """Parameters are about to freeze: give them their "average", or leave the "last" value; free the average."""
         for parameter in parameters:
-            if AVERAGE in self.state.get(parameter, ()):
-                parameter.copy_(self.state[parameter][AVERAGE])
+            state = self.state.get(parameter, {})
+            if AVERAGE in state and to == "average":
+                parameter.copy_(state[AVERAGE])
+            for key in (AVERAGE, BLOCK, OLDER):
+                state.pop(key, None)
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the parameters' state."""

@@ -15,8 +15,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig
-from grades.config import GradESConfig
+from grades.config import ROLLBACK, GradESConfig
 from grades.files import written_beside
+from grades.held_out import HeldOut
 from grades.monitor import GradESMonitor
 from grades.report import HISTORY_NAME
 
@@ -49,6 +50,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         self.monitor: GradESMonitor | None = None
         self.saved_state: dict[str, Any] | None = None  # from the checkpoint, where the trainer restores callbacks
         self.trainer: Any = None  # set during training
+        self.held_out: HeldOut | None = None  # with the metric rollback
         self.shown_step = 0  # the last step whose gradients the monitor has read
         self.has_ended = False  # the checkpoint is of a run that had ended
 
@@ -65,9 +67,11 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         rewrap = None if ddp is None else lambda: rebuild_ddp(ddp, accelerator.ddp_handler)
+        self.held_out = held_out = HeldOut(trainer, self.config) if self.config.metric == ROLLBACK else None
         monitor = GradESMonitor(
-            self.config, wrapped, optimizer, state.max_steps, logger.info, detail=logger.debug, rewrap=rewrap
-        )
+            self.config, wrapped, optimizer, state.max_steps, logger.info, detail=logger.debug, rewrap=rewrap,
+            averages=held_out.averages if held_out else None, evaluate=held_out.losses if held_out else None,
+        )  # fmt: skip
         self.trainer, self.monitor, self.shown_step, self.has_ended = trainer, monitor, state.global_step, False
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
@@ -99,6 +103,8 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Measure and freeze. Trainer has stepped and cleared the gradients."""
+        if self.held_out is not None and not self.has_ended:
+            self.held_out.averages.update()
         if not self.has_ended and self._running.after_step(state.global_step):
             self._say_why(state, f"the run ends at step {state.global_step:,} of {state.max_steps:,}")
             control.should_training_stop = control.should_log = True
@@ -114,14 +120,19 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero or self._is_sharded:
             folder.mkdir(parents=True, exist_ok=True)
             with written_beside(self._state_path(args, folder)) as path:
-                torch.save(self._running.state_dict(), path)
+                averages = {} if self.held_out is None else {"averages": self.held_out.state_dict()}
+                torch.save(self._running.state_dict() | averages, path)
         if state.is_world_process_zero:
             self._running.save_history(folder / HISTORY_NAME)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the history and the pictures, and leave model and trainer as they were."""
+        """Write the history and the pictures, and leave model and trainer as they were. With the metric rollback the
+        model gets the averaged weights where they are better (not where the trainer loads the best checkpoint).
+        """
+        if self.held_out is not None and not args.load_best_model_at_end and not self.has_ended:
+            self.held_out.take_better()
         if self.config.save_stats and self.config.save_freezing_history and state.is_world_process_zero:
             folder = Path(self.config.output_dir or args.output_dir or "")
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +173,10 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         states: Any = state.stateful_callbacks or {}
         exported = states.get(type(self).__name__)
         if path.is_file():
-            self._running.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if self.held_out is not None and "averages" in saved:
+                self.held_out.load_state_dict(saved["averages"])
+            self._running.load_state_dict(saved)
         elif exported and exported["attributes"]["saved_state"]:
             logger.warning(f"{path} is missing: what is frozen stays frozen, the rest is measured from the beginning")
             new = self._running.state_dict()

@@ -29,6 +29,16 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
     )
     save_stats: bool = doc("write them at the end of the run", True)
     save_freezing_history: bool = doc("the same; where either is off nothing is written", True)
+    average_weights: float = doc(
+        "metric rollback: keep a running average of the weights, with this decay per step, with which the model ends "
+        "where its held-out loss is lower",
+        0.98,
+        gt=0,
+        lt=1,
+    )
+    rollback_rows: int = doc(
+        "metric rollback: rows of the trainer's eval_dataset on which the gain is measured", 200, gt=1
+    )
     log_interval: int = doc("no effect: " + NO_EFFECT["log_interval"], 10)
     enable_wandb_logging: bool = doc("no effect: " + NO_EFFECT["enable_wandb_logging"], False)
     auto_detect_mode: bool = doc("no effect: " + NO_EFFECT["auto_detect_mode"], True)

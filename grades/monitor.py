@@ -1,5 +1,6 @@
 """GradESMonitor: measures the components, asks the policy, freezes, and records it."""
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -69,7 +70,7 @@ class GradESMonitor:
         self.total_steps = total_steps
         self.metric = self._make_metric(model, optimizer, averages, evaluate)
         self.scale = make_scale(config.tau_mode)
-        settle = averages.settle if averages is not None and config.freeze_to == "average" else None
+        settle = None if averages is None else functools.partial(averages.settle, to=config.freeze_to)
         self.freezer = Freezer(
             model, self.components, optimizer, config.freeze_prefix, config.freeze_rounds, rewrap, settle
         )

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from grades.averaging import AVERAGE, AveragedWeights, exchange
+from grades.averaging import AVERAGE, OLDER, AveragedWeights, exchange
 from grades.components import Component, clean_name, tower_of
 from grades.metrics import Metric
 
-OLDER = "average_older"  # key of a parameter's state: its average at the previous check
 PER_STEPS = 100  # a gain is told per this many steps
 CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
 RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since a freeze to thaw it

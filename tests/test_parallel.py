@@ -34,6 +34,8 @@ SPARSE = {"batch_size": 1, "gradient_accumulation_steps": 1, "enable_grades": Fa
 # Its metric needs nothing of earlier steps: three processes measure at once what two would.
 THRICE = {"metric": "gradient_norm", "vision_tau": 3.5, "language_tau": 6.5}
 WOKEN = {"metric": "gradient_norm", "vision_tau": 3, "language_tau": 5, "unfreeze_factor": 1.01, "probe_interval": 2}
+ROLLBACK = {"metric": "rollback", "average_weights": 0.5, "lr_schedule": "constant", "rollback_rows": 3, "patience": 2,
+            "vision_tau": 1e9, "language_tau": 1e-12, "alpha": 0}  # fmt: skip
 CHANGE = {"metric": "gradient_change", "vision_tau": "auto", "language_tau": "auto"}
 
 
@@ -101,17 +103,20 @@ class Runs:
 ALONE = {
     "one": {}, "one_matrices": {"freeze_prefix": False}, "one_norm": {"metric": "gradient_norm"},
     "one_lora": {"lora_rank": 2}, "one_woken": WOKEN, "one_change": CHANGE,
+    "one_rollback": ROLLBACK,
 }  # fmt: skip
 TOGETHER = {
     "ddp": {
         "ddp_rounds": {"freeze_rounds": 2, "freeze_prefix": False, "compile": True}, "sparse_ddp": SPARSE,
         "ddp_lora": {"lora_rank": 2}, "ddp_change": CHANGE,
+        "ddp_rollback": ROLLBACK | {"feature_cache_gib": 0.1},
     },
     "fsdp": {
         "fsdp_compiled": {"compile": True}, "sparse_fsdp": SPARSE,
         "one_on_two": {"resume": "one", "resume_override": True}, "six": {"batch_size": 3} | THRICE,
         "fsdp_sampled": {"metric": "gradient_norm", "monitor_sample": 2},
         "fsdp_lora": {"lora_rank": 2, "activation_checkpointing": True, "loss_chunk_size": 5}, "fsdp_woken": WOKEN,
+        "fsdp_rollback": ROLLBACK,
         "full_disk": {},
     },
 }  # fmt: skip
@@ -158,6 +163,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     [
         ("ddp", "one"), ("fsdp", "one"), ("ddp_rounds", "one_matrices"), ("fsdp_compiled", "one"),
         ("fsdp_lora", "one_lora"), ("ddp_lora", "one_lora"), ("ddp_change", "one_change"), ("fsdp_woken", "one_woken"),
+        ("ddp_rollback", "one_rollback"), ("fsdp_rollback", "one_rollback"),
     ],
 )  # fmt: skip
 def test_two_processes_train_and_freeze_as_one_with_twice_the_batch(two, ours, theirs):

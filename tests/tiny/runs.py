@@ -16,6 +16,10 @@ TINY = {
     "vit_n_blocks": 1, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "lm_hidden_dim": 16,
     "lm_inter_dim": 32, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1, "dtype": "float32", "batch_size": 4,
     "max_training_steps": 8, "eval_interval": 4, "log_interval": 2, "val_size": 4, "compute_interval": 1,
+    # What the default recipe sets otherwise.
+    "lr_schedule": "cosine", "average_weights": 0, "lr_mp": 1.5e-3, "lr_vision_backbone": 1e-3,
+    "lr_language_backbone": 1.5e-3, "metric": "weight_change", "vision_tau": 7.5, "language_tau": 24.0, "alpha": 0.5,
+    "monitor_grace": True, "feature_cache_gib": 0,
 }  # fmt: skip
 # Times differ, and what of the settings may.
 UNEQUAL = {"settings", "log", "seconds", "reported_s", "resumed_at"}

@@ -69,13 +69,14 @@ def never(**others) -> GradEarlyStoppingConfig:
     return settings(language_attention_tau=NEVER, **others)
 
 
-def run(folder, config=None, model=None, watchers=(), trainer=Trainer, resume=None, **others):
+def run(folder, config=None, model=None, watchers=(), trainer=Trainer, resume=None, held_out=None, **others):
     """A finished run: its trainer, and its callback where it has a configuration."""
     callback = GradEarlyStoppingCallback(config) if config is not None else None
     made = trainer(
         model=model or llama(),
         args=TrainingArguments(**arguments(folder, **others)),
         train_dataset=rows(),
+        eval_dataset=held_out,
         callbacks=[*([callback] if callback else []), *watchers],
     )
     made.train(resume_from_checkpoint=resume)
