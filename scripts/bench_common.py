@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from grades import GradESConfig, GradESMonitor
+from grades.config import ROLLBACK
 from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -156,7 +157,8 @@ class Watcher(Protocol):
 
 
 def make_monitor(bench: Bench, metric: str, sample: int, compute_interval: int = 2) -> GradESMonitor:
-    """A monitor that measures and never freezes."""
+    """A monitor that measures and never freezes. In place of rollback, which measures no matrices: weight_change."""
+    metric = "weight_change" if metric == ROLLBACK else metric
     config = GradESConfig(
         metric=metric, monitor_sample=sample, compute_interval=compute_interval, alpha=0.0, freeze_vision=False,
         freeze_language=False, target_components=bench.settings.grades.target_components,

@@ -188,7 +188,7 @@ def test_peaks_come_from_other_processes(monkeypatch):
         (bench_step, ["--sequence_length=4"], "--sequence_length 4:"),
         (bench_monitor, ["--samples", "0"], "--samples 0:"),
         (bench_monitor, ["--real_run=19"], "--real_run 19:"),
-        (bench_monitor, ["--real_run=40", "--samples", "1"], "--samples 1:"),
+        (bench_monitor, ["--real_run=40", "--compute_interval=2", "--samples", "1"], "--samples 1:"),
         (bench_freeze, ["--batch_sise=4"], "--batch_sise"),
     ],
 )

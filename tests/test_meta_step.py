@@ -104,7 +104,7 @@ def test_a_step_does_not_wait_for_the_device(recipe, packing, metric, run):
 
 
 def test_nor_does_one_of_two_micro_batches_that_computes_activations_again(run):
-    run = run("quickstart", "--activation_checkpointing --loss_chunk_size 7")
+    run = run("quickstart", "--metric weight_change --activation_checkpointing --loss_chunk_size 7")
     run.micro_batches *= 2
     before = run.monitor.last_step
     run.step(1)
@@ -124,7 +124,7 @@ WAITS = {
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_step_that_waits_is_found(wait, run):
-    run = run("quickstart")
+    run = run("quickstart", "--metric weight_change")
     run.step(1)
     run.model.register_forward_hook(lambda model, inputs, loss: WAITS[wait](loss) and None)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):

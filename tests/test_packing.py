@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from data.collators import TrainCollator, to_device
 from data.loader import train_batches
 from data.packing import PADDING, PackedCollator, PackedReaders, pack
 from data.rows import load_rows
+from grades import GradESConfig
 from models.attention import attend_flex, document_block_mask, takes_flex_attention
 from models.config import TrainConfig, VLMConfig, check_settings
 from models.language_model import LanguageModel
@@ -351,7 +351,7 @@ def test_flex_attention_trains_as_the_plain_mask_does(dtype, compiled, monkeypat
 
 
 def test_impossible_settings_name_their_flags():
-    fine = SimpleNamespace(problems=list)  # a GradESConfig without problems
+    fine = GradESConfig()
     with pytest.raises(ValueError, match="--packing True: must be off where lm_max_length 256 is more than"):
         check_settings(small(256, lm_max_position_embeddings=128), packing(), fine)
     with pytest.raises(ValueError, match="--max_images_per_knapsack 0: must be > 0"):

@@ -74,7 +74,8 @@ def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
     given = {"max_training_steps": 2, "gradient_accumulation_steps": 2, "num_workers": 0, "lora_rank": 0,
              "lora_vision": True, "lm_max_length": 128, "max_sample_length": 128, "stream_dataset": False,
              "vit_n_heads": 1, "vit_model_type": "scratch", "lm_model_type": "scratch",
-             "vlm_load_backbone_weights": False, "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
+             "vlm_load_backbone_weights": False, "tau_mode": "absolute",
+             "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
     words = [word for word in arguments(data, tmp_path, "run", **given) if not word.startswith("--val_size")]
     assert train.main(parse_arguments(["--config", str(recipe), *words])) == 0
     assert json.loads((tmp_path / "out" / "run" / "summary.json").read_text())["val_loss"] > 0
@@ -227,7 +228,7 @@ def test_every_label_token_weighs_the_same_over_micro_batches():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
-    cfg = parse_arguments(["--max_training_steps", "1000"]).train
+    cfg = parse_arguments(["--max_training_steps", "1000", "--lr_schedule", "cosine"]).train
     factors = [lr_factor(step, cfg) for step in range(1, 1001)]
     assert factors[0] == pytest.approx(1 / 30)
     assert factors[29] == 1.0

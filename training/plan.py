@@ -106,6 +106,8 @@ def _held(model: nn.Module, settings: Settings, components: list[Component], sha
         "optimizer": 2 * gradients,  # AdamW's two moments
         "GradES": SNAPSHOTS[settings.grades.metric] * copied,
     }
+    if settings.train.feature_cache_gib:
+        whole["feature cache"] = round(settings.train.feature_cache_gib * 2**30)
     if copies := _averages(settings):
         whole["averages"] = copies * gradients
     shares = {name: -(-size // shards) for name, size in whole.items()}
