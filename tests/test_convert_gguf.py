@@ -9,9 +9,10 @@ import torch
 from data.text import encode_conversation, get_tokenizer, image_string
 from models.config import SCRATCH, VLMConfig
 from models.language_model import LanguageModel
-from scripts.convert_gguf import SMOLLM2, convert, find_gguf, main
+from scripts.convert_gguf import OLDEST_TRANSFORMERS, SMOLLM2, convert, find_gguf, main
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf (uv sync --extra gguf)")
+pytest.importorskip("transformers", minversion=".".join(map(str, OLDEST_TRANSFORMERS)))
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCKS, WIDTH, INNER = 4, 2, 8, 2, 32, 64
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
