@@ -47,7 +47,7 @@ SHARES = 1024  # of the weight updates, into which the search divides the whole
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="metrics", seeds=3)
+    parser = runs.make_parser(__doc__.splitlines()[0], prefix="metrics", seeds=3, recipe=runs.PAPER_RECIPE)
     parser.add_argument("--saved", type=float, default=0.12, help="share of Full's FLOPs to save (default: 0.12)")
     arguments = runs.read_arguments(parser, argv)
     if not 0 < arguments.saved < 1 - arguments.recipe.grades.alpha:

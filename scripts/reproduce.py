@@ -1,12 +1,13 @@
 """The paper's comparison on any recipe: full training and LoRA, each plain, with early stopping and with GradES.
 
-    python scripts/reproduce.py --config configs/quickstart.yaml --seeds 3
+    python scripts/reproduce.py --config configs/quickstart.yaml --seeds 5
     python scripts/reproduce.py --config configs/table10_nanovlm.yaml --seeds 1 -- --num_workers 8
 
-Two controls show what the choice of the matrices is worth: a full run so short that it takes the time of Full + GradES,
-and a run that freezes as many matrices at the same steps, drawn at random. The runs are made seed by seed, so that a
-machine that becomes slower slows all rows. Writes table.md, results.json and table.png. After an interruption or a
-failure the same command continues.
+Controls show what the measuring is worth: runs of each schedule so short that they take the time of Full + GradES, on
+average over the seeds; a run that freezes and ends at the steps of the next seed's; and one that freezes as many
+matrices as the paper's rule at the same steps, drawn at random. The runs are made seed by seed, so that a machine that
+becomes slower slows all rows. Writes table.md, results.json and table.png. After an interruption or a failure the same
+command continues.
 """
 
 import argparse
@@ -27,22 +28,45 @@ from training.arguments import Settings
 
 ROWS = {
     "full": "Full",
+    "full_cosine": "Full, cosine",
+    "full_linear": "Full, linear to zero",
     "full_es": "Full + ES",
     "full_grades": "Full + GradES",
+    "paper": "Full + GradES, the paper's rule",
+    "random": "Random freezing, at the steps of the paper's rule",
+    "other_time": "Freezing at the steps of another seed",
+    "shortened": "Full, shortened",
+    "shortened_cosine": "Full, cosine, shortened",
+    "shortened_linear": "Full, linear to zero, shortened",
     "lora": "LoRA",
     "lora_es": "LoRA + ES",
     "lora_grades": "LoRA + GradES",
-    "shortened": "Full, shortened",
-    "random": "Random freezing",
 }
-NEEDS = {"shortened": ("full", "full_grades"), "random": ("full_grades",)}
+NEEDS: dict[str, tuple[str, ...]] = {"random": ("paper",), "other_time": ("full_grades",)}
+NEEDS |= dict.fromkeys(("shortened", "shortened_cosine", "shortened_linear"), ("full", "full_grades"))
+LAST = ("other_time", "shortened", "shortened_cosine", "shortened_linear")  # need Full + GradES of all seeds
+CONSTANT_ALONE = ("full_cosine", "paper", "random", "shortened_cosine")  # else the recipe's own rows are that
 BASE = "lora_base"  # the pretrained model that LoRA starts from, where the recipe has none
 
 # What the rows add to the recipe; --es_flags, --grades_flags, --lora_flags and --lora_grades_flags override it.
 ES_FLAGS = "--early_stopping"
 GRADES_FLAGS = "--enable_grades"
+# nanoVLM's schedule, and the straight line (arXiv:2502.15938), on twice the peak of a constant rate.
+SCHEDULES = {
+    "cosine": "--lr_schedule cosine --min_lr_ratio 0.1 --average_weights 0",
+    "linear": "--lr_schedule linear --min_lr_ratio 0 --average_weights 0",
+}
+CONSTANT_PEAK = 0.5
+# Table 10's first row, of the nanoVLM whose taus are 0.30 and 6.00.
+PAPER_FLAGS = (
+    "--enable_grades --metric weight_change --monitor_grace --alpha 0.28 --compute_interval 20 --vision_tau 0.30 "
+    "--language_tau 6.00 --feature_cache_gib 0"
+)
 # The paper's Eq. 3. The recipe's taus are in another metric's unit, so they are found in the grace period.
-LORA_GRADES_FLAGS = "--enable_grades --metric gradient_norm --vision_tau auto --language_tau auto"
+LORA_GRADES_FLAGS = (
+    "--enable_grades --metric gradient_norm --vision_tau auto --language_tau auto --monitor_grace --alpha 0.5 "
+    "--compute_interval 20"
+)
 # (rank, factor on the learning rate), by whether the recipe starts from pretrained backbones. The paper's Table 8: rank
 # 32, ten times the learning rate of full training, 2e-5. A recipe from scratch already has a learning rate near the
 # largest that trains: three times.
@@ -50,13 +74,14 @@ LORA = {True: (32, 10.0), False: (8, 3.0)}
 
 COLUMNS = ("accuracy", "total_time_s", "speedup", "flops_ratio", "frozen_share", "steps")
 PARTS = ("saved_s", "saved_steps_s", "saved_cheaper_s", "saved_eval_s", "saved_rest_s")
-MARKERS = dict(zip(ROWS, "os^os^DX", strict=True))
-COLORS = {"full": "#0072B2", "lora": "#D55E00", "shortened": "#555555", "random": "#999999"}
+MARKERS = dict(zip(ROWS, "oPvs^*XdDhHos^", strict=True))
+COLORS = {"full": "#0072B2", "lora": "#D55E00", "paper": "#CC79A7", "random": "#999999", "other": "#999999"}
+COLORS["shortened"] = "#555555"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="reproduce", seeds=3)
+    parser = runs.make_parser(__doc__.splitlines()[0], prefix="reproduce", seeds=5)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table (default: all)")
     defaults = {"es": ES_FLAGS, "grades": GRADES_FLAGS, "lora": "rank and rates", "lora_grades": LORA_GRADES_FLAGS}
     for name, default in defaults.items():
@@ -67,6 +92,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = runs.read_arguments(parser, argv)
     if not 0 < arguments.lora_base_share <= 1:
         parser.error(f"--lora_base_share {arguments.lora_base_share}: must be in (0, 1]")
+    is_constant = arguments.recipe.train.lr_schedule in ("constant", "wsd")
+    if not is_constant:
+        arguments.rows = [row for row in arguments.rows if row not in CONSTANT_ALONE]
     for row in arguments.rows:
         if absent := [need for need in NEEDS.get(row, ()) if need not in arguments.rows]:
             parser.error(f"--rows {row} needs {' and '.join(absent)} too")
@@ -74,7 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
-    """All runs in order: seed by seed, in each seed the base before LoRA and the controls last."""
+    """All runs in order: seed by seed, in each seed the base before LoRA; then what needs a run of every seed."""
     rows, recipe = [row for row in ROWS if row in arguments.rows], arguments.recipe
     needs_base = not (recipe.vlm.vlm_load_backbone_weights or recipe.train.resume_from_vlm_checkpoint)
     steps = str(max(1, round(arguments.lora_base_share * recipe.train.max_training_steps)))
@@ -83,8 +111,10 @@ def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     for seed in range(arguments.seeds):
         if needs_base and any(row.startswith("lora") for row in rows):
             specs.append(RunSpec(BASE, "base for LoRA", seed, (*short, "--seed", str(seed))))
-        specs += [row_spec(arguments, row, seed, needs_base) for row in rows]
-    return specs
+        specs += [row_spec(arguments, row, seed, needs_base) for row in rows if row not in LAST]
+    return specs + [
+        row_spec(arguments, row, seed, False) for seed in range(arguments.seeds) for row in rows if row in LAST
+    ]
 
 
 def row_spec(arguments: argparse.Namespace, row: str, seed: int, needs_base: bool) -> RunSpec:
@@ -92,22 +122,32 @@ def row_spec(arguments: argparse.Namespace, row: str, seed: int, needs_base: boo
     grades = f"{GRADES_FLAGS} {arguments.grades_flags}"
     words = {
         "full_grades": grades,
-        "random": grades,
+        "other_time": f"{grades} --metric weight_change --compute_interval 1000000",  # measures nothing
+        "paper": f"{schedule_flags(arguments.recipe, 'cosine')} {PAPER_FLAGS}",
+        "random": f"{schedule_flags(arguments.recipe, 'cosine')} {PAPER_FLAGS}",
         "lora_grades": f"{LORA_GRADES_FLAGS} {arguments.lora_grades_flags}",
     }
     words |= dict.fromkeys(("full_es", "lora_es"), f"{ES_FLAGS} {arguments.es_flags}")
+    words |= {
+        f"{row}_{name}": schedule_flags(arguments.recipe, name) for row in ("full", "shortened") for name in SCHEDULES
+    }
     flags = [*arguments.extra, "--seed", str(seed)]
     if row.startswith("lora"):
+        if arguments.recipe.train.lr_schedule in ("constant", "wsd"):
+            flags += shlex.split(SCHEDULES["cosine"])
         flags += [*lora_flags(arguments.recipe), *shlex.split(arguments.lora_flags)]
     flags += shlex.split(words.get(row, ""))
     spec = functools.partial(RunSpec, row, ROWS[row], seed, tuple(flags))
-    needs, base = tuple(f"{need}_seed{seed}" for need in NEEDS.get(row, ())), f"{BASE}_seed{seed}"
-    if row == "shortened":
-        late = "--max_training_steps for the time of Full + GradES"
-        return spec(needs, lambda made: shortened_flags(made, *needs), late)
-    if row == "random":
-        late = f"--replay_history of Full + GradES --replay_seed {seed}"
-        return spec(needs, lambda made: [*made.replay_flags(needs[0]), "--replay_seed", str(seed)], late)
+    base = f"{BASE}_seed{seed}"
+    if row.startswith("shortened"):
+        all_seeds = [f"full_grades_seed{other}" for other in range(arguments.seeds)]
+        late = "--max_training_steps for the mean time of Full + GradES"
+        full = f"full_seed{seed}"
+        return spec((full, *all_seeds), lambda made: shortened_flags(made, full, all_seeds), late)
+    if row in ("random", "other_time"):
+        other = f"paper_seed{seed}" if row == "random" else f"full_grades_seed{(seed + 1) % arguments.seeds}"
+        late = f"--replay_history of {other} --replay_seed {seed}"
+        return spec((other,), lambda made: [*made.replay_flags(other), "--replay_seed", str(seed)], late)
     if row.startswith("lora") and needs_base:
         late = f"--resume_from_vlm_checkpoint --vlm_checkpoint_path of {base}"
         path = ["--resume_from_vlm_checkpoint", "--vlm_checkpoint_path", str(arguments.output / "runs" / base)]
@@ -119,13 +159,24 @@ def lora_flags(recipe: Settings) -> list[str]:
     """Rank and learning rates; a rate of 0, which trains nothing, remains 0."""
     rank, factor = LORA[recipe.vlm.vlm_load_backbone_weights]
     flags = ["--lora_rank", str(rank)]
+    if recipe.train.lr_schedule in ("constant", "wsd"):
+        factor /= CONSTANT_PEAK
     for name in ("lr_vision_backbone", "lr_language_backbone"):
         flags += [f"--{name}", f"{getattr(recipe.train, name) * factor:g}"]
     return flags
 
 
-def shortened_flags(made: Runs, full: str, grades: str) -> list[str]:
-    target_s, eval_interval = made.summary(grades)["total_time_s"], made.settings[full].train.eval_interval
+def schedule_flags(recipe: Settings, schedule: str) -> str:
+    """Flags of a schedule with its peak: twice the recipe's where that has a constant rate."""
+    factor = 1 / CONSTANT_PEAK if recipe.train.lr_schedule in ("constant", "wsd") else 1.0
+    names = ("lr_mp", "lr_vision_backbone", "lr_language_backbone")
+    return " ".join([SCHEDULES[schedule], *(f"--{name} {getattr(recipe.train, name) * factor:g}" for name in names)])
+
+
+def shortened_flags(made: Runs, full: str, grades: list[str]) -> list[str]:
+    """The length of a run that takes as long as the runs `grades` on average, at the seconds per step of `full`."""
+    target_s = statistics.mean(made.summary(name)["total_time_s"] for name in grades)
+    eval_interval = made.settings[full].train.eval_interval
     return ["--max_training_steps", str(shortened_steps(made.summary(full), target_s, eval_interval))]
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 LAST_LINES = 20  # of a failed run's output
 POLL_S = 0.2
+# The quickstart under the rules of the paper, for scripts that compare these.
+PAPER_RECIPE = DEFAULT_RECIPE.with_name("table10_quickstart.yaml")
 Launch = Callable[[list[str], Path], subprocess.Popen]
 
 # What tables say of a run: title, how a value is printed, and what it is multiplied by.
@@ -308,12 +310,15 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in padded)
 
 
-def make_parser(description: str, prefix: str, seeds: int) -> argparse.ArgumentParser:
-    """A parser with the flags that the scripts share. prefix: begins the name of the default output folder."""
+def make_parser(description: str, prefix: str, seeds: int, recipe: Path = DEFAULT_RECIPE) -> argparse.ArgumentParser:
+    """A parser with the flags that the scripts share. prefix: begins the name of the default output folder.
+
+    recipe: the default of --config.
+    """
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, epilog="Flags after -- are passed to every run of train.py."
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="recipe of train.py")
+    parser.add_argument("--config", type=Path, default=recipe, help="recipe of train.py")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"seeds 0 to N - 1 (default: {seeds})")
     parser.add_argument("--output", type=Path, help=f"results go here (default: grades_output/{prefix}_<recipe>)")
     jobs = "runs at once, which share the CPU's cores; compare times of equal --jobs only (default: 1)"

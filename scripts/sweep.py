@@ -1,7 +1,7 @@
 """GradES over a grid of alpha and tau, as in the paper's Tables 6 and 7, on any recipe.
 
-    python scripts/sweep.py --config configs/quickstart.yaml
-    python scripts/sweep.py --config configs/quickstart.yaml --alphas 0.3 0.5 --taus 0.5 1 2 --seeds 2 -- --cache_rows
+    python scripts/sweep.py --config configs/table10_quickstart.yaml
+    python scripts/sweep.py --alphas 0.3 0.5 --taus 0.5 1 2 --seeds 2 -- --cache_rows
 
 A tau here is a factor on the recipe's vision_tau and language_tau. One full run per seed, in which nothing may freeze,
 is the reference and the common beginning: the runs of the grid continue from its last checkpoint before their grace
@@ -32,7 +32,7 @@ PANELS = ("accuracy", "total_time_s", "flops_ratio", "steps")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1)
+    parser = runs.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1, recipe=runs.PAPER_RECIPE)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], help="grace periods")
     factors = "factors on the recipe's taus"
     parser.add_argument("--taus", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8], help=factors)

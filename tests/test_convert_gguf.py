@@ -1,5 +1,6 @@
 """GGUF files converted into folders: a random Llama of which every weight is known, and the real SmolLM2."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from models.language_model import LanguageModel
 from scripts.convert_gguf import OLDEST_TRANSFORMERS, SMOLLM2, convert, find_gguf, main
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf (uv sync --extra gguf)")
-pytest.importorskip("transformers", minversion=".".join(map(str, OLDEST_TRANSFORMERS)))
+if tuple(map(int, version("transformers").split(".")[:2])) < OLDEST_TRANSFORMERS:
+    pytest.skip("a newer transformers reads the tokenizer", allow_module_level=True)
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCKS, WIDTH, INNER = 4, 2, 8, 2, 32, 64
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -75,8 +75,9 @@ class Trainer:
 
 @pytest.fixture
 def start(tmp_path):
-    def run(script, *words, trainer=None, config="quickstart") -> tuple[int, dict[str, list[str]], Path]:
+    def run(script, *words, trainer=None, config=None) -> tuple[int, dict[str, list[str]], Path]:
         trainer = trainer or Trainer()
+        config = config or ("quickstart" if script is reproduce else "table10_quickstart")
         argv = ["--config", str(ROOT / f"configs/{config}.yaml"), "--output", str(tmp_path / "out"), *words]
         return script.main(argv, trainer), trainer.commands, tmp_path / "out"
 
@@ -86,18 +87,25 @@ def start(tmp_path):
 def test_rows_start_from_each_other(start):
     code, commands, out = start(reproduce, "--seeds", "1", "--lora_flags=--lora_rank 4", "--", "--val_size", "100")
     assert code == 0
-    rows = ["lora_base", "full", "full_es", "full_grades", "lora", "lora_es", "lora_grades", "shortened", "random"]
-    assert list(commands) == [f"{row}_seed0" for row in rows]
+    rows = [row for row in reproduce.ROWS if row not in reproduce.LAST]
+    rows = [*rows[: rows.index("lora")], "lora_base", *rows[rows.index("lora") :], *reproduce.LAST]
+    assert sorted(commands) == sorted(f"{row}_seed0" for row in rows)
     recipe = parse_arguments([]).train
     expected = {
         ("lora_base", "--max_training_steps"): str(round(0.25 * recipe.max_training_steps)),
         ("lora", "--vlm_checkpoint_path"): str(out / "runs" / "lora_base_seed0"),
         ("lora", "--lora_rank"): "4",
-        ("lora", "--lr_language_backbone"): f"{3 * recipe.lr_language_backbone:g}",
+        ("lora", "--lr_language_backbone"): f"{6 * recipe.lr_language_backbone:g}",  # the cosine's peak is twice
+        ("full_cosine", "--lr_mp"): f"{2 * recipe.lr_mp:g}",
+        ("shortened_linear", "--min_lr_ratio"): "0",
+        ("paper", "--vision_tau"): "0.30",
         ("lora_grades", "--metric"): "gradient_norm",
-        ("random", "--replay_history"): str(out / "runs" / "full_grades_seed0" / "grades_history.json"),
+        ("random", "--replay_history"): str(out / "runs" / "paper_seed0" / "grades_history.json"),
+        ("other_time", "--replay_history"): str(out / "runs" / "full_grades_seed0" / "grades_history.json"),
         ("random", "--replay_seed"): "0",
-        ("shortened", "--max_training_steps"): "1200",  # as many as Full + GradES made, at the same seconds each
+        ("shortened", "--max_training_steps"): str(
+            reproduce.shortened_steps(summary(), summary(1200)["total_time_s"], recipe.eval_interval)
+        ),
     }
     assert {(row, flag): value_of(commands[f"{row}_seed0"], flag) for row, flag in expected} == expected
     assert {value_of(command, "--val_size") for command in commands.values()} == {"100"}
@@ -109,8 +117,10 @@ def test_rows_start_from_each_other(start):
 def test_pretrained_backbones_need_no_base(start, capsys):
     code, commands, out = start(reproduce, "--seeds", "1", "--list", config="table10_nanovlm")
     assert (code, commands, out.exists()) == (0, {}, False)
+    rows = [row for row in reproduce.ROWS if row not in (*reproduce.CONSTANT_ALONE, *reproduce.LAST)]
+    rows += [row for row in reproduce.LAST if row not in reproduce.CONSTANT_ALONE]
     listed = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    assert [value_of(command, "--run_name") for command in listed] == [f"{row}_seed0" for row in reproduce.ROWS]
+    assert [value_of(command, "--run_name") for command in listed] == [f"{row}_seed0" for row in rows]
     assert {value_of(command, "--lora_rank") for command in listed} == {None, "32"}
     assert not any("--resume_from_vlm_checkpoint" in command for command in listed)
 
@@ -147,7 +157,7 @@ def test_results_of_other_settings_are_refused(start, capsys, words, difference)
 @pytest.mark.parametrize(
     ("script", "words", "said"),
     [
-        (reproduce, ["--rows", "random"], "--rows random needs full_grades"),
+        (reproduce, ["--rows", "random"], "--rows random needs paper"),
         (reproduce, ["--lora_base_share", "0"], "--lora_base_share 0.0"),
         (reproduce, ["--seeds", "0"], "--seeds 0"),
         (reproduce, ["--", "--seed", "3"], "--seed:"),
@@ -259,7 +269,7 @@ def test_a_sweep_branches_off_the_full_run_and_shows_the_grid(start):
     assert code == 0
     names = ["full_seed0", *(f"alpha{a}_tau{t}_seed0" for a in ("0.2", "0.4") for t in ("1", "2"))]
     assert (list(first), list(rest)) == (names[:3], names[2:])
-    last, recipe = rest[names[-1]], parse_arguments([]).grades
+    last, recipe = rest[names[-1]], parse_arguments(["--config", str(runs.PAPER_RECIPE)]).grades
     values = [value_of(last, f"--{name}") for name in ("alpha", "vision_tau", "language_tau", "patience")]
     assert values == ["0.4", f"{2 * recipe.vision_tau:g}", f"{2 * recipe.language_tau:g}", "2"]
     assert "--resume_override" in last
