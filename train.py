@@ -214,7 +214,7 @@ def train(
         stop.share()  # all ranks learn of a signal
 
         if state.step % cfg.log_interval == 0 or evaluations.due(state):
-            log_progress(log, state, meter, optimizer, monitor)
+            log_progress(log, state, meter, optimizer, monitor, cache)
         if evaluations.is_full(state) or (cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0):
             with meter.clock("save"):
                 checkpoints.save(state)

@@ -162,6 +162,8 @@ class GradESMonitor:
             values = [v for name, v in self.latest.items() if v is not None and self.by_name[name].tower == tower]
             found[f"grades/{self.config.metric}_{tower}"] = statistics.median(values) if values else None
             found[f"grades/{self.config.metric}_{tower}_mean"] = statistics.fmean(values) if values else None
+        for part, (gain, _) in self.metric.details().get("gains", {}).items():
+            found[f"grades/gain_{part.replace(' ', '_')}"] = gain
         return {name: value for name, value in found.items() if value is not None}
 
     def _names(self, tower: str | None = None) -> list[str]:

@@ -26,9 +26,9 @@ SHOWN = {
     ),
     "How long": (
         "max_training_steps", "batch_size", "gradient_accumulation_steps", "lr_mp", "lr_vision_backbone",
-        "lr_language_backbone", "eval_interval", "seed",
+        "lr_language_backbone", "lr_schedule", "average_weights", "eval_interval", "seed",
     ),
-    "GradES": ("metric", "tau_mode", "vision_tau", "language_tau", "alpha", "compute_interval"),
+    "GradES": ("metric", "vision_tau", "language_tau", "alpha", "compute_interval", "on_converged"),
     "Output": ("output_dir", "run_name", "resume", "log_with", "dry_run"),
     "Hardware": ("dtype", "compile", "activation_checkpointing", "num_workers", "parallel"),
 }  # fmt: skip

@@ -77,7 +77,12 @@ def open_report(
 
 
 def log_progress(
-    log: RunLog, state: LoopState, meter: Meter, optimizer: torch.optim.Optimizer, monitor: GradESMonitor | None
+    log: RunLog,
+    state: LoopState,
+    meter: Meter,
+    optimizer: torch.optim.Optimizer,
+    monitor: GradESMonitor | None,
+    cache: FeatureCache | None = None,
 ) -> None:
     """Record and show the steps since the last time; waits for the device."""
     values = meter.report() | {"train/lr": max(group["lr"] for group in optimizer.param_groups)}
@@ -92,6 +97,8 @@ def log_progress(
     if monitor is not None:
         values |= monitor.scalars()
         shown["frozen"] = f"{monitor.frozen_share():.0%}"
+    if cache is not None and cache.lookups:
+        values["train/feature_cache_hit_share"] = cache.hits / cache.lookups  # of the whole run
     log.record(state.step, values)
     log.show(state.step, **shown)
 
