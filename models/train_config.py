@@ -68,8 +68,7 @@ class TrainConfig(Checked):
     max_grad_norm: float = doc("clip the gradient to this L2 norm; 0: no clipping", 1.0, ge=0)
     max_training_steps: int = doc("optimizer steps", 40_000, gt=0)
     lr_schedule: str = doc(
-        "learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or wsd (constant, then the "
-        "cooldown). With constant and average_weights a run can end at any step",
+        "learning rate after the warm-up: cosine, linear, constant, or wsd (constant, then a cooldown)",
         "cosine",
         choices=("cosine", "linear", "constant", "wsd"),
     )
@@ -90,9 +89,8 @@ class TrainConfig(Checked):
         choices=("sqrt", "linear"),
     )
     average_weights: float = doc(
-        "keep a running average of the weights, evaluated beside the last ones and saved in their place when it is "
-        "better: below 1 the decay per step of an exponential average (0.98), from 2 on a window, over which many "
-        "steps the mean is taken (in effect: one to two windows); 0: off",
+        "evaluate an average of the weights too, and save it where it is better: a decay per step (0.98), or from 2 on "
+        "a window of steps; 0: off",
         0.0,
         ge=0,
     )

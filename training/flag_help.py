@@ -28,7 +28,7 @@ SHOWN = {
         "max_training_steps", "batch_size", "gradient_accumulation_steps", "lr_mp", "lr_vision_backbone",
         "lr_language_backbone", "lr_schedule", "average_weights", "eval_interval", "seed",
     ),
-    "GradES": ("metric", "vision_tau", "language_tau", "alpha", "compute_interval", "on_converged"),
+    "GradES": ("metric", "vision_tau", "language_tau", "alpha", "compute_interval"),
     "Output": ("output_dir", "run_name", "resume", "log_with", "dry_run"),
     "Hardware": ("dtype", "compile", "activation_checkpointing", "num_workers", "parallel"),
 }  # fmt: skip
