@@ -15,7 +15,7 @@ UNITS = {
     "gradient_change": "L1 gradient change since last step",
     "gradient_norm": "L1 gradient norm",
     "gradient_rms": "sum of sqrt(v) of Adam",
-    "rollback": "rollback gain + error, nats / 100 steps",
+    "rollback": "nats per 100 steps",
 }
 
 
@@ -45,7 +45,7 @@ def convergence(history: dict[str, Any]) -> Any:
     if losses:
         _draw_losses(axes[0], history, losses)
     for axis, tower in zip(axes[bool(losses) :], towers, strict=True):
-        _draw_metric(axis, history, tower)
+        (_draw_gain if history["config"]["metric"] == "rollback" else _draw_metric)(axis, history, tower)
         axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
         axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
         config = history["config"]
@@ -65,12 +65,15 @@ def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
         label: [(known["step"], known[key]) for known in validation if known.get(key) is not None]
         for key, label in names.items()
     }
-    return found if found["averaged weights"] else {}
+    sampled = [(check["step"], check["loss"]) for check in history["checks"] if "loss" in check]
+    found["averaged weights, on the sample of the gains"] = sampled
+    return {label: points for label, points in found.items() if points} if found["averaged weights"] else {}
 
 
 def _draw_losses(axis: Any, history: dict[str, Any], losses: dict[str, list[tuple[int, float]]]) -> None:
-    for (label, points), color in zip(losses.items(), ("0.6", "black"), strict=True):
-        axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
+    for (label, points), style in zip(losses.items(), ("-", "-", ":"), strict=False):
+        color = "0.6" if label == "last weights" else "black"
+        axis.plot(*zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3, label=label)
     if history["stopped_early"]:
         axis.axvline(history["last_step"], color="black", linestyle=":", label=f"end, step {history['last_step']:,}")
     axis.set_yscale("log")
@@ -112,6 +115,33 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(axis="y", color="0.9")
+
+
+def _draw_gain(axis: Any, history: dict[str, Any], tower: str) -> None:
+    """The tower's rollback gain with its standard error, against tau."""
+    measured = [(check["step"], *check["gains"][tower]) for check in history["checks"] if tower in check["gains"]]
+    color = COLORS[tower]
+    if measured:
+        steps, gains, errors = zip(*measured, strict=True)
+        axis.errorbar(
+            steps, gains, yerr=errors, color=color, linewidth=1.8, marker="o", markersize=4, capsize=3, elinewidth=1,
+            label="rollback gain ± standard error",
+        )  # fmt: skip
+    tau = next(c["tau"] for c in history["components"] if c["tower"] == tower)
+    axis.axhline(0, color="0.7", linewidth=0.8)
+    if tau is not None:
+        axis.axhline(tau, color="black", linestyle="--", linewidth=1.2, label=f"tau = {tau:.3g}")
+        axis.set_yscale("symlog", linthresh=max(tau, 1e-3))
+    axis.yaxis.set_major_formatter("{x:g}")
+    shown: set[tuple[int, bool]] = set()
+    for event in history["events"]:
+        thawed = bool(event.get("unfrozen"))
+        if event["name"] in {c["name"] for c in history["components"] if c["tower"] == tower}:
+            if (event["step"], thawed) not in shown:
+                label = f"{tower} tower trains again" if thawed else f"{tower} tower frozen, step {event['step']:,}"
+                axis.axvline(event["step"], color=color, linestyle="-" if not thawed else ":", alpha=0.6, label=label)
+            shown.add((event["step"], thawed))
     axis.grid(axis="y", color="0.9")
 
 

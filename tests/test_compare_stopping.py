@@ -1,0 +1,45 @@
+"""compare_stopping.py on runs whose curves are written by hand."""
+
+import json
+
+import pytest
+from tiny.tables import read_table
+
+from scripts import compare_stopping
+
+
+def write_run(folder, converged: int) -> str:
+    """Gains of 0.01 up to a step, then of 0.001; the loss falls until then."""
+    folder.mkdir()
+    checks, lines = [], []
+    for step in range(100, 1100, 100):
+        gain = 0.01 if step < converged else 0.001
+        checks.append({"step": step, "values": [], "gains": {"vision": [gain / 2, 0.0], "language": [gain, 0.001]}})
+        loss = max(0.0, converged - step) / 1000
+        lines.append({"step": step, "val/loss": loss + 0.1, "val/loss_averaged": loss, "val/exact_match": 1 - loss})
+    (folder / "grades_history.json").write_text(json.dumps({"checks": [{"step": 50, "values": []}, *checks]}))
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder)
+
+
+def test_each_rule_ends_where_it_would_have(tmp_path, capsys):
+    folders = [write_run(tmp_path / name, converged) for name, converged in (("a", 400), ("b", 800))]
+    assert compare_stopping.main(folders) == 0
+    table = read_table(capsys.readouterr().out)
+    steps = {row["ends by"]: row["steps"] for row in table}
+    assert steps == {
+        "rollback gain": "600 (400..800)",
+        "at the end of another run (all pairs)": "600 (400..800)",
+        "at their mean": "600 (600..600)",
+        "early stopping, averaged weights": "850 (700..1,000)",
+        "early stopping, last weights": "850 (700..1,000)",
+        "full length": "1,000 (1,000..1,000)",
+    }
+    worst = {row["ends by"]: row["worst (%)"] for row in table}
+    assert (worst["rollback gain"], worst["at the end of another run (all pairs)"]) == ("100.00", "60.00")
+
+
+def test_what_is_missing_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare_stopping.main([str(tmp_path), str(tmp_path)])
+    assert str(tmp_path) in capsys.readouterr().err
