@@ -103,8 +103,9 @@ class Rollback(Metric):
         ]
 
     def forget(self, names: Iterable[str]) -> None:
-        """Remember the loss at which these froze."""
-        self.at_freeze |= dict.fromkeys(names, self.losses)
+        """Remember the losses at which these froze, if they are known."""
+        if self.losses:
+            self.at_freeze |= dict.fromkeys(names, self.losses)
 
     def thaw(self, names: Iterable[str]) -> None:
         """These train again."""
