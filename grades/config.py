@@ -9,7 +9,7 @@ from grades.fields import Checked, Relation, doc
 
 METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")  # each component has its own number
 ROLLBACK = "rollback"
-ROLLBACK_TAU = 0.005  # nats per 100 steps: the tau of auto with --metric rollback, whatever the model
+ROLLBACK_TAU = 0.008  # nats per 100 steps: the tau of auto with --metric rollback, whatever the model
 DEFAULT_TAUS = {"vision": 1e-5, "language": 1e-4}
 TAU_MODES = ("absolute", "relative")
 AUTO = "auto"
@@ -90,9 +90,10 @@ class GradESConfig(Checked):
         choices=("average", "last"),
     )
     freeze_order: str = doc(
-        "any: whatever has converged freezes; front: only once all that lies before it is frozen",
+        "any: whatever has converged freezes; front: only once all that lies before it is frozen; together: only when "
+        "all that may freeze has converged, so that the run ends and nothing freezes before",
         "any",
-        choices=("any", "front"),
+        choices=("any", "front", "together"),
     )
     freeze_prefix: bool = doc(
         "freeze whatever lies before the first unfrozen matrix (norms, embeddings, patch convolution) too, so that "

@@ -225,6 +225,8 @@ class GradESMonitor:
         judged = {name: v for name, v in self.latest.items() if self.config.may_freeze(self.by_name[name].tower)}
         self.streaks = policy.count_below(self.streaks, judged, self.taus)
         names = policy.converged(judged, self.streaks, self.config.patience)
+        if self.config.freeze_order == "together" and len(names) < len(judged):
+            return
         if self.config.freeze_order == "front":
             names = policy.front(names, self.frozen, [(c.name, c.tower, c.layer) for c in self.components])
         frozen_then = len(set(names) | set(self.frozen))

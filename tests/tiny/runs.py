@@ -19,7 +19,7 @@ TINY = {
     # What the default recipe sets otherwise.
     "lr_schedule": "cosine", "average_weights": 0, "lr_mp": 1.5e-3, "lr_vision_backbone": 1e-3,
     "lr_language_backbone": 1.5e-3, "metric": "weight_change", "vision_tau": 7.5, "language_tau": 24.0, "alpha": 0.5,
-    "monitor_grace": True, "feature_cache_gib": 0,
+    "patience": 1, "freeze_order": "any", "monitor_grace": True, "feature_cache_gib": 0,
 }  # fmt: skip
 # Times differ, and what of the settings may.
 UNEQUAL = {"settings", "log", "seconds", "reported_s", "resumed_at"}
