@@ -120,7 +120,9 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
 
 def _draw_gain(axis: Any, history: dict[str, Any], tower: str) -> None:
     """The tower's rollback gain with its standard error, against tau."""
-    measured = [(check["step"], *check["gains"][tower]) for check in history["checks"] if tower in check["gains"]]
+    measured = [
+        (check["step"], *check["gains"][tower]) for check in history["checks"] if tower in check.get("gains", {})
+    ]
     color = COLORS[tower]
     if measured:
         steps, gains, errors = zip(*measured, strict=True)

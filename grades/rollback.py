@@ -71,11 +71,14 @@ class Rollback(Metric):
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
-        """None at the first check, which has nothing to put back."""
+        """None at the first check, which has nothing to put back and evaluates nothing."""
         parts = find_parts(self.model, components, self.level)
         known = [part for part in parts if all(OLDER in self.averages.state.get(p, ()) for p in self._averaged(part))]
         bounds: dict[str, list[float]] = {}
         self.gains = {}
+        if not known:
+            self._remember()
+            return dict.fromkeys((component.name for component in components), None)
         with self.averages.applied():
             self.losses = list(self.evaluate(not self.vision_moves))
             known.sort(key=lambda part: part.tower == "vision")  # until then the images' features are the same
@@ -90,6 +93,8 @@ class Rollback(Metric):
 
     def details(self) -> dict[str, Any]:
         """For the history: the mean loss in nats, and (gain, standard error) of each part in nats per 100 steps."""
+        if not self.losses:
+            return {}
         loss, _ = mean_and_error(self.losses)
         return {"loss": loss, "gains": {k: [self.scale * value for value in pair] for k, pair in self.gains.items()}}
 

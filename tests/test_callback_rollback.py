@@ -39,8 +39,8 @@ def test_row_losses_are_what_the_model_says(hf):
 def test_it_measures_gains_and_ends_the_run_when_they_are_small(hf, tmp_path, lora):
     trainer, callback = run(hf, tmp_path / "never", lora=lora, max_steps=6)
     checks = callback.monitor.checks
-    assert [set(check["gains"]) for check in checks] == [set(), {"language"}, {"language"}]
-    assert all(check["loss"] > 0 for check in checks)
+    assert [set(check.get("gains", ())) for check in checks] == [set(), {"language"}, {"language"}]
+    assert all(check["loss"] > 0 for check in checks[1:])
     trainer, callback = run(hf, tmp_path / "always", tau=ALWAYS, lora=lora, max_steps=6)
     assert trainer.state.global_step == 4
     assert len(callback.monitor.frozen) == hf.MATRICES
