@@ -4,7 +4,7 @@
         --compute_interval 100 --eval_interval 100 --seed $seed --run_name curves_$seed; done
     python scripts/compare_stopping.py grades_output/curves_*
 
-Rules: rollback gain with the default tau; the same at the end of the other runs (is it more than a good mean?); every
+Rules: rollback gain as in configs/quickstart.yaml; the same at the end of the other runs (is it more than a good mean?); every
 run at their mean; classic early stopping on the averaged and on the last weights. Nothing freezes in these runs, so
 that only the end is compared. Prints a table of the validation rows' exact match at the end.
 """
@@ -52,14 +52,12 @@ class Curves:
         return max(self.val)
 
     def end_by_gain(self, tau: float, patience: int) -> int:
-        """The step at which the last part has had a gain + error below tau for `patience` checks in a row."""
+        """The step at which each part's gain + error has been below tau for `patience` checks in a row."""
         streaks: dict[str, int] = {}
-        converged: set[str] = set()
         for step, gains in sorted(self.gains.items()):
-            values = {part: gain + CERTAINTY * error for part, (gain, error) in gains.items() if part not in converged}
+            values = {part: gain + CERTAINTY * error for part, (gain, error) in gains.items()}
             streaks = policy.count_below(streaks, values, dict.fromkeys(values, tau))
-            converged |= set(policy.converged(values, streaks, patience))
-            if converged == set(gains):
+            if len(policy.converged(values, streaks, patience)) == len(values):
                 return step
         return self.last
 
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, at least two")
     parser.add_argument("--tau", type=float, default=ROLLBACK_TAU, help=f"nats per 100 steps (default: {ROLLBACK_TAU})")
-    parser.add_argument("--patience", type=int, default=1, help="checks in a row below tau (default: 1)")
+    parser.add_argument("--patience", type=int, default=2, help="checks in a row below tau (default: 2)")
     parser.add_argument("--es_delta", type=float, default=0.0005, help="of early stopping, in nats (default: 0.0005)")
     parser.add_argument("--es_patience", type=int, default=3, help="of early stopping (default: 3)")
     given = parser.parse_args(argv)

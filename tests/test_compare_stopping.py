@@ -28,15 +28,15 @@ def test_each_rule_ends_where_it_would_have(tmp_path, capsys):
     table = read_table(capsys.readouterr().out)
     steps = {row["ends by"]: row["steps"] for row in table}
     assert steps == {
-        "rollback gain": "600 (400..800)",
-        "at the end of another run (all pairs)": "600 (400..800)",
-        "at their mean": "600 (600..600)",
+        "rollback gain": "700 (500..900)",
+        "at the end of another run (all pairs)": "700 (500..900)",
+        "at their mean": "700 (700..700)",
         "early stopping, averaged weights": "850 (700..1,000)",
         "early stopping, last weights": "850 (700..1,000)",
         "full length": "1,000 (1,000..1,000)",
     }
     worst = {row["ends by"]: row["worst (%)"] for row in table}
-    assert (worst["rollback gain"], worst["at the end of another run (all pairs)"]) == ("100.00", "60.00")
+    assert (worst["rollback gain"], worst["at the end of another run (all pairs)"]) == ("100.00", "70.00")
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):
