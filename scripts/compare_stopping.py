@@ -4,9 +4,9 @@
         --compute_interval 100 --eval_interval 100 --seed $seed --run_name curves_$seed; done
     python scripts/compare_stopping.py grades_output/curves_*
 
-Rules: rollback gain as in configs/quickstart.yaml; the same at the end of the other runs (is it more than a good mean?); every
-run at their mean; classic early stopping on the averaged and on the last weights. Nothing freezes in these runs, so
-that only the end is compared. Prints a table of the validation rows' exact match at the end.
+Rules: rollback gain as in configs/quickstart.yaml; each run at the ends of the others (is it more than a good mean?);
+each run at their mean; classic early stopping on the averaged and on the last weights. Nothing freezes in these runs,
+so that only the end is compared. Prints a table of the validation rows' exact match at the end.
 """
 
 import argparse
