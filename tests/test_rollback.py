@@ -103,6 +103,13 @@ def test_nothing_freezes_on_noise():
     assert still.monitor.enough_frozen()
 
 
+def test_together_nothing_freezes_before_all_has_converged():
+    alone = loop({"vision_tau": 1e9, "language_tau": 1e-12, "freeze_order": "together"}).run()
+    assert (alone.step, alone.monitor.frozen) == (STEPS, {})
+    both = loop({"vision_tau": 1e9, "language_tau": 1e9, "freeze_order": "together", "patience": 2}).run()
+    assert (both.step, set(both.monitor.frozen.values())) == (9, {9})
+
+
 def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
     height = [0.0]
     run = loop(
