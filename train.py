@@ -1,4 +1,4 @@
-"""Train a small vision-language model; with --enable_grades each weight matrix freezes when it has converged.
+"""Train a small vision-language model; with --enable_grades what has converged freezes, and then the run ends.
 
     python train.py --enable_grades                                 # real images, minutes, no GPU, no network
     python train.py --config configs/nanovlm_222m.yaml --enable_grades
@@ -61,7 +61,8 @@ def main(settings: Settings) -> int:
             print(f"{start.folder} has finished: see its summary.json")
             return 0
         return run(settings, start, parallel)
-    except (ValueError, OSError, KeyboardInterrupt) as error:  # what a user can cause: a path, a flag, an absent hub
+    # Of the set-up, which a user can cause: a path, a flag, an absent hub. The loop handles its own signals and errors.
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         if start is not None:
             start.remove_new_folder()
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -81,7 +82,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
                      skip_bad_subsets=cfg.skip_bad_subsets)  # fmt: skip
     start.check_same_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start)
-    tokenizer_folder = None if "lm_tokenizer" in settings.given else checkpoint  # the flag overrides the checkpoint's
+    tokenizer_folder = None if "lm_tokenizer" in settings.given else checkpoint  # None: that of the flag
     data = load_data(rows, settings.vlm, cfg, tokenizer_folder, parallel.rank, parallel.world_size)
     model.cfg.lm_eos_token_id = data.tokenizer.eos_token_id
     autocast = setup.autocast(device, cfg.dtype)
@@ -89,8 +90,9 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     # What the loop works with
     optimizer = setup.make_optimizer(model, cfg)
-    rate = cfg.average_weights
-    averages = AveragedWeights(model.parameters(), optimizer, rate) if rate else None
+    averages = None
+    if cfg.average_weights:
+        averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights)
     log = RunLog(start.folder, cfg.max_training_steps, bool(start.state)) if parallel.is_main else NoLog()
     stop = StopSignal(log.say, parallel)
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
@@ -100,13 +102,13 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     if not parallel.is_main:
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
-    # Where an interrupted run was, from its checkpoint
+    # What a checkpoint holds; `load` restores it when a run resumes
     state = LoopState()
     cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
     parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "log": log, "averages": averages,
              "random": setup.RandomState(device, parallel.rank), "cache": cache,
-             # Where weights are sharded each rank saves what the metric holds of its own shards.
-             "grades": MonitorState(monitor) if monitor and parallel.sharded else monitor}  # fmt: skip
+             # With sharded weights each rank saves its part of the earlier ones that the metric compares with.
+             "grades": MonitorState(monitor) if (monitor and parallel.sharded) else monitor}  # fmt: skip
     stateful = {name: part for name, part in parts.items() if part is not None}
     checkpoints = Checkpointer(
         start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say, averages
@@ -145,10 +147,11 @@ def watch(
     if not cfg.enable_grades:
         return None
 
-    def held_out_losses(same_vision: bool) -> list[tuple[float, int]]:  # for the metric rollback; all ranks get them
+    def held_out_losses(same_vision: bool) -> list[tuple[float, int]]:
+        """For the metric rollback. same_vision: the vision tower is as at the last call, whose features serve again."""
         with meter.clock("rollback"):
             losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision))
-            meter.flops.add_forward(evaluator.probe or ())
+            meter.flops.add_forward(evaluator.held_out or ())
         return losses
 
     return GradESMonitor(
@@ -196,7 +199,8 @@ def train(
             break
 
         batches = [next(data) for _ in range(cfg.gradient_accumulation_steps)]
-        set_learning_rate(optimizer, state.step + 1, cfg, monitor.converged_step if monitor is not None else None)
+        cooldown_start = monitor.converged_step if monitor is not None else None  # of --on_converged cooldown
+        set_learning_rate(optimizer, state.step + 1, cfg, cooldown_start)
         loss = forward_backward(model, batches, device, autocast, parallel, cache)
         meter.add(state.step + 1, loss, batches)  # read when it is logged; NaN ends the run then
         if monitor is not None:
@@ -243,7 +247,7 @@ def test_and_report(
 ) -> int:
     """Answer the test questions; write pictures and summary. Returns the exit code.
 
-    A signal during the test interrupts the run: once resumed it makes the test again.
+    A signal during the test interrupts the run: once resumed it runs the test again.
     """
     scores = None
     if data.test_dataset is not None and stop_reason in END_REASONS:

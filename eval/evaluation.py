@@ -31,7 +31,7 @@ class Evaluator:
     device: torch.device
     autocast: Autocast
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
-    probe: list[dict] | None = None  # the batches of row_losses, once they are made
+    held_out: list[dict] | None = None  # the batches of row_losses, once they are made
     features: list[torch.Tensor | None] | None = None  # of the images of each of them, as of the latest call
 
     def loss(self) -> float | None:
@@ -47,12 +47,12 @@ class Evaluator:
         The draws are those of training (turns_per_image, its weights, mirroring) and the same at each call.
         same_vision: the vision tower's weights are those of the call before, whose features then serve again.
         """
-        if self.probe is None:
+        if self.held_out is None:
             collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
-            self.probe = list(eval_batches(self.data.drawn_validation_rows(), collator, self.cfg, first=rows))
+            self.held_out = list(eval_batches(self.data.drawn_validation_rows(), collator, self.cfg, first=rows))
         known = self.features if same_vision else None
-        losses, self.features = row_losses(self.model, self.probe, self.device, self.autocast, known)
-        for batch, features in zip(self.probe, self.features, strict=True):
+        losses, self.features = row_losses(self.model, self.held_out, self.device, self.autocast, known)
+        for batch, features in zip(self.held_out, self.features, strict=True):
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
             batch["cached_images"] = len(features) if same_vision and features is not None else 0
         return losses

@@ -197,7 +197,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         lines.append("test exact match      the test was cut short; a resumed run begins with it")
     if summary["question_only_exact_match"] is not None:
         unseen = percent(summary["question_only_exact_match"])
-        lines.append(f"question alone        {unseen} (the most frequent answer to each question)")
+        lines.append(f"text-only baseline    {unseen} (most frequent answer to each question)")
     if summary["frozen_share"] is not None:
         towers = ", ".join(f"{tower} {percent(summary[f'frozen_share_{tower}'])}" for tower in ("vision", "language"))
         freed = summary["freed_bytes"] / 2**20
@@ -213,9 +213,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     if summary["frozen_share"] and summary["steps"]:
         share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
         tflop = summary["train_flops"] / 1e12
-        lines.append(
-            f"FLOPs                 {tflop:,.2f} T, {percent(share)} of what these steps take with nothing frozen"
-        )
+        lines.append(f"FLOPs                 {tflop:,.2f} T, {percent(share)} of as many steps without GradES")
     if summary["train_tflops_per_s"]:
         speed = f"{summary['train_tflops_per_s']:.3g} TFLOP/s"
         if summary["peak_memory_gib"] is not None:
