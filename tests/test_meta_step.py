@@ -26,7 +26,8 @@ RECIPES = sorted({path.stem for path in Path(__file__).parents[1].glob("configs/
 CHECKS = (2, 4)
 # Read as ones, all sums of the vision tower are below their tau.
 GRADES = (
-    f"--enable_grades --alpha 0 --compute_interval {CHECKS[0]} --tau_mode absolute --vision_tau 99 --language_tau 1e-9"
+    f"--enable_grades --alpha 0 --compute_interval {CHECKS[0]} --tau_mode absolute --vision_tau 99 --language_tau 1e-9 "
+    "--patience 1 --freeze_order any --monitor_grace"
 )
 READS = (torch.Tensor.tolist, torch.Tensor.cpu)
 
