@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 LAST_LINES = 20  # of a failed run's output
 POLL_S = 0.2
-# The quickstart under the rules of the paper, for scripts that compare these.
-PAPER_RECIPE = DEFAULT_RECIPE.with_name("table10_quickstart.yaml")
+PAPER_RECIPE = DEFAULT_RECIPE.with_name("table10_quickstart.yaml")  # for scripts that compare the paper's rules
 Launch = Callable[[list[str], Path], subprocess.Popen]
 
 # What tables say of a run: title, how a value is printed, and what it is multiplied by.
@@ -135,10 +134,7 @@ class Runs:
         return [sys.executable, str(ROOT / "train.py"), *spec.flags, *late, *place, *resume]
 
     def run_all(self, after_each: Callable[[], object], jobs: int = 1, launch: Launch = launch) -> None:
-        """Make the unfinished runs in order, up to `jobs` at once, with a line after each.
-
-        No run outlives this call. Raises RunFailed.
-        """
+        """Make the unfinished runs, `jobs` at once, a line after each; none outlives this call. Raises RunFailed."""
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
         started, waiting = time.monotonic(), self.unfinished()
         running: list[tuple[RunSpec, subprocess.Popen, float]] = []
@@ -189,7 +185,6 @@ class Runs:
 
     def remaining_s(self) -> float:
         """Estimated seconds of the unfinished runs: the mean of the same row where a seed has finished, else of all."""
-
         times: dict[str, list[float]] = {}
         for result in self.results.values():
             times.setdefault(result["row"], []).append(result["wall_s"])
