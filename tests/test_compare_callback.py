@@ -56,6 +56,20 @@ def test_rows_are_made_once_and_compared(compare, tmp_path, monkeypatch, capsys)
         compare.main([*given, "--alpha=2"])
 
 
+def test_rollback_runs_at_a_constant_rate_and_is_not_compared_bit_for_bit(compare, tmp_path, monkeypatch):
+    pairs = common.documented(60)
+    monkeypatch.setattr(common, "documented", lambda limit: pairs[:limit])
+    monkeypatch.setattr(common, "bundled_model", lambda: None)
+    monkeypatch.setattr("grades.callback.draw_pictures", lambda path: None)
+    flags = {"max_steps": 8, "batch_size": 2, "max_length": 16, "eval_rows": 2, "compute_interval": 2, "alpha": 0.4}
+    given = ["--here", "--output", str(tmp_path), *(f"--{name}={value}" for name, value in flags.items())]
+    rows = ["full", "full_grades", "full_never"]
+    assert compare.main([*given, "--metric=rollback", "--tau=9", "--train_rows=6", "--rows", *rows]) == 0
+    full, frozen, never = json.loads((tmp_path / "results.json").read_text(encoding="utf-8")).values()
+    assert (full["steps"], frozen["steps"], never["steps"]) == (8, 6, 8)
+    assert full["weights_sha256"] != never["weights_sha256"]
+
+
 def test_a_frozen_weight_that_moves_is_a_fault_and_a_trainable_one_that_does_not(compare):
     model, watch = torch.nn.Linear(2, 2), compare.Watch()
     model.scale = torch.nn.Parameter(torch.ones(1))
@@ -69,7 +83,7 @@ def test_a_frozen_weight_that_moves_is_a_fault_and_a_trainable_one_that_does_not
         model.weight[0, 0] += 1
     assert watch.faults(model) == ["weight moved, frozen at 3", "bias never moved"]
     results = {"full": {"faults": ["x"], "weights_sha256": "1"}, "full_never": {"faults": [], "weights_sha256": "2"}}
-    assert compare.faults(results) == ["full: x", "full_never: other weights than full"]
+    assert compare.faults(results, "weight_change") == ["full: x", "full_never: other weights than full"]
 
 
 def test_what_a_check_costs_comes_from_neighbouring_steps(compare):
