@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from data.formats import Row
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NAME = "easy-vqa"  # as --train_dataset_path, --test_dataset_path and --lm_tokenizer
 SHAPES = ("circle", "rectangle", "triangle")
+KINDS = ("shape", "color", "yes_no_shape", "yes_no_color")  # of question
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # fmt: off
 WORDS = (
@@ -27,14 +28,17 @@ WORDS = (
 VOCAB_SIZE = 1 + len(SPECIAL_TOKENS) + len(WORDS)
 
 
-def rows(split: str, flag: str = "train_dataset_path") -> list[Row]:
-    """One row per image with all its questions; split: train or test.
+def rows(split: str, kinds: Sequence[str] = ("all",), flag: str = "train_dataset_path") -> list[Row]:
+    """One row per image with its questions of these kinds; split: train or test.
 
     The source of a turn is the kind of question: shape, color, or yes_no_shape and yes_no_color, which ask whether
-    there is a certain one. Raises ValueError that names `flag` for another split.
+    there is a certain one. Raises ValueError that names `flag` for another split, --train_dataset_name for a kind.
     """
     import easy_vqa
 
+    if unknown := [kind for kind in kinds if kind not in (*KINDS, "all")]:
+        raise ValueError(f"--train_dataset_name {' '.join(unknown)}: {NAME} has {', '.join(KINDS)}; or all")
+    asked = set(KINDS if "all" in kinds else kinds)
     readers = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
         "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
@@ -44,7 +48,8 @@ def rows(split: str, flag: str = "train_dataset_path") -> list[Row]:
     read_questions, read_paths = readers[split]
     turns: dict[int, list[dict]] = defaultdict(list)
     for question, answer, image in zip(*read_questions(), strict=True):
-        turns[image].append({"user": question, "assistant": answer, "source": _kind(question, answer)})
+        if (kind := _kind(question, answer)) in asked:
+            turns[image].append({"user": question, "assistant": answer, "source": kind})
     paths = read_paths()
     return [{"images": [paths[i]], "texts": turns[i], "id": f"{NAME}/{split}/{i}"} for i in sorted(turns)]
 
@@ -56,13 +61,13 @@ def _kind(question: str, answer: str) -> str:
     return f"yes_no_{kind}" if yes_no else kind
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the questions and answers; any other word is <unk>. VOCAB_SIZE tokens."""
+def tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One token for each of the words, by default those of the questions and answers; any other word is <unk>."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", *SPECIAL_TOKENS, *WORDS]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokens = ["<unk>", *SPECIAL_TOKENS, *words]
+    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     made.add_special_tokens(list(SPECIAL_TOKENS))
     made.normalizer = normalizers.Lowercase()
     # Matches are the tokens, what lies between them (spaces) is removed; a line break is a token of ChatML.

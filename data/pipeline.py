@@ -181,9 +181,10 @@ def load_data(
     tokenizer = get_tokenizer(vlm, checkpoint)
     train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
     test_rows = None
-    own_test_rows = easy_vqa.NAME if cfg.train_dataset_path == easy_vqa.NAME else None
-    if test_path := cfg.test_dataset_path or own_test_rows:
-        test_rows = load_rows(test_path, split="test", flag="test_dataset_path")
+    if cfg.test_dataset_path:
+        test_rows = load_rows(cfg.test_dataset_path, split="test", flag="test_dataset_path")
+    elif cfg.train_dataset_path == easy_vqa.NAME:
+        test_rows = easy_vqa.rows("test", cfg.train_dataset_name)
 
     def dataset(rows: Any, train: bool) -> VQADataset:
         return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)

@@ -39,15 +39,14 @@ def load_rows(
     """The rows of a data set: a sequence (len, getitem), or a RowStream for hub data with streaming.
 
     path: "easy-vqa"; a .parquet, .jsonl or .json file, or a folder of them; a folder of `datasets.save_to_disk`; else a
-    hub id. names: its subsets, which are the configurations of a hub data set or the subfolders of a folder; ("all",)
-    is all of them, one after the other. A local data set that names no splits has one, which any `split` returns.
+    hub id. names: its subsets, which are the configurations of a hub data set, the subfolders of a folder, or the kinds
+    of question of easy-vqa; ("all",) is all of them, one after the other. A local data set that names no splits has
+    one, which any `split` returns.
     skip_bad_subsets: leave out subsets that cannot be loaded, and say so; their names are in the rows' `bad_subsets`.
     Raises FileNotFoundError, ValueError or ConnectionError that names `flag` and says what there is.
     """
     if path == easy_vqa.NAME:
-        if tuple(names) != ("all",):
-            raise ValueError(f"--train_dataset_name {' '.join(names)}: {path} has no configurations; leave it at all")
-        return easy_vqa.rows(split, flag)
+        return easy_vqa.rows(split, names, flag)
     local = Path(path).expanduser()
     if local.exists():
         return TableRows(*_load_subsets(_local_subsets(local, names, split, flag), path, flag, skip_bad_subsets))

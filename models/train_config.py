@@ -20,7 +20,9 @@ class TrainConfig(Checked):
         "HuggingFaceM4/FineVision_concat_shuffled_2",
         section="Data",
     )
-    train_dataset_name: list[str] = doc("configurations (subsets) of the data set: all, or several names", ["all"])
+    train_dataset_name: list[str] = doc(
+        "configurations (subsets) of the data set, for easy-vqa kinds of question: all, or several names", ["all"]
+    )
     test_dataset_path: str | None = doc("rows for the exact match at the end; easy-vqa brings its own test split", None)
     stream_dataset: bool = doc("stream a hub data set instead of downloading it", True)
     val_size: int | float = doc(

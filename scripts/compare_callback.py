@@ -7,8 +7,8 @@ measuring costs. Each run has its own process; finished runs are not repeated. T
 library, one in ten held out. Exit code 1 if a frozen parameter moved, a trainable one did not, or the run that froze
 nothing is not bit for bit the run without the callback.
 
-With --metric rollback the runs with the callback have a constant learning rate, half the peak of the others' cosine, and
-end with averaged weights; so what measures all the way is a run of its own, and not compared bit for bit.
+With --metric rollback the runs with the callback have a constant learning rate, half the peak of the others' cosine,
+and end with averaged weights; so the one that freezes nothing is not compared bit for bit.
 """
 
 import argparse

@@ -1,29 +1,14 @@
 """compare_stopping.py on runs whose curves are written by hand."""
 
-import json
-
 import pytest
+from tiny.curves import write_curves
 from tiny.tables import read_table
 
 from scripts import compare_stopping
 
 
-def write_run(folder, converged: int) -> str:
-    """Gains of 0.01 up to a step, then of 0.001; the loss falls until then."""
-    folder.mkdir()
-    checks, lines = [], []
-    for step in range(100, 1100, 100):
-        gain = 0.01 if step < converged else 0.001
-        checks.append({"step": step, "values": [], "gains": {"vision": [gain / 2, 0.0], "language": [gain, 0.001]}})
-        loss = max(0.0, converged - step) / 1000
-        lines.append({"step": step, "val/loss": loss + 0.1, "val/loss_averaged": loss, "val/exact_match": 1 - loss})
-    (folder / "grades_history.json").write_text(json.dumps({"checks": [{"step": 50, "values": []}, *checks]}))
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return str(folder)
-
-
 def test_each_rule_ends_where_it_would_have(tmp_path, capsys):
-    folders = [write_run(tmp_path / name, converged) for name, converged in (("a", 400), ("b", 800))]
+    folders = [write_curves(tmp_path / name, converged) for name, converged in (("a", 400), ("b", 800))]
     assert compare_stopping.main(folders) == 0
     table = read_table(capsys.readouterr().out)
     steps = {row["ends by"]: row["steps"] for row in table}

@@ -48,6 +48,12 @@ def write_lines(path: Path, *lines: dict) -> Path:
 # easy-VQA
 
 
+def test_easy_vqa_has_subsets_by_kind_of_question():
+    rows = load_rows("easy-vqa", ["color", "yes_no_shape"], "test")
+    assert {turn["source"] for row in rows for turn in row["texts"]} == {"color", "yes_no_shape"}
+    assert all(row["texts"] for row in rows)
+
+
 def test_easy_vqa_has_one_row_per_image_with_kinds_of_questions():
     rows = load_rows("easy-vqa", split="test")
     assert (len(rows), sum(len(one["texts"]) for one in rows), rows[17]["id"]) == (1000, 9673, "easy-vqa/test/17")

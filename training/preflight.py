@@ -60,6 +60,9 @@ def path_problems(settings: Settings) -> list[str]:
         found.append(f"--resume {cfg.resume}: no such folder")
     if cfg.run_name and cfg.resume is None and not cfg.dry_run and run_folder(settings).exists():
         found.append(f"--run_name {cfg.run_name}: {run_folder(settings)} exists already; --resume auto continues it")
+    output = Path(cfg.output_dir)
+    if file := next((path for path in (output, *output.parents) if path.is_file()), None):
+        found.append(f"--output_dir {cfg.output_dir}: {file} is a file, must be a folder")
     try:
         check_tracker(cfg)
     except ValueError as error:
