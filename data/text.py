@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -109,19 +111,15 @@ def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: list[dict], image_text: str) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a conversation; the images stand before the first question.
+    """(ids, labels) of a conversation; the images stand before the first question. The work grows linearly in turns.
 
     turns: {"user": str, "assistant": str} each. labels are ids shifted left by one where the assistant speaks, its
     end-of-turn token included, and -100 elsewhere.
     """
-    messages: list[dict] = []
-    spans = []  # characters that the assistant says
-    for turn in turns:
-        messages.append({"role": "user", "content": turn["user"] if messages else image_text + turn["user"]})
-        start = len(_render(tokenizer, messages, add_generation_prompt=True))
-        messages.append({"role": "assistant", "content": turn["assistant"]})
-        text = _render(tokenizer, messages)
-        spans.append((start, len(text.rstrip())))  # without the template's line break after it
+    contents = [text for turn in turns for text in (turn["user"], turn["assistant"])]
+    contents[0] = image_text + contents[0]
+    text = _render(tokenizer, _messages(contents))
+    spans = _frame(tokenizer, len(turns)).spans(contents, text) or _spoken(tokenizer, contents)
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids
     starts = [start for start, _ in encoding.offsets]
@@ -130,6 +128,73 @@ def encode_conversation(tokenizer: Tokenizer, turns: list[dict], image_text: str
         first, last = max(bisect_left(starts, start), 1), bisect_left(starts, end)
         labels[first - 1 : last - 1] = ids[first:last]
     return ids, labels
+
+
+def _messages(contents: Sequence[str]) -> list[dict]:
+    """What user and assistant say in turn, as a chat template takes it."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _spoken(tokenizer: Tokenizer, contents: Sequence[str]) -> list[tuple[int, int]]:
+    """The characters (start, end) of the rendered conversation that the assistant says, with the end of its turn.
+
+    Renders the conversation anew for every turn.
+    """
+    spans = []
+    for i in range(1, len(contents), 2):
+        start = len(_render(tokenizer, _messages(contents[:i]), add_generation_prompt=True))
+        text = _render(tokenizer, _messages(contents[: i + 1]))
+        spans.append((start, len(text.rstrip())))  # without the template's line break after it
+    return spans
+
+
+class Frame:
+    """What a chat template writes around the contents of a conversation, found by rendering one of placeholders."""
+
+    def __init__(self, tokenizer: Tokenizer, turns: int):
+        """turns: of the longest conversation that it serves."""
+        marks = [f"\ue000{i}\ue001" for i in range(2 * turns)]
+        text = _render(tokenizer, _messages(marks))
+        spoken = _spoken(tokenizer, marks)
+        self.pieces: list[str] = []  # what stands before each content
+        for mark in marks:
+            piece, found, text = text.partition(mark)
+            if not found or mark in text:
+                self.pieces, spoken = [], []  # the template changes contents: it has no frame
+                break
+            self.pieces.append(piece)
+        # Where the assistant's speech starts, counted back from its content, and ends, counted on from it.
+        place, self.leads, self.trails = 0, [], []
+        for i, (start, end) in enumerate(spoken):
+            place += len(self.pieces[2 * i]) + len(marks[2 * i]) + len(self.pieces[2 * i + 1])
+            self.leads.append(place - start)
+            place += len(marks[2 * i + 1])
+            self.trails.append(end - place)
+
+    def spans(self, contents: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+        """As `_spoken`; None where the text, the rendered conversation, is not the contents within this frame."""
+        parts, spans, length = [], [], 0
+        for i, content in enumerate(contents[: len(self.pieces)]):
+            parts += [self.pieces[i], content]
+            length += len(self.pieces[i]) + len(content)
+            if i % 2:
+                spans.append((length - len(content) - self.leads[i // 2], length + self.trails[i // 2]))
+        whole = "".join(parts)
+        return spans if self.pieces and text.startswith(whole) and not text[spans[-1][1] :].strip() else None
+
+
+@functools.cache
+def _frames(tokenizer: Tokenizer) -> dict[tuple[str, int], Frame]:
+    return {}
+
+
+def _frame(tokenizer: Tokenizer, turns: int) -> Frame:
+    """The frame of conversations of up to the next power of two turns, made once."""
+    size = 1 << (turns - 1).bit_length()
+    known, key = _frames(tokenizer), (str(tokenizer.chat_template), size)
+    if key not in known:
+        known[key] = Frame(tokenizer, size)
+    return known[key]
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, image_text: str) -> list[int]:

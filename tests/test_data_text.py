@@ -1,15 +1,17 @@
 """Tokenizers, conversations as ids and labels, and words that a tokenizer does not know."""
 
+import copy
 from pathlib import Path
 
 import pytest
 from tiny.data import TILE_TOKENS, byte_level_tokenizer, dataset, row, tiny_train, tiny_vlm, turn
 
-from data import easy_vqa
+from data import easy_vqa, text
 from data.datasets import check_words
 from data.rows import load_rows
 from data.text import encode_conversation, encode_prompt, get_tokenizer, image_string, knows_every_word, unknown_words
 
+RENDER = text._render
 CHATML = "<|im_start|>user\nwhat is the blue shape?<|im_end|>\n<|im_start|>assistant\ncircle<|im_end|>\n"
 
 
@@ -31,10 +33,10 @@ def test_embedded_tokenizer_knows_all_of_easy_vqa(tokenizers):
     rows = [row for split in ("train", "test") for row in load_rows("easy-vqa", split=split)]
     texts = {text for row in rows for turn in row["texts"] for text in (turn["user"], turn["assistant"])}
     assert len(texts) > 100
-    for text in [*texts, CHATML]:
-        ids = tokenizer.encode(text, add_special_tokens=False)
+    for one in [*texts, CHATML]:
+        ids = tokenizer.encode(one, add_special_tokens=False)
         assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids) == one
     assert tokenizer.decode(ids, skip_special_tokens=True).split("\n")[-2] == "circle"
     assert tokenizer.encode("What is the BLUE shape ?") == tokenizer.encode("what is the blue shape?")
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a purple shape")) == ["a", "<unk>", "shape"]
@@ -132,6 +134,35 @@ def test_labels_against_a_walk_over_the_ids(kind, number, tokenizers):
     if kind == "bytes":
         spoken = tokenizer.decode([label for label in labels if label != -100])
         assert spoken == "".join(t["assistant"] + "<|im_end|>" for t in turns)
+
+
+TEMPLATES = {
+    "chatml": None,
+    "trims": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "system": "<|im_start|>system\nthe image<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "thinks": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}is\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nis\n{% endif %}",
+    "shouts": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_the_assistant_says_is_found_by_rendering_once(template, tokenizers, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizers["words"])
+    tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
+    for conversation in CONVERSATIONS:
+        turns = [turn(user, assistant) for user, assistant in conversation]
+        found = encode_conversation(tokenizer, turns, "")
+        with monkeypatch.context() as patch:
+            patch.setattr(text.Frame, "spans", lambda *given: None)
+            assert encode_conversation(tokenizer, turns, "") == found
+    rendered = []
+    monkeypatch.setattr(text, "_render", lambda *given, **flags: rendered.append(1) or RENDER(*given, **flags))
+    encode_conversation(tokenizer, [turn("what is the shape?", "red")] * 20, "")
+    assert len(rendered) == (41 if template == "shouts" else 1)
 
 
 def test_image_string_of_grids():
