@@ -54,7 +54,7 @@ class TrainCollator(Collator):
     def __call__(self, samples: list[Sample]) -> dict:
         """The keyword arguments of the model's forward, and what the loop counts.
 
-        input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: float32 [N, 3, S, S] or None;
+        input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
         num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; image_keys: for
         each of the N images its row, whether it is mirrored, and its place in the row.

@@ -37,7 +37,7 @@ WORDS_TO_NAME = 5  # of those that the tokenizer does not know, in a message
 class Sample:
     """What one row gives to a batch; without conversations it is a dropped row."""
 
-    images: torch.Tensor | None  # float32 [n, 3, S, S], shared by the conversations
+    images: torch.Tensor | None  # uint8 [n, 3, S, S], shared by the conversations
     conversations: list[tuple[torch.Tensor, torch.Tensor]]  # (ids, labels), int64 [T]; ids hold the image tokens
     id: str
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
@@ -48,7 +48,7 @@ class Sample:
 class Questions:
     """The questions of one row, for generation; each prompt ends where the answer begins."""
 
-    images: torch.Tensor | None  # float32 [n, 3, S, S], shared by the questions
+    images: torch.Tensor | None  # uint8 [n, 3, S, S], shared by the questions
     prompts: list[list[int]]  # token ids, with the image tokens
     answers: list[str]
     sources: list[str | None]
@@ -96,7 +96,7 @@ class PreparedSample:
     images: list = field(default_factory=list)  # as the row has them
     grids: list[tuple[int, int]] = field(default_factory=list)  # rows and columns of each image's tiles
     weights: list[float] = field(default_factory=list)  # of each conversation, for the draws of turns_per_image
-    tiles: torch.Tensor | None = None  # float32 [n, 3, S, S]: the images, once they are decoded
+    tiles: torch.Tensor | None = None  # uint8 [n, 3, S, S]: the images, once they are decoded
     mirrored: bool = False  # left to right
 
 
@@ -119,7 +119,7 @@ class VQADataset:
     ):
         """rows: with len and an index each; or a RowStream, of which only the methods that take a row can be used.
 
-        cache: keep every row in memory once it is prepared, its images as float32. Raises ValueError where
+        cache: keep every row in memory once it is prepared, its tiles too. Raises ValueError where
         --balance_answers is on for a stream.
         """
         self.rows = rows
@@ -277,7 +277,7 @@ class VQADataset:
             raise _RowDropped(NOT_DECODED) from None
 
     def _tiles(self, images: list) -> torch.Tensor | None:
-        """float32 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises _RowDropped."""
+        """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises _RowDropped."""
         try:
             tiles = [self.image_processor(image)[0] for image in images]
         except ImageDecodeError:

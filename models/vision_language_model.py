@@ -26,7 +26,8 @@ from models.vision_transformer import ViT
 
 EMBEDDING, HEAD, INV_FREQ = "decoder.token_embedding.weight", "decoder.head.weight", "decoder.rotary_embd.inv_freq"
 
-# float [N, 3, S, S], or (nested) sequences of [n, 3, S, S] or [3, S, S]; None or empty: no image.
+# uint8, or float and normalised: [N, 3, S, S], or (nested) sequences of [n, 3, S, S] or [3, S, S]; None or empty: no
+# image.
 Images: TypeAlias = Union[torch.Tensor, Sequence["Images"], None]  # noqa: UP007  # `|` takes no string
 
 

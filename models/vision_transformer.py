@@ -15,10 +15,14 @@ from models.tensors import copy_tensors, named_parameters, stored_tensors
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Pixels [B, 3, S, S] -> patch embeddings with their positions added [B, T, C]."""
+    """Pixels [B, 3, S, S] -> patch embeddings with their positions added [B, T, C].
+
+    uint8 pixels are normalised here, on the device: a quarter of the bytes is handed over. Others already are.
+    """
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
+        self.scale, self.shift = 1.0 / (255.0 * cfg.image_std), cfg.image_mean / cfg.image_std
         self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, kernel_size=cfg.vit_patch_size, stride=cfg.vit_patch_size)
         self.position_embedding = nn.Parameter(torch.zeros(1, cfg.vit_grid**2, cfg.vit_hidden_dim))
         self.patch_size = cfg.vit_patch_size
@@ -28,6 +32,8 @@ class ViTPatchEmbeddings(nn.Module):
         # several times faster on a CPU than the strided convolution and the same on a GPU.
         patches = F.pixel_unshuffle(images, self.patch_size)  # [B, 3 * P * P, S/P, S/P]
         patches = patches.flatten(2).transpose(1, 2)  # [B, T, 3 * P * P]
+        if images.dtype == torch.uint8:
+            patches = patches.to(torch.float32).mul_(self.scale).sub_(self.shift)
         x = F.linear(patches, self.conv.weight.flatten(1), self.conv.bias)
         return x + self.position_embedding.to(x.dtype)
 
@@ -94,7 +100,7 @@ def sincos_positions(cfg: VLMConfig) -> torch.Tensor:
 
 
 class ViT(nn.Module):
-    """Images [B, 3, S, S], float, already normalised -> features [B, T, C]."""
+    """Images [B, 3, S, S], uint8, or float and already normalised -> features [B, T, C]."""
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()

@@ -136,7 +136,7 @@ def random_batch(arguments: argparse.Namespace, settings: Settings, device: torc
     batch = {
         "input_ids": ids,
         "targets": targets,
-        "images": torch.randn(images, 3, vlm.vit_img_size, vlm.vit_img_size),
+        "images": torch.randint(0, 256, (images, 3, vlm.vit_img_size, vlm.vit_img_size), dtype=torch.uint8),
         "image_slots": (ids.flatten() == vlm.image_token_id).nonzero().squeeze(1),
         "image_sources": sources.flatten(),
         "label_positions": (targets.flatten() != -100).nonzero().squeeze(1),

@@ -35,6 +35,12 @@ def one_bit_png(width: int, height: int, rows: int | None = None) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def shown(pixels: torch.Tensor) -> np.ndarray:
+    """uint8 [3, H, W] as Pillow's images are: [H, W, 3]."""
+    assert pixels.dtype == torch.uint8
+    return pixels.permute(1, 2, 0).numpy()
+
+
 # Tiles
 
 
@@ -62,22 +68,22 @@ def test_target_size_against_trying(enlarge):
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (64, 64), (16, 16), (1, 1), (5000, 10), (1, 20_000)])
 def test_tiles_against_cropping(size, with_global):
     tokens = {name: token for name, token in TILE_TOKENS.items() if with_global or name != "global_image_token"}
-    cfg = tiny_vlm(vlm_extra_tokens=tokens, resize_to_max_side_len=False, image_mean=0.25, image_std=0.5)
+    cfg = tiny_vlm(vlm_extra_tokens=tokens, resize_to_max_side_len=False)
     processor = ImageProcessor(cfg)
     image = picture(*size)
     tiles, (rows, cols) = processor(image)
     width, height = slow_size(*size, 16, 64, False)
     assert (rows, cols) == (height // 16, width // 16)
-    resized = image.resize((width, height), BICUBIC, reducing_gap=2)
+    resized = image.resize((width, height), BICUBIC)
     boxes = [(c * 16, r * 16, c * 16 + 16, r * 16 + 16) for r in range(rows) for c in range(cols)]
     wanted = [resized.crop(box) for box in boxes]
     if with_global and len(boxes) > 1:
         wanted.insert(0, resized.resize((16, 16), BICUBIC))
-    assert tiles.dtype == torch.float32
+    assert tiles.dtype == torch.uint8
     assert tiles.shape == (len(wanted), 3, 16, 16)
     assert processor.count((rows, cols)) == len(wanted)
     for tile, image in zip(tiles, wanted, strict=True):
-        torch.testing.assert_close(tile, (torch.tensor(np.array(image)).permute(2, 0, 1) / 255 - 0.25) / 0.5)
+        assert np.abs(shown(tile).astype(int) - np.asarray(image)).max() <= 2
     assert image_string([(rows, cols)], cfg).count("<|image|>") == len(wanted) * cfg.mp_image_token_length
 
 
@@ -86,7 +92,7 @@ def test_mirror_is_the_mirrored_image(size):
     processor = ImageProcessor(tiny_vlm(resize_to_max_side_len=False))
     image = picture(*size)
     tiles, grid = processor(image)
-    torch.testing.assert_close(processor.mirror(tiles, grid), processor(ImageOps.mirror(image))[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(processor.mirror(tiles, grid), processor(ImageOps.mirror(image))[0], atol=2, rtol=0)
 
 
 # Modes
@@ -123,7 +129,7 @@ def palette(**info: int) -> Image.Image:
     ],
 )
 def test_deep_images_are_scaled_to_8_bits_and_transparent_ones_put_on_white(image, wanted):
-    rgb = np.asarray(decode_image(image))
+    rgb = shown(decode_image(image))
     assert rgb.tolist() == [[[value] * 3 for value in wanted]]
 
 
@@ -141,9 +147,9 @@ def test_every_mode_shows_the_same_picture(mode):
         converted = image.convert("RGBA").convert("PA") if mode == "PA" else image.convert(mode)
     assert converted.mode == mode
     for size in (None, (40, 4), (16, 16), (800, 80)):
-        found, wanted = decode_image(converted, size), decode_image(image, size)
-        assert (found.mode, found.size) == ("RGB", size or image.size)
-        assert np.abs(np.asarray(found, dtype=int) - np.asarray(wanted)).max() <= 3
+        found, wanted = shown(decode_image(converted, size)), shown(decode_image(image, size))
+        assert found.shape == (*(size or image.size)[::-1], 3)
+        assert np.abs(found.astype(int) - wanted).max() <= 3
 
 
 def test_decode_takes_every_kind_of_source(tmp_path):
@@ -151,7 +157,7 @@ def test_decode_takes_every_kind_of_source(tmp_path):
     image.save(path)
     data = encoded(image)
     for source in (image, data, path, str(path), {"bytes": data, "path": None}, {"path": str(path)}):
-        assert np.array_equal(decode_image(source), image)
+        assert np.array_equal(shown(decode_image(source)), image)
 
 
 # Orientation
@@ -176,11 +182,12 @@ def test_images_are_upright_and_their_grid_is_known_from_the_header(kind, orient
     atol = 90 if kind == "JPEG" else 0
     for source in (data, Image.open(io.BytesIO(data))):
         assert image_size(source) == upright.size
-        assert np.abs(np.asarray(decode_image(source), dtype=int) - np.asarray(upright)).max() <= atol
+        assert np.abs(shown(decode_image(source)).astype(int) - np.asarray(upright)).max() <= atol
     processor = ImageProcessor(tiny_vlm())
     tiles, grid = processor(data)
     assert grid == processor.grid(data) == ((2, 4) if orientation < 5 else (4, 2))
-    torch.testing.assert_close(tiles, processor(upright)[0], atol=0.2 if kind == "JPEG" else 0.0, rtol=0)
+    difference = (tiles.int() - processor(upright)[0].int()).abs()
+    assert difference.max() <= (26 if kind == "JPEG" else 0)
 
 
 def test_the_orientation_of_a_png_counts_only_before_its_pixels():
@@ -189,8 +196,8 @@ def test_the_orientation_of_a_png_counts_only_before_its_pixels():
     start = early.index(b"eXIf") - 4
     stop = start + 12 + int.from_bytes(early[start : start + 4])
     late = early[:start] + early[stop:-12] + early[start:stop] + early[-12:]
-    assert image_size(early) == decode_image(early).size == (200, 400)
-    assert image_size(late) == decode_image(late).size == (400, 200)
+    assert image_size(early) == decode_image(early).shape[:0:-1] == (200, 400)
+    assert image_size(late) == decode_image(late).shape[:0:-1] == (400, 200)
 
 
 # Limits
@@ -219,7 +226,8 @@ def test_the_largest_image_takes_what_its_pixels_take_and_little_more():
     png = one_bit_png(20_000, 20_000)
     found = subprocess.run([sys.executable, "-c", MEASURE], input=png, capture_output=True, cwd=ROOT, check=True)
     mib, *rest = map(float, found.stdout.split())
-    assert rest == [4, 4, 1.0]
+    assert rest[:2] == [4, 4]
+    assert rest[2] >= 253
     assert 380 < mib < 900
 
 
@@ -237,14 +245,14 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):
     image = picture(60, 40).resize((1200, 800), BICUBIC)
     data = encoded(image, "JPEG")
     for size, at in (((64, 48), (150, 100)), ((240, 160), (600, 400)), ((512, 512), (1200, 800)), (None, (1200, 800))):
-        assert decode_image(data, size).size == size or image.size
+        assert decode_image(data, size).shape[:0:-1] == (size or image.size)
         assert decoded.pop() == at
     opened = Image.open(io.BytesIO(data))
     decode_image(opened, (64, 48))
     assert decoded.pop() == opened.size == (1200, 800)  # a caller's own image stays as it is
     processor = ImageProcessor(tiny_vlm())
-    quick, whole = processor(data)[0], processor(decode_image(data))[0]
-    assert (quick - whole).abs().mean() < 0.01  # of a range of 2
+    quick, whole = processor(data)[0], processor(Image.open(io.BytesIO(data)))[0]
+    assert (quick.int() - whole.int()).abs().float().mean() < 1.5  # of 256 levels
 
 
 PNG, JPEG = encoded(picture(64, 64)), encoded(picture(64, 64), "JPEG")
@@ -261,7 +269,7 @@ def test_what_does_not_decode_is_one_kind_of_error(source):
 
 def test_pils_own_limit_is_off_for_the_call_alone(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert decode_image(PNG).size == image_size(PNG) == (64, 64)
+    assert decode_image(PNG).shape[1:] == image_size(PNG) == (64, 64)
     with pytest.raises(ImageDecodeError):
         decode_image(BROKEN)
     assert Image.MAX_IMAGE_PIXELS == 100

@@ -256,7 +256,7 @@ def test_changing_a_sample_leaves_its_row_mates_as_they_are(dtype):
             words = inside & (batch["input_ids"] != vlm.image_token_id)
             changed["input_ids"][words] = (batch["input_ids"][words] + 7) % vlm.image_token_id
             slots = inside.flatten()[batch["image_slots"]].view(-1, vlm.mp_image_token_length)[:, 0]
-            changed["images"][slots] += 1.0
+            changed["images"][slots] += 100
             after = logits_of(model, changed)
             assert torch.equal(before[~inside], after[~inside])
             assert not torch.isclose(before[inside], after[inside]).all(-1).any()

@@ -177,7 +177,7 @@ class Parallel:
             return inputs
         ids, size = inputs["input_ids"], model.cfg.vit_img_size
         nowhere = ids.new_empty(0)
-        blank = torch.zeros(1, 3, size, size, device=ids.device)
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=ids.device)
         return inputs | {"images": blank, "image_slots": nowhere, "image_sources": nowhere}
 
     def forget_blanks(self, model: VisionLanguageModel, images: float) -> None:
