@@ -22,7 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grades import find_components
+from grades import find_components, policy
 from grades.freezing import Freezer
 from models.vision_language_model import VisionLanguageModel
 from scripts import runs
@@ -34,9 +34,12 @@ from training.plan import full_batch
 RELATIVE = "--metric weight_change --tau_mode relative --vision_tau auto --language_tau auto"
 METRICS = ("weight_change", "gradient_norm", "gradient_change", "gradient_rms")
 FLAGS = {row: f"--metric {row}" for row in METRICS} | {"weight_relative": RELATIVE}
-ROWS = ("weight_change", "weight_relative", *METRICS[1:])
+FLAGS["front"] = "--metric weight_change --freeze_order front"
+ROWS = ("weight_change", "front", "weight_relative", *METRICS[1:])
+CURVES = {row: row for row in ROWS} | {"front": "weight_change"}  # whose curves tell a row's taus
 REPLAYED = ("weight_change", "gradient_rms")  # whose freezes a random control repeats
 LABELS = {row: row for row in ROWS} | {"weight_relative": "weight_change, relative", "full": "Full"}
+LABELS["front"] = "weight_change, from the front"
 LABELS |= {f"random_{row}": f"random, at {row}'s steps" for row in REPLAYED}
 CALIBRATION_SEED = 100
 NO_FREEZE = ("--freeze_vision", "false", "--freeze_language", "false")
@@ -58,7 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     """A run per metric that freezes nothing, then seed by seed the metrics and the references."""
     specs, watching = [], {row: ("--enable_grades", *FLAGS[row].split()) for row in ROWS}
-    for row in ROWS:
+    for row in dict.fromkeys(CURVES.values()):
         flags = (*arguments.extra, *watching[row], *NO_FREEZE, "--seed", str(CALIBRATION_SEED))
         specs.append(RunSpec(f"curves_{row}", f"curves of {LABELS[row]}", CALIBRATION_SEED, flags))
     for seed in range(arguments.seeds):
@@ -77,7 +80,7 @@ def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
 
 def curves(row: str) -> str:
     """The run that gives the curves of a row's metric."""
-    return f"curves_{row}_seed{CALIBRATION_SEED}"
+    return f"curves_{CURVES[row]}_seed{CALIBRATION_SEED}"
 
 
 @functools.cache
@@ -89,12 +92,16 @@ def tau_flags(row: str, saved: float, made: Runs) -> list[str]:
     def taus(share: int) -> dict[str, float]:
         return {tower: find_tau(history, tower, share / SHARES) for tower in TOWERS}
 
-    enough = bisect.bisect_left(range(SHARES), saved, key=lambda n: saved_flops(history, summary, taus(n), flags))
+    def spared(share: int) -> float:
+        frozen = frozen_by_taus(history, taus(share), front=row == "front")
+        return saved_flops(history, summary, frozen, flags)
+
+    enough = bisect.bisect_left(range(SHARES), saved, key=spared)
     return [word for tower, tau in taus(enough).items() for word in (f"--{tower}_tau", repr(tau))]
 
 
-def saved_flops(history: dict, summary: dict, taus: dict[str, float], flags: tuple[str, ...]) -> float:
-    """Share of the FLOPs that freezing at the first check below tau would have saved, on rows of the run's mean length.
+def saved_flops(history: dict, summary: dict, frozen: dict[str, int], flags: tuple[str, ...]) -> float:
+    """Share of the FLOPs that these freezes would have saved, on rows of the run's mean length. frozen: name -> step.
 
     The steps after the last freeze are saved whole, as the run would have ended there.
     """
@@ -107,7 +114,6 @@ def saved_flops(history: dict, summary: dict, taus: dict[str, float], flags: tup
     batch = full_batch(dataclasses.replace(settings, train=train), torch.device("meta"))
     components = find_components(model)
     freezer = Freezer(model, components, None)
-    frozen = {name: step for tower in TOWERS for name, step in frozen_by_tau(history, tower, taus[tower]).items()}
     whole, spent, begin = model_cost(model).of(batch), 0, 0
     for step in sorted({*frozen.values(), history["total_steps"]}):
         spent += (step - begin) * (model_cost(model).of(batch) if len(freezer.decided) < len(components) else 0)
@@ -122,7 +128,7 @@ def find_tau(history: dict, tower: str, saved: float) -> float:
     values = {check["values"][i] for check in history["checks"] for i in columns} - {None}
     taus = [value * (1 + 1e-6) for value in sorted(values)]
     place = bisect.bisect_left(
-        taus, saved, key=lambda tau: saved_share(history, tower, frozen_by_tau(history, tower, tau))
+        taus, saved, key=lambda tau: saved_share(history, tower, frozen_by_taus(history, {tower: tau}))
     )
     return taus[min(place, len(taus) - 1)]
 
@@ -132,14 +138,20 @@ def columns_of(history: dict, tower: str) -> list[int]:
     return [i for i, component in enumerate(history["components"]) if component["tower"] == tower]
 
 
-def frozen_by_tau(history: dict, tower: str, tau: float) -> dict[str, int]:
-    """The step at which each component would freeze, by name."""
+def frozen_by_taus(history: dict, taus: dict[str, float], front: bool = False) -> dict[str, int]:
+    """The step at which each component would freeze, by name. taus: by tower. front: with --freeze_order front."""
+    components = [(c["name"], c["tower"], c["layer"]) for c in history["components"]]
     steps: dict[str, int] = {}
     for check in history["checks"]:
-        for i in columns_of(history, tower):
-            value = check["values"][i]
-            if check["step"] > history["grace_steps"] and value is not None and value < tau:
-                steps.setdefault(history["components"][i]["name"], check["step"])
+        if check["step"] <= history["grace_steps"]:
+            continue
+        low = [
+            name
+            for (name, tower, _), value in zip(components, check["values"], strict=True)
+            if value is not None and value < taus.get(tower, 0.0)
+        ]
+        for name in policy.front(low, steps, components) if front else low:
+            steps.setdefault(name, check["step"])
     return steps
 
 

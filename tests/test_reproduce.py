@@ -288,19 +288,22 @@ def history_of(vision: int, language: int, steps: int) -> dict:
         components = find_components(VisionLanguageModel(parse_arguments(MODEL).vlm))
     falls = [{"vision": vision, "language": language}[c.tower] for c in components]
     checks = [{"step": at, "values": [1.0 + (at < fall) for fall in falls]} for at in range(1, steps + 1)]
-    listed = [{"name": c.name, "tower": c.tower, "elements": c.elements} for c in components]
+    listed = [{"name": c.name, "tower": c.tower, "layer": c.layer, "elements": c.elements} for c in components]
     return {"total_steps": steps, "grace_steps": 2, "components": listed, "checks": checks, "events": []}
 
 
 def test_flops_that_freezing_would_save():
-    def saved(vision: int, language: int, tau: float = 1.5) -> float:
+    def saved(vision: int, language: int, tau: float = 1.5, front: bool = False) -> float:
         history = history_of(vision, language, 10)
-        return compare_metrics.saved_flops(history, summary(10), {"vision": tau, "language": tau}, tuple(MODEL))
+        frozen = compare_metrics.frozen_by_taus(history, {"vision": tau, "language": tau}, front)
+        return compare_metrics.saved_flops(history, summary(10), frozen, tuple(MODEL))
 
     assert saved(4, 4) == pytest.approx(0.6)  # the run ends after step 4
     assert saved(4, 4, tau=0.5) == 0
     assert 0 < saved(99, 4) < 0.6
     assert 0 < saved(4, 99) < 0.6
+    assert saved(6, 4, front=True) == saved(6, 6)  # the language tower waits for the vision tower
+    assert saved(99, 4, front=True) == 0
 
 
 def test_metrics_are_compared_at_equal_flops(start):
@@ -325,10 +328,10 @@ def test_metrics_are_compared_at_equal_flops(start):
 
 def test_the_tau_that_saves_a_share_of_the_updates():
     """Two matrices of one element, measured at steps 1 to 4 of 4, the first of which is grace."""
-    components = [{"name": name, "tower": "vision", "elements": 1} for name in "ab"]
+    components = [{"name": name, "tower": "vision", "layer": 0, "elements": 1} for name in "ab"]
     checks = [{"step": step, "values": values} for step, values in enumerate([(9, 9), (8, 5), (2, 4), (1, 3)], start=1)]
     history = {"total_steps": 4, "grace_steps": 1, "components": components, "checks": checks}
     found = {saved: compare_metrics.find_tau(history, "vision", saved) for saved in (0.1, 0.3, 0.5)}
     assert found == pytest.approx({0.1: 2, 0.3: 5, 0.5: 8}, rel=1e-5)
-    steps = compare_metrics.frozen_by_tau(history, "vision", found[0.3])
+    steps = compare_metrics.frozen_by_taus(history, {"vision": found[0.3]})
     assert compare_metrics.saved_share(history, "vision", steps) == pytest.approx((1 + 2) / 8)
