@@ -28,6 +28,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=0.9, help="sample from the most likely tokens of this total")
     parser.add_argument("--generations", type=int, default=1, help="answers to generate")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     given = parser.parse_args(argv)
     checks = [
@@ -57,7 +58,7 @@ def main(given: argparse.Namespace) -> None:
     from data.images import ImageDecodeError, ImageProcessor
     from data.text import encode_prompt, get_tokenizer, image_string
     from models.vision_language_model import VisionLanguageModel
-    from training.setup import pick_device, prepare_backend
+    from training.setup import autocast, pick_device, prepare_backend
 
     device = pick_device()
     prepare_backend(device)
@@ -75,15 +76,16 @@ def main(given: argparse.Namespace) -> None:
     text = image_string([grid for _, grid in processed], model.cfg)
     input_ids = torch.tensor([encode_prompt(tokenizer, given.prompt, text)], device=device)
     for _ in range(given.generations):
-        new_ids = model.generate(
-            input_ids,
-            [tiles.to(device) for tiles, _ in processed],
-            max_new_tokens=given.max_new_tokens,
-            top_k=given.top_k,
-            top_p=given.top_p,
-            temperature=given.temperature,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        with autocast(device, given.dtype):
+            new_ids = model.generate(
+                input_ids,
+                [tiles.to(device) for tiles, _ in processed],
+                max_new_tokens=given.max_new_tokens,
+                top_k=given.top_k,
+                top_p=given.top_p,
+                temperature=given.temperature,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         print(str(tokenizer.decode(new_ids[0], skip_special_tokens=True)).strip())
 
 

@@ -42,8 +42,20 @@ def attention(
         return within_documents(q, k, v, mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and dropout == 0 and k.shape[2] <= MAX_PLAIN_LENGTH:
         return plain_attention(q, k, v, mask, causal)
+    if expands_heads(q, k, mask):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=gqa)
+
+
+def expands_heads(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether keys and values are repeated for the query heads that share them, as SDPA cannot do it cheaply.
+
+    On CUDA only the flash kernel takes grouped heads, and it takes neither a mask nor float32: all else would fall back
+    to the MATH kernel, which keeps the scores of all pairs (pytorch issue 181528). Repeated, they go to the
+    memory-efficient kernel.
+    """
+    return q.device.type == "cuda" and q.shape[1] != k.shape[1] and (mask is not None or q.dtype == torch.float32)
 
 
 def plain_attention(

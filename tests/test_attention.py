@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.attention import attention, plain_attention
 from models.language_model import attention_mask_4d
+from training.setup import prepare_backend
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -34,3 +36,41 @@ def test_bfloat16_on_the_cpu_takes_the_plain_path_and_stays_near_float32(monkeyp
     ours = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, causal=True, dropout=0.0)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.03)
+
+
+# On CUDA: what SDPA is asked for decides which kernel it takes (docs/performance.md). Fake tensors have no memory.
+@pytest.mark.parametrize(
+    ("dtype", "masked", "grouped"),
+    [
+        (torch.bfloat16, False, True),  # flash
+        (torch.bfloat16, True, False),  # memory-efficient, as the two below
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+    ],
+)
+def test_on_cuda_no_case_is_left_to_the_kernel_that_keeps_all_scores(dtype, masked, grouped, monkeypatch):
+    asked = {}
+
+    def sdpa(q, k, v, **flags):
+        asked.update(flags, heads=(q.shape[1], k.shape[1], v.shape[1]))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    with FakeTensorMode():
+        q = torch.empty(2, 6, 5, 8, device="cuda", dtype=dtype)
+        k, v = (torch.empty(2, 2, 5, 8, device="cuda", dtype=dtype) for _ in range(2))
+        mask = torch.ones(2, 1, 5, 5, device="cuda", dtype=torch.bool) if masked else None
+        attention(q, k, v, mask, causal=not masked, dropout=0.0)
+    assert asked["heads"] == ((6, 2, 2) if grouped else (6, 6, 6))
+    assert asked["enable_gqa"] is grouped
+    assert (asked["attn_mask"] is None) is not masked
+
+
+def test_on_cuda_cudnns_kernel_is_off():
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        prepare_backend(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.set_float32_matmul_precision("highest")

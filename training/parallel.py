@@ -140,7 +140,8 @@ class Parallel:
         """What the training step calls in place of the model; under DDP its wrapper, made at the first call."""
         if self.kind == "ddp" and self.ddp is None:
             # Checks that the same weights train on all ranks, and lets them begin with rank 0's.
-            self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # No buffers: the only one, of the rotary embedding, is the same everywhere.
+            self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return self.ddp or model
 
     @property

@@ -26,6 +26,9 @@ def prepare_backend(device: torch.device) -> None:
     """Process-wide switches that make the step faster and change no result beyond rounding."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        # It makes a plan, of up to half a second, for every new number of tiles or tokens; and before cuDNN 9.26 it
+        # gives NaN gradients where the number of keys is 64 modulo 128 (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def set_seed(seed: int) -> None:
