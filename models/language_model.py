@@ -11,6 +11,7 @@ from models.attention import Mask, attention, compute_dtype, document_block_mask
 from models.backbones import configure_language
 from models.config import SCRATCH, VLMConfig
 from models.hub import WEIGHT_FILES
+from models.norms import RMSNorm
 from models.tensors import copy_tensors, named_parameters, set_extra_rows, stored_tensors
 
 
@@ -32,13 +33,6 @@ class KVCache:
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: PyTorch's fused kernel requires a weight of the same dtype."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RotaryEmbedding(nn.Module):

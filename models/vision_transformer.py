@@ -11,6 +11,7 @@ from models.attention import attention
 from models.backbones import configure_vision
 from models.config import SCRATCH, VLMConfig
 from models.hub import WEIGHT_FILES
+from models.norms import LayerNorm
 from models.tensors import copy_tensors, named_parameters, stored_tensors
 
 
@@ -76,9 +77,9 @@ class ViTBlock(nn.Module):
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
-        self.ln1 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.ln1 = LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
         self.attn = ViTMultiHeadAttention(cfg)
-        self.ln2 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.ln2 = LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
         self.mlp = ViTMLP(cfg)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,7 @@ class ViT(nn.Module):
         self.cfg = cfg
         self.patch_embedding = ViTPatchEmbeddings(cfg)
         self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
-        self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.layer_norm = LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
         self.reset_parameters()
 
     @torch.no_grad()
