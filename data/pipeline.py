@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -68,7 +69,10 @@ class Data(Iterator[dict]):
         )
 
     def __next__(self) -> dict:
-        return next(self._batches)
+        """The next micro-batch, with "wait_s": the seconds that the loop has waited for it."""
+        began = time.perf_counter()
+        batch = next(self._batches)
+        return batch | {"wait_s": time.perf_counter() - began}
 
     def mark_used(self, batches: list[dict]) -> None:
         """Count the batches of a step that is done; a run continues after them."""

@@ -6,7 +6,7 @@ from tiny import grades as tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from grades.components import find_components
-from training.flops import FlopCounter, model_cost
+from training.flops import FlopCounter, card_tflops, model_cost
 
 LABELS = 7
 
@@ -96,3 +96,14 @@ def test_counts_of_all_ranks_are_taken_over(model, rank, world_size, done, unfro
     counter = FlopCounter(model, rank, world_size)
     counter.load_rank_states([{"done": 3, "unfrozen": 5}, {"done": 7, "unfrozen": 8}])
     assert counter.state_dict() == {"done": done, "unfrozen": unfrozen}
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70),
+     ("NVIDIA RTX A4000", None), ("NVIDIA L40S", 362)],
+)  # fmt: skip
+def test_what_a_card_can_do_is_known_by_its_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert card_tflops(torch.device("cuda")) == tflops
+    assert card_tflops(torch.device("cpu")) is None

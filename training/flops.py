@@ -6,14 +6,32 @@ trains. The same holds for the two products of attention, which are counted for 
 a mask hides. What a fused kernel or a checkpoint computes again is not counted. The head counts at label positions.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
+
+# Dense bfloat16 products of a card in TFLOP/s by its maker's data sheet, by words of the name that
+# torch.cuda.get_device_name gives; the first that fits. Of cards without bfloat16: float16.
+CARD_TFLOPS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150,
+    "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "RTX 5090": 210, "RTX 4090": 165,
+    "RTX 3090": 71, "RTX 6000 Ada": 364, "RTX A6000": 155, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def card_tflops(device: torch.device) -> float | None:
+    """TFLOP/s of the device by its data sheet; None for a device that CARD_TFLOPS does not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops for card, tflops in CARD_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
 
 
 @dataclass(frozen=True)

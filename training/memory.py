@@ -23,6 +23,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB elsewhere
 
 
+def reserved_memory_bytes(device: torch.device) -> int | None:
+    """On CUDA the most that PyTorch has taken of the device, tensors or not; None elsewhere."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 def _windows_peak_bytes() -> int | None:
     with contextlib.suppress(ImportError):
         import psutil

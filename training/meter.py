@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from training.flops import FlopCounter
-from training.memory import peak_memory_bytes
+from training.flops import FlopCounter, card_tflops
+from training.memory import peak_memory_bytes, reserved_memory_bytes
 from training.parallel import Parallel
 
 
@@ -33,6 +33,8 @@ class Meter:
         self.unread: list[tuple[int, torch.Tensor, list[str], int]] = []  # (step, loss, row ids, tokens)
         self.losses: list[float] = []  # of the steps since the last report
         self.tokens = self.total_tokens = 0  # since the last report, and of the whole run; all ranks together
+        self.images, self.wait_s = 0, 0.0  # since the last report: this rank's images or tiles, and waits for data
+        self.total_wait_s = 0.0
         self.reported_flops, self.reported_s = 0, 0.0  # as they stood at the last report: this rank's, training time
 
     def start(self, process_started: float) -> None:
@@ -60,6 +62,9 @@ class Meter:
         loss: float32 scalar on the device.
         """
         self.flops.add(batches)
+        self.images += sum(len(batch["images"]) for batch in batches if batch["images"] is not None)
+        self.wait_s += (waited := sum(batch.get("wait_s", 0.0) for batch in batches))
+        self.total_wait_s += waited
         rows = [row for batch in batches for row in batch["ids"]]
         self.unread.append((step, loss, rows, sum(batch["num_tokens"] for batch in batches)))
 
@@ -89,16 +94,21 @@ class Meter:
         self.read()
         self._count("train")
         seconds = self.seconds["train"] - self.reported_s
-        (flops,) = self.parallel.sum(self.flops.done - self.reported_flops)
-        peak = peak_memory_bytes(self.device)
+        flops, images = self.parallel.sum(self.flops.done - self.reported_flops, self.images)
+        tflops_per_s = flops / seconds / 1e12 if seconds else None
+        peak, reserved, card = (known(self.device) for known in (peak_memory_bytes, reserved_memory_bytes, card_tflops))
         values = {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/grad_norm": None if self.grad_norm is None else float(self.grad_norm),
             "train/tokens_per_s": self.tokens / seconds if seconds else None,
-            "train/tflops_per_s": flops / seconds / 1e12 if seconds else None,
+            "train/images_per_s": images / seconds if seconds else None,
+            "train/tflops_per_s": tflops_per_s,
+            "train/mfu": tflops_per_s / card / self.parallel.world_size if card and tflops_per_s else None,
             "train/peak_memory_gib": None if peak is None else peak / 2**30,
+            "train/reserved_memory_gib": None if reserved is None else reserved / 2**30,
+            "train/data_wait_time_s": self.wait_s,
         }
-        self.losses, self.tokens = [], 0
+        self.losses, self.tokens, self.images, self.wait_s = [], 0, 0, 0.0
         self.reported_flops, self.reported_s = self.flops.done, self.seconds["train"]
         return values
 
@@ -115,6 +125,8 @@ class Meter:
             "losses": list(self.losses),
             "tokens": self.tokens,
             "total_tokens": self.total_tokens,
+            "images": self.images,
+            "total_wait_time_s": self.total_wait_s,
             "reported_flops": self.reported_flops,
             "reported_s": self.reported_s,
             "flops": self.flops.state_dict(),
@@ -126,6 +138,8 @@ class Meter:
         state = states[rank if same else 0]
         self.seconds.update(state["seconds"])
         self.losses, self.tokens, self.total_tokens = list(state["losses"]), state["tokens"], state["total_tokens"]
+        self.images = state.get("images", 0)  # a checkpoint from before they were counted has none
+        self.total_wait_s = state.get("total_wait_time_s", 0.0)
         self.reported_s, self.reported_flops = state["reported_s"], state["reported_flops"]
         self.flops.load_rank_states([other["flops"] for other in states])
         if not same:  # rank 0 takes what all of them have counted

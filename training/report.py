@@ -21,7 +21,7 @@ from training.arguments import DEFAULT_RECIPE, Settings
 from training.environment import record_environment
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
-from training.memory import peak_memory_bytes
+from training.memory import peak_memory_bytes, reserved_memory_bytes
 from training.meter import Meter
 from training.resume import RunStart
 from training.state import END_REASONS, LoopState
@@ -92,6 +92,8 @@ def log_progress(
         "tok/s": f"{values['train/tokens_per_s']:,.0f}",
         "TFLOP/s": f"{values['train/tflops_per_s']:.2f}",
     }
+    if values["train/mfu"] is not None:
+        shown["MFU"] = f"{values['train/mfu']:.0%}"
     if values["train/peak_memory_gib"] is not None:
         shown["GiB"] = f"{values['train/peak_memory_gib']:.1f}"
     if monitor is not None:
@@ -146,7 +148,7 @@ def make_summary(
     """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
     seconds, flops, scores = meter.seconds, meter.flops, test or {}
     train_s = seconds["train"]
-    peak = peak_memory_bytes(meter.device)
+    peak, reserved = peak_memory_bytes(meter.device), reserved_memory_bytes(meter.device)
     return {
         "total_time_s": sum(seconds.values()),
         "startup_time_s": seconds["startup"],
@@ -164,6 +166,8 @@ def make_summary(
         "train_flops_unfrozen_per_step": flops.unfrozen / state.step if state.step else None,
         "train_tflops_per_s": flops.done / train_s / 1e12 if train_s else None,
         "peak_memory_gib": None if peak is None else peak / 2**30,
+        "reserved_memory_gib": None if reserved is None else reserved / 2**30,
+        "data_wait_time_s": meter.total_wait_s,
         "feature_cache_hits": cache.hits if cache else None,  # images
         "feature_cache_lookups": cache.lookups if cache else None,
         "train_tokens": meter.total_tokens,
@@ -218,6 +222,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         speed = f"{summary['train_tflops_per_s']:.3g} TFLOP/s"
         if summary["peak_memory_gib"] is not None:
             speed += f", {summary['peak_memory_gib']:.2f} GiB at most"
+        speed += f", {percent(summary['data_wait_time_s'] / summary['train_time_s'])} of the steps' time for data"
         lines.append(f"speed                 {speed}")
     for split, counts in summary["dropped"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())

@@ -22,7 +22,7 @@ TINY = {
     "patience": 1, "freeze_order": "any", "monitor_grace": True, "feature_cache_gib": 0,
 }  # fmt: skip
 # Times differ, and what of the settings may.
-UNEQUAL = {"settings", "log", "seconds", "reported_s", "resumed_at"}
+UNEQUAL = {"settings", "log", "seconds", "reported_s", "resumed_at", "total_wait_time_s"}
 
 
 def arguments(data: Path, tmp_path: Path, name: str, **flags) -> list[str]:
