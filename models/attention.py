@@ -6,6 +6,8 @@ Shapes: B rows, H query heads, G key/value heads (G divides H), T queries, S key
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias, Union
 
@@ -80,7 +82,15 @@ def plain_attention(
 def takes_flex_attention(device: torch.device, length: int, head_dim: int, dropout: float) -> bool:
     """Whether FlexAttention can be used within documents: only on CUDA, without dropout, at lengths in whole blocks."""
     in_blocks = length % FLEX_BLOCK == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return device.type == "cuda" and in_blocks and dropout == 0
+    return device.type == "cuda" and in_blocks and dropout == 0 and has_compiler()
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether kernels can be compiled for CUDA: Triton is here, and a C compiler for what launches them."""
+    from torch.utils._triton import has_triton
+
+    return has_triton() and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
 
 
 def document_block_mask(document_ids: torch.Tensor) -> BlockMask:

@@ -109,12 +109,11 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         cache: KVCache | None = None,
         block: int = 0,
     ) -> torch.Tensor:
-        """cos, sin: of RotaryEmbedding. mask: None is causal. block: index of this block in the cache."""
+        """cos, sin: of RotaryEmbedding, in x's dtype. mask: None is causal. block: index of this block in the cache."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, H, T, D]
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, G, T, D]
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(block, k, v)
@@ -207,7 +206,7 @@ class LanguageModel(nn.Module):
         T, start = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=x.device)[None]
-        cos, sin = self.rotary_embd(position_ids, start + T)
+        cos, sin = (table.to(x.dtype) for table in self.rotary_embd(position_ids, start + T))
         mask = self._mask(attention_mask, document_ids, T)
         if mask is None and T > 1 and start > 0:
             raise ValueError("several new positions after cached ones need an attention_mask")

@@ -318,9 +318,12 @@ def test_block_masks_attend_as_the_plain_mask_does(monkeypatch):
     assert len(made) == 1
 
 
-def test_flex_attention_is_for_cuda_and_for_shapes_that_it_knows():
-    assert not takes_flex_attention(CPU, 256, 64, 0.0)
+def test_flex_attention_is_for_cuda_with_a_compiler_and_for_shapes_that_it_knows(monkeypatch):
     cuda = torch.device("cuda")
+    monkeypatch.setattr(models.attention, "has_compiler", lambda: False)
+    assert not takes_flex_attention(cuda, 1024, 64, 0.0)
+    monkeypatch.setattr(models.attention, "has_compiler", lambda: True)
+    assert not takes_flex_attention(CPU, 256, 64, 0.0)
     assert takes_flex_attention(cuda, 1024, 64, 0.0)
     assert not any(takes_flex_attention(cuda, *other) for other in ((1000, 64, 0.0), (1024, 48, 0.0), (1024, 64, 0.1)))
 

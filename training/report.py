@@ -14,6 +14,7 @@ from data.pipeline import Data
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME
+from models.attention import has_compiler
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -68,6 +69,8 @@ def open_report(
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
     log.say("rows: " + (", ".join(counts) or "a stream"))
+    if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
+        log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
     if monitor is not None:
         towers = [component.tower for component in monitor.components]
         log.say(
