@@ -6,6 +6,7 @@
 `main` reads the settings, `run` sets up data, model, optimizer and GradES, `train` is the loop.
 """
 
+import os
 import sys
 import time
 
@@ -17,6 +18,8 @@ from training.preflight import check_paths
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may hold letters that the console cannot print
     SETTINGS = check_paths(parse_arguments())  # before torch is imported, so that errors show at once
+    # CUDA memory of ever new sizes, as the number of tiles changes, then leaves no holes that nothing fits into.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import contextlib
 

@@ -327,6 +327,28 @@ def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, 
     assert_same(folder, tmp_path / "out" / "whole")
 
 
+def test_where_memory_runs_out_what_was_trained_is_saved_and_the_flags_to_turn_are_named(
+    run, tmp_path, monkeypatch, capsys
+):
+    step = train.forward_backward
+    calls: list = []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        return step(*args)
+
+    monkeypatch.setattr(train, "forward_backward", fails)
+    with pytest.raises(SystemExit) as ended:
+        run("run")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: CUDA out of memory. Tried to allocate 2 GiB\n" in said
+    assert "--activation_checkpointing" in said
+    assert state(tmp_path / "out" / "run", "crash")["step"] == 2
+
+
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
     torch.save({"step": 1}, tmp_path / "training_state.pt")
     with pytest.raises(ValueError, match=r"--resume .*: another version"):

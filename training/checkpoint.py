@@ -31,6 +31,12 @@ from training.parallel import Parallel
 from training.resume import FORMAT, RunStart, load_file
 from training.state import LoopState
 
+LESS_MEMORY = (
+    "A step takes less memory with a smaller --batch_size (and more --gradient_accumulation_steps), with "
+    "--activation_checkpointing, --loss_chunk_size 1024 or fewer --max_images_per_knapsack; --dry_run tells how much it "
+    "takes. The run continues from what is saved with --resume FOLDER/checkpoints/crash and --resume_override."
+)
+
 
 class Stateful(Protocol):
     """What a checkpoint can hold. Where each rank has a state of its own there is `load_rank_states(states)` in place
@@ -105,6 +111,9 @@ class Checkpointer:
                     self.save(state, "crash")
                 except Exception as another:
                     log.say(f"NOT SAVED: {another}")
+            if isinstance(error, torch.OutOfMemoryError):
+                print(f"train.py: error: {str(error).splitlines()[0]}\n{LESS_MEMORY}", file=sys.stderr)
+                sys.exit(1)
             if any(worker.exitcode for worker in workers):
                 print(
                     "train.py: error: a process of --num_workers has died, as when memory runs out "
