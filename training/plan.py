@@ -136,14 +136,14 @@ def full_batch(settings: Settings, device: torch.device) -> dict:
         turns, length = 1, vlm.lm_max_length
         tiles *= max(cfg.max_images_per_knapsack, cfg.max_images_per_example)  # which has a row of its own
     tiles = max(1, min(tiles, (length - 1) // vlm.mp_image_token_length))
-    rows = cfg.batch_size * turns
+    rows, images, side = cfg.batch_size * turns, cfg.batch_size * tiles, vlm.vit_img_size
     slots, labels = rows * tiles * vlm.mp_image_token_length, rows * max(1, round(LABEL_SHARE * length))
     indices = functools.partial(torch.zeros, dtype=torch.long, device=device)
     documents = {"position_ids": indices(rows, length), "document_ids": indices(rows, length).int()}
     return (documents if cfg.packing else {}) | {
         "input_ids": indices(rows, length),
         "targets": indices(rows, length),
-        "images": torch.zeros(cfg.batch_size * tiles, 3, vlm.vit_img_size, vlm.vit_img_size, device=device),
+        "images": torch.zeros(images, 3, side, side, dtype=torch.uint8, device=device),
         "image_slots": indices(slots),
         "image_sources": indices(slots) if cfg.turns_per_image else None,
         "label_positions": indices(labels),
