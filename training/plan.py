@@ -23,7 +23,7 @@ LABEL_SHARE = 0.25  # of a row's tokens carry a label: questions, image tokens a
 SNAPSHOTS = {"weight_change": 1, "gradient_change": 1, "gradient_norm": 0, "gradient_rms": 0, "rollback": 0}
 NOTES = """\
             Activations: kept for the backward pass of one micro-batch, {dtype} products, fused attention.
-            Not counted: what an operation needs only while it runs, float32 copies in CUDA's norms, the allocator's
+            Not counted: what an operation needs only while it runs, the allocator's
             reserve, Python and its libraries, evaluation."""
 
 
