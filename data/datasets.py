@@ -21,6 +21,7 @@ from models.config import TrainConfig, VLMConfig
 
 NOT_DECODED = "image does not decode"
 TOO_MANY_IMAGES = "too many images"
+TOO_MANY_TILES = "too many tiles"
 NO_TEXT = "no text"
 IMAGE_TOKEN_IN_TEXT = "image token in text"
 CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the turn and begin another
@@ -272,9 +273,12 @@ class VQADataset:
         if len(row["images"]) > self.cfg.max_images_per_example:
             raise _RowDropped(TOO_MANY_IMAGES)
         try:
-            return [self.image_processor.grid(image) for image in row["images"]]
+            grids = [self.image_processor.grid(image) for image in row["images"]]
         except ImageDecodeError:
             raise _RowDropped(NOT_DECODED) from None
+        if self.train and sum(map(self.image_processor.count, grids)) > (self.cfg.tiles_per_row or float("inf")):
+            raise _RowDropped(TOO_MANY_TILES)
+        return grids
 
     def _tiles(self, images: list) -> torch.Tensor | None:
         """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises _RowDropped."""

@@ -130,14 +130,11 @@ class Piece:
     sample: PreparedSample
     start: int  # its first conversation among the sample's
     stop: int
+    load: int  # of its images: see PackedReaders._load
 
     @property
     def tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.sample.conversations[self.start : self.stop])
-
-    @property
-    def images(self) -> int:
-        return len(self.sample.grids)
 
     def split(self, room: int) -> tuple[Piece, Piece]:
         """(its first conversations, as many as fit into `room` tokens; the others); either may have none."""
@@ -210,13 +207,25 @@ class PackedReaders(Readers):
 
     def _packed(self, window: list[PreparedSample], key: str) -> list[list[Piece]]:
         """The rows of a window. Their order and that of the samples in each are drawn by `key`: not by length."""
-        capacity, limit = self.collator.vlm_cfg.lm_max_length, self.dataset.cfg.max_images_per_knapsack
-        pieces = [piece for sample in window for piece in _pieces(sample, capacity)]
-        packed = pack([piece.tokens for piece in pieces], [piece.images for piece in pieces], capacity, limit)
+        cfg, capacity = self.dataset.cfg, self.collator.vlm_cfg.lm_max_length
+        limit = cfg.max_images_per_knapsack * (cfg.tiles_per_row or 1)
+        pieces = [piece for sample in window for piece in _pieces(sample, capacity, self._load(sample))]
+        packed = pack([piece.tokens for piece in pieces], [piece.load for piece in pieces], capacity, limit)
         rows = _divide([[pieces[i] for i in row] for row in packed], capacity, limit)
         rng = random.Random(key)
         rng.shuffle(rows)
         return [rng.sample(row, len(row)) for row in rows]
+
+    def _load(self, sample: PreparedSample) -> int:
+        """What a sample's images take of a row's limit, which is one on images and, if there is one, on tiles.
+
+        Of two limits the larger share counts: rows in which these sum up to the whole keep to both.
+        """
+        cfg, images = self.dataset.cfg, len(sample.grids)
+        if not cfg.tiles_per_row:
+            return images
+        tiles = sum(map(self.dataset.image_processor.count, sample.grids))
+        return max(images * cfg.tiles_per_row, tiles * cfg.max_images_per_knapsack)
 
     def _sample(self, piece: Piece) -> Sample:
         """The piece with its images decoded. What a sample has dropped counts in its first piece alone."""
@@ -232,15 +241,15 @@ def _window(samples: Iterator[PreparedSample], tokens: int) -> Iterator[Prepared
         yield sample
 
 
-def _pieces(sample: PreparedSample, capacity: int) -> Iterator[Piece]:
+def _pieces(sample: PreparedSample, capacity: int, load: int) -> Iterator[Piece]:
     """The sample in as few pieces as its conversations need, of at most `capacity` tokens each."""
-    rest = Piece(sample, 0, len(sample.conversations))
+    rest = Piece(sample, 0, len(sample.conversations), load)
     while rest.start < rest.stop:
         piece, rest = rest.split(capacity)
         yield piece
 
 
-def _divide(rows: list[list[Piece]], capacity: int, max_images: int) -> list[list[Piece]]:
+def _divide(rows: list[list[Piece]], capacity: int, max_load: int) -> list[list[Piece]]:
     """The rows without the emptiest ones, as long as their conversations fit into the room of the others.
 
     A sample that is divided for this has all its images in each of its rows: a few more images, but one row less.
@@ -248,24 +257,24 @@ def _divide(rows: list[list[Piece]], capacity: int, max_images: int) -> list[lis
     """
     while len(rows) > 1:
         emptiest = min(rows, key=_tokens)
-        spread = _spread(emptiest, [row for row in rows if row is not emptiest], capacity, max_images)
+        spread = _spread(emptiest, [row for row in rows if row is not emptiest], capacity, max_load)
         if spread is None:
             break
         rows = spread
     return rows
 
 
-def _spread(pieces: list[Piece], rows: list[list[Piece]], capacity: int, max_images: int) -> list[list[Piece]] | None:
+def _spread(pieces: list[Piece], rows: list[list[Piece]], capacity: int, max_load: int) -> list[list[Piece]] | None:
     """The rows with the pieces added, which are divided where needed; None if they do not fit."""
     rows = [list(row) for row in rows]
     rooms = [capacity - _tokens(row) for row in rows]
-    images = [max_images - sum(piece.images for piece in row) for row in rows]
+    loads = [max_load - sum(piece.load for piece in row) for row in rows]
     if sum(rooms) < _tokens(pieces):
         return None
     for rest in pieces:
         while rest.start < rest.stop:
             # The fullest row that has room for all of it, else the one with most room.
-            open_rows = [i for i in range(len(rows)) if images[i] >= rest.images]
+            open_rows = [i for i in range(len(rows)) if loads[i] >= rest.load]
             if not open_rows:
                 return None
             tokens = rest.tokens
@@ -275,7 +284,7 @@ def _spread(pieces: list[Piece], rows: list[list[Piece]], capacity: int, max_ima
                 return None
             rows[place].append(piece)
             rooms[place] -= piece.tokens
-            images[place] -= piece.images
+            loads[place] -= piece.load
     return rows
 
 

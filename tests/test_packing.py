@@ -107,6 +107,20 @@ def test_batches_are_nearly_full(make_rows, count):
     assert sum(batch["num_tokens"] for batch in found) / (1024 * count) > 0.97
 
 
+def test_a_limit_on_tiles_holds_in_every_batch_and_drops_what_exceeds_a_share():
+    vlm = small(256, resize_to_max_side_len=False)
+    tall, small_one = picture(16, 64), picture(16, 16, seed=1)  # four tiles and the global image; one
+    rows = [row([[tall], [small_one], [small_one, small_one], [tall, tall]][i % 4], name=str(i)) for i in range(40)]
+    cfg = packing(256, batch_size=2, max_tiles_per_batch=12, max_images_per_knapsack=4)
+    found = list(islice(batches(rows, vlm, cfg), 12))
+    counts = [0 if batch["images"] is None else len(batch["images"]) for batch in found]
+    assert max(counts) <= 12
+    assert max(counts) > 6
+    dropped = sum((Counter(batch["dropped"]) for batch in found), Counter())
+    assert set(dropped) == {"too many tiles"}
+    assert {int(name) % 4 for batch in found for name in batch["ids"]} == {0, 1, 2}
+
+
 # Batches
 
 

@@ -33,7 +33,7 @@ from training.state import LoopState
 
 LESS_MEMORY = (
     "A step takes less memory with a smaller --batch_size (and more --gradient_accumulation_steps), with "
-    "--activation_checkpointing, --loss_chunk_size 1024 or fewer --max_images_per_knapsack; --dry_run tells how much. "
+    "--activation_checkpointing, --loss_chunk_size 1024 or a --max_tiles_per_batch; --dry_run tells how much. "
     "The run continues from what is saved with --resume FOLDER/checkpoints/crash and --resume_override."
 )
 

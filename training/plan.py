@@ -135,7 +135,7 @@ def full_batch(settings: Settings, device: torch.device) -> dict:
     if cfg.packing:
         turns, length = 1, vlm.lm_max_length
         tiles *= max(cfg.max_images_per_knapsack, cfg.max_images_per_example)  # which has a row of its own
-    tiles = max(1, min(tiles, (length - 1) // vlm.mp_image_token_length))
+    tiles = max(1, min(tiles, (length - 1) // vlm.mp_image_token_length, cfg.tiles_per_row or tiles))
     rows, images, side = cfg.batch_size * turns, cfg.batch_size * tiles, vlm.vit_img_size
     slots, labels = rows * tiles * vlm.mp_image_token_length, rows * max(1, round(LABEL_SHARE * length))
     indices = functools.partial(torch.zeros, dtype=torch.long, device=device)
