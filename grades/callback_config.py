@@ -32,7 +32,7 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
     average_weights: float = doc(
         "metric rollback: keep a running average of the weights, with this decay per step, with which the model ends "
         "where its held-out loss is lower",
-        0.98,
+        0.99,
         gt=0,
         lt=1,
     )

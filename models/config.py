@@ -211,7 +211,7 @@ def check_settings(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> 
         found.append(problem("unfreeze_factor", grades.unfreeze_factor, allowed))
     if train.enable_grades and grades.metric == "rollback":
         if not train.average_weights:
-            found.append(problem("average_weights", train.average_weights, "given (0.98) with --metric rollback"))
+            found.append(problem("average_weights", train.average_weights, "given (0.99) with --metric rollback"))
         if train.val_size == 0:
             found.append(problem("val_size", train.val_size, "> 0 with --metric rollback, which needs held-out rows"))
     if grades.on_converged == "cooldown" and train.lr_schedule not in ("constant", "wsd"):

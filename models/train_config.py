@@ -97,7 +97,7 @@ class TrainConfig(Checked):
         choices=("sqrt", "linear"),
     )
     average_weights: float = doc(
-        "evaluate an average of the weights too, and save it where it is better: a decay per step (0.98), or from 2 on "
+        "evaluate an average of the weights too, and save it where it is better: a decay per step (0.99), or from 2 on "
         "a window of steps; 0: off",
         0.0,
         ge=0,
