@@ -52,11 +52,13 @@ class TrainConfig(Checked):
         "fill rows of lm_max_length tokens with several samples. None sees another; batch_size counts such rows",
         False,
     )
-    max_tiles_per_batch: int = doc(
+    max_tiles_per_batch: int | str = doc(
         "images or tiles in a micro-batch at most, which bounds its memory: each of the batch_size rows has an equal "
-        "share, and a sample with more than a share is dropped. 0: no limit",
+        "share, and a sample with more than a share is dropped. 0: no limit; auto: as many as fit into the CUDA "
+        "device's memory, by --dry_run's count",
         0,
         ge=0,
+        choices=("auto",),
     )
     max_images_per_knapsack: int = doc("packing: images in one row; a sample with more has a row of its own", 18, gt=0)
     max_images_per_example: int = doc("rows with more images are dropped", 4, ge=0)
@@ -211,7 +213,7 @@ class TrainConfig(Checked):
     @property
     def tiles_per_row(self) -> int:
         """The share of each row in max_tiles_per_batch; 0: no limit."""
-        return self.max_tiles_per_batch // self.batch_size
+        return 0 if isinstance(self.max_tiles_per_batch, str) else self.max_tiles_per_batch // self.batch_size
 
     def relations(self) -> Iterable[Relation]:
         draws_turns = self.turns_per_image is not None
@@ -226,7 +228,11 @@ class TrainConfig(Checked):
             (not self.log_wandb or self.log_with in (None, "wandb"), "log_with", "left out with --log_wandb"),
             (self.resume != "auto" or self.run_name is not None, "resume", "given with --run_name"),
             (self.run_name is None or Path(self.run_name).name == self.run_name, "run_name", "a plain folder name"),
-            (not 0 < self.max_tiles_per_batch < self.batch_size, "max_tiles_per_batch", "0, or at least batch_size"),
+            (
+                self.max_tiles_per_batch in ("auto", 0) or self.tiles_per_row > 0,
+                "max_tiles_per_batch",
+                "0, auto, or at least batch_size",
+            ),
             (not 1 <= self.average_weights < 2, "average_weights", "a decay below 1, or a window of 2 steps or more"),
             (self.feature_cache_gib == 0 or self.parallel == "ddp", "feature_cache_gib", "0 with --parallel fsdp"),
             *self._lora_relations(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from training import setup
 from training.activations import saved_bytes
 from training.arguments import parse_arguments
 from training.flops import model_cost
-from training.plan import full_batch, make_plan, plan_lines
+from training.plan import fitting_tiles, full_batch, make_plan, plan_lines
 from training.step import forward_backward
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,3 +196,18 @@ def test_a_plan_takes_its_sizes_from_what_is_on_this_machine(tmp_path, capsys):
     assert f"{sum(p.numel() for p in model.parameters()):,}" in capsys.readouterr().out
     assert train.main(parse_arguments([*words.split(), "somebody/on-the-hub"])) == 0
     assert "593,792" in capsys.readouterr().out
+
+
+def test_as_many_tiles_as_fit_into_the_memory():
+    settings = parse_arguments(f"{SMALL} {PACKING} 4 {TILES} 120".split())
+    settings.train.max_tiles_per_batch = "auto"
+    whole = plan(f"{PACKING} 4 {TILES} 120")
+    memory = sum(whole.memory.values())
+    assert fitting_tiles(settings, CPU, math.inf) == fitting_tiles(settings, CPU, 2 * memory) == 0
+    tiles = fitting_tiles(settings, CPU, memory)
+    assert 2 <= tiles < whole.images
+    limited = plan(f"{PACKING} 4 {TILES} 120 --max_tiles_per_batch {tiles}")
+    assert limited.images == tiles
+    assert 0.7 * memory < sum(limited.memory.values()) <= 0.86 * memory
+    with pytest.raises(ValueError, match="--batch_size 2: takes"):
+        fitting_tiles(settings, CPU, memory / 100)

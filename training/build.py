@@ -1,6 +1,7 @@
 """The model of a run, and the plan of a run that --dry_run prints."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -58,11 +59,26 @@ def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None
     return None
 
 
+def limit_tiles(settings: Settings, processes: int = 1) -> None:
+    """Set max_tiles_per_batch, where it is auto, to as many as fit into the CUDA device; to 0 where all do.
+
+    Raises ValueError where not even one tile for each row fits.
+    """
+    if settings.train.max_tiles_per_batch != "auto":
+        return
+    from training.plan import fitting_tiles
+
+    device = setup.pick_device()
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    settings.train.max_tiles_per_batch = fitting_tiles(settings, device, memory, processes)
+
+
 def dry_run(settings: Settings, processes: int) -> int:
     """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
     from training.plan import make_plan, plan_lines
 
     take_over_sizes(settings, local_only=True)
+    limit_tiles(settings, processes)
     with torch.device("meta"):
         model = VisionLanguageModel(settings.vlm)
         if settings.train.lora_rank:

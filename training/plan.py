@@ -1,5 +1,6 @@
 """--dry_run: what a run will take, counted before anything is downloaded: parameters, tokens, FLOPs, memory."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from grades import find_components
 from grades.components import Component
 from grades.config import ROLLBACK
 from grades.sampling import make_sampler
+from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.activations import activation_bytes
@@ -25,6 +27,37 @@ NOTES = """\
             Activations: kept for the backward pass of one micro-batch, {dtype} products, fused attention.
             Not counted: what an operation needs only while it runs, the allocator's
             reserve, Python and its libraries, evaluation."""
+
+
+# Of the device's memory, for what is counted: the rest is for what is not.
+COUNTED_SHARE = 0.85
+
+
+def fitting_tiles(settings: Settings, device: torch.device, memory: float, processes: int = 1) -> int:
+    """The most tiles with which a micro-batch's plan takes COUNTED_SHARE of `memory` bytes; 0 for no limit."""
+    rows = settings.train.batch_size
+
+    def planned(tiles: int) -> tuple[int, int]:
+        limited = dataclasses.replace(settings, train=dataclasses.replace(settings.train, max_tiles_per_batch=tiles))
+        with META:
+            model = VisionLanguageModel(settings.vlm)
+            if settings.train.lora_rank:
+                inject_lora(model, settings.train)
+        plan = make_plan(model, limited, device, processes)
+        return plan.images, sum(plan.memory.values())
+
+    (most, largest), budget = planned(0), COUNTED_SHARE * memory
+    if largest <= budget:
+        return 0
+    least, smallest = planned(rows)
+    if smallest > budget:
+        raise ValueError(
+            f"--batch_size {rows}: takes {smallest / 2**30:.1f} GiB with a single tile in each row, which is more than "
+            f"{COUNTED_SHARE:.0%} of the device's {memory / 2**30:.1f} GiB; give a smaller one, or "
+            "--activation_checkpointing"
+        )
+    tiles = least + int((budget - smallest) * (most - least) / (largest - smallest))
+    return tiles // rows * rows
 
 
 @dataclass
