@@ -50,8 +50,8 @@ Weights = dict[str, torch.Tensor]
 class Run:
     """A finished run with its checkpoints, and its signs: by name, by step, by tower."""
 
-    def __init__(self, folder: Path, batches: int):
-        """batches: of training data, for the noise of the gradient. Raises ValueError for a folder without checkpoints
+    def __init__(self, folder: Path, batches: int, rows: int | None = None):
+        """batches: of training data, for the noise of the gradient. rows: held-out, for all else. Raises ValueError for a folder without checkpoints
         that follow each other."""
         self.curves = Curves.read(folder)
         self.folders = {step_of(path): path for path in step_folders(folder)}
@@ -59,10 +59,11 @@ class Run:
             raise ValueError(f"{folder}: needs the checkpoints of all evaluations: --keep_checkpoints 100")
         settings = parse_arguments(["--config", str(folder / "config.yaml")])
         self.cfg, self.device = settings.train, torch.device("cpu")
+        self.cfg.rollback_rows = rows or self.cfg.rollback_rows
         self.model = VisionLanguageModel.from_pretrained(str(next(iter(self.folders.values()))))
         setup.freeze_untrained(self.model, self.cfg)
-        rows = load_rows(self.cfg.train_dataset_path, self.cfg.train_dataset_name)
-        data = load_data(rows, settings.vlm, self.cfg, None)
+        found = load_rows(self.cfg.train_dataset_path, self.cfg.train_dataset_name)
+        data = load_data(found, settings.vlm, self.cfg, None)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
         self.evaluator = Evaluator(self.model, data, self.cfg, self.device, self.autocast)
         data.start_reading()
@@ -226,11 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="run folders with all their checkpoints")
     parser.add_argument("--tau", type=float, default=ROLLBACK_TAU, help=f"of the gain (default: {ROLLBACK_TAU})")
     parser.add_argument("--batches", type=int, default=8, help="training batches for the noise (default: 8)")
+    parser.add_argument("--rows", type=int, help="held-out rows (default: the runs' --rollback_rows)")
     given = parser.parse_args(argv)
     measured = []
     try:
         for folder in given.folders:
-            measured.append(Run(folder, given.batches))
+            measured.append(Run(folder, given.batches, given.rows))
             measured[-1].measure()
             print(f"measured {folder}", file=sys.stderr)
     except ValueError as error:
