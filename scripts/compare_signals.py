@@ -51,8 +51,10 @@ class Run:
     """A finished run with its checkpoints, and its signs: by name, by step, by tower."""
 
     def __init__(self, folder: Path, batches: int, rows: int | None = None):
-        """batches: of training data, for the noise of the gradient. rows: held-out, for all else. Raises ValueError for a folder without checkpoints
-        that follow each other."""
+        """batches: of training data, for the noise of the gradient. rows: held-out, for all else.
+
+        Raises ValueError for a folder without checkpoints that follow each other.
+        """
         self.curves = Curves.read(folder)
         self.folders = {step_of(path): path for path in step_folders(folder)}
         if len(self.folders) < 3:
