@@ -9,7 +9,7 @@ from scripts import compare_stopping
 
 def test_each_rule_ends_where_it_would_have(tmp_path, capsys):
     folders = [write_curves(tmp_path / name, converged) for name, converged in (("a", 400), ("b", 800))]
-    assert compare_stopping.main(folders) == 0
+    assert compare_stopping.main([*folders, "--patience", "2"]) == 0
     table = read_table(capsys.readouterr().out)
     steps = {row["ends by"]: row["steps"] for row in table}
     assert steps == {

@@ -45,7 +45,7 @@ def digits(monkeypatch):
 
 def test_each_task_ends_at_its_own_time_and_the_control_takes_as_long(digits, tmp_path, capsys):
     output = tmp_path / "out"
-    assert compare_tasks.main(["--output", str(output), "--tasks", *CONVERGED], launch) == 0
+    assert compare_tasks.main(["--output", str(output), "--patience", "2", "--tasks", *CONVERGED], launch) == 0
     table = {row["task"]: row for row in read_table((output / "tasks.md").read_text(encoding="utf-8"))}
     ends = {task: table[compare_tasks.TASKS[task]]["ends by gain"] for task in CONVERGED}
     assert ends == {"colors": "400", "all": "600", "digits": "500", "wider": "900"}
