@@ -9,7 +9,7 @@ from grades.fields import Checked, Relation, doc
 
 METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")  # each component has its own number
 ROLLBACK = "rollback"
-ROLLBACK_TAU = 0.006  # nats per 100 steps: the tau of auto with --metric rollback, whatever the model
+ROLLBACK_TAU = 0.004  # nats per 100 steps: the tau of auto with --metric rollback, whatever the model
 DEFAULT_TAUS = {"vision": 1e-5, "language": 1e-4}
 TAU_MODES = ("absolute", "relative")
 AUTO = "auto"

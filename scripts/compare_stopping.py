@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, at least two")
     parser.add_argument("--tau", type=float, default=ROLLBACK_TAU, help=f"nats per 100 steps (default: {ROLLBACK_TAU})")
-    parser.add_argument("--patience", type=int, default=3, help="checks in a row below tau (default: 3)")
+    parser.add_argument("--patience", type=int, default=2, help="checks in a row below tau (default: 2)")
     parser.add_argument("--es_delta", type=float, default=0.0005, help="of early stopping, in nats (default: 0.0005)")
     parser.add_argument("--es_patience", type=int, default=3, help="of early stopping (default: 3)")
     given = parser.parse_args(argv)

@@ -101,7 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = runs.make_parser(__doc__.splitlines()[0], prefix="tasks", seeds=1)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--tau", type=float, default=ROLLBACK_TAU, help=f"nats per 100 steps (default: {ROLLBACK_TAU})")
-    parser.add_argument("--patience", type=int, default=3, help="checks in a row below tau (default: 3)")
+    parser.add_argument("--patience", type=int, default=2, help="checks in a row below tau (default: 2)")
     return runs.read_arguments(parser, argv)
 
 
