@@ -61,6 +61,8 @@ class TarFile:
                     if member.isfile():
                         self._add(member.name, member.offset_data, member.size)
                     tar.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+                if 0 < path.stat().st_size - tar.offset < tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("it breaks off")
         except tarfile.TarError as error:
             last = f", behind sample {self.names[-1]}" if self.names else ""
             raise ValueError(f"is not a whole tar file{last}: {error}; a compressed one must be unpacked") from None

@@ -61,8 +61,8 @@ def kind_of(value: Any) -> str:
     if is_number(value):
         return "a number"
     if isinstance(value, list | tuple):
-        kinds = sorted({kind_of(one).split(" ")[-1] for one in value})
-        return f"a list of {kinds[0]}s" if len(kinds) == 1 else "a mixed list" if kinds else "an empty list"
+        kinds = {str: "a list of strings", dict: "a list of objects"}
+        return next((kind for cls, kind in kinds.items() if value and all(type(one) is cls for one in value)), "a list")
     names = {str: "a string", dict: "an object", bytes: "bytes", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
 
