@@ -28,10 +28,12 @@ from data.drops import (
     count_drops,
     drops_of,
     image_reason,
+    where_of,
 )
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, knows_every_word, unknown_words
+from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
 WORDS_TO_NAME = 5  # of those that the tokenizer does not know, in a message
@@ -178,21 +180,21 @@ class VQADataset:
         try:
             turns, dropped = self._usable_turns(row)
             grids = self._grids(row)
-            images = self._tiles(row["images"], row["id"])
+            images = self._tiles(row["images"], where_of(row))
         except RowDropped as bad:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
         text, system = image_string(grids, self.vlm_cfg), row.get("system") or ""
         prompts = [self._remembered(encode_prompt, turn["user"], text, system) for turn in turns]
         answers = [tuple(turn["answers"]) if turn.get("answers") else turn["assistant"] for turn in turns]
         sources = [turn.get("source") for turn in turns]
-        return Questions(images, prompts, answers, sources, row["id"], drops_of(dropped, bool(turns)))
+        return Questions(images, prompts, answers, sources, row["id"], drops_of(dropped, bool(turns), row))
 
     def _encode_row(self, row: dict) -> PreparedSample:
         """All that is the same at each visit of a row."""
         try:
             turns, dropped = self._usable_turns(row)
             if not turns:
-                raise RowDropped(dropped.most_common(1)[0][0])
+                raise RowDropped(*drops_of(dropped, False, row))
             grids = self._grids(row)
         except RowDropped as bad:
             return PreparedSample([], row["id"], {bad.reason: 1})
@@ -211,9 +213,10 @@ class VQADataset:
                 conversations.append((ids, labels))
                 kept_turns.append(group[0])
         if not conversations:
-            return PreparedSample([], row["id"], drops_of(dropped, kept=False))
+            return PreparedSample([], row["id"], drops_of(dropped, False, row))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
-        return PreparedSample(conversations, row["id"], drops_of(dropped, kept=True), row["images"], grids, weights)
+        drops = drops_of(dropped, True, row)
+        return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
 
     def _remembered(self, encode: Callable, *texts: Any) -> Any:
         """encode(tokenizer, *texts), kept in memory with `cache`."""
@@ -228,7 +231,7 @@ class VQADataset:
         if "bad" in row:
             raise RowDropped(row["bad"])
         if why := self._forged(row.get("system") or ""):
-            raise RowDropped(why)
+            raise RowDropped(Reason(why, f"{where_of(row)}: the system text"))
         rated = filter_turns(row, self.cfg)["texts"]
         dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
         turns = []
@@ -252,22 +255,22 @@ class VQADataset:
 
     def _grids(self, row: dict) -> list[tuple[int, int]]:
         """The grids of a row's images, from their headers. Raises RowDropped."""
-        if len(row["images"]) > self.cfg.max_images_per_example:
-            raise RowDropped(TOO_MANY_IMAGES)
+        if (count := len(row["images"])) > (limit := self.cfg.max_images_per_example):
+            raise RowDropped(Reason(TOO_MANY_IMAGES, f"{where_of(row)}: {count}, --max_images_per_example {limit}"))
         try:
             grids = [self.image_processor.grid(image) for image in row["images"]]
         except ImageDecodeError as error:
-            raise RowDropped(image_reason(error, row["id"])) from None
+            raise RowDropped(image_reason(error, where_of(row))) from None
         if self.train and sum(map(self.image_processor.count, grids)) > (self.cfg.tiles_per_row or float("inf")):
-            raise RowDropped(TOO_MANY_TILES)
+            raise RowDropped(Reason(TOO_MANY_TILES, where_of(row)))
         return grids
 
-    def _tiles(self, images: list, row_id: str) -> torch.Tensor | None:
+    def _tiles(self, images: list, where: str) -> torch.Tensor | None:
         """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises RowDropped."""
         try:
             tiles = [self.image_processor(image)[0] for image in images]
         except ImageDecodeError as error:
-            raise RowDropped(image_reason(error, row_id)) from None
+            raise RowDropped(image_reason(error, where)) from None
         if len(tiles) == 1:
             return tiles[0]  # copying a large image takes a third of what decoding it takes
         return torch.cat(tiles) if tiles else None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from data.formats import Row
 from data.images import ImageDecodeError, NoSuchFileError
 from data.values import Reason
 
@@ -36,7 +37,7 @@ class DropCounter(Counter):
         return "dropped " + (" and ".join(filter(None, listed)) or "nothing")
 
     def examples(self) -> dict[str, str]:
-        """The first row of each reason that has one, and what was found in it."""
+        """Where the first row of each reason stands, and what was found in it."""
         return {str(reason): reason.first for reason, _ in self.most_common() if isinstance(reason, Reason)}
 
     def plain(self) -> dict[str, int]:
@@ -72,15 +73,18 @@ class RowDropped(Exception):
         self.reason = reason
 
 
-def image_reason(error: ImageDecodeError, row_id: str) -> Reason:
-    """Why an image of that row cannot be used."""
-    if isinstance(error, NoSuchFileError):
-        return Reason(NO_SUCH_FILE, f"{row_id}: {NO_SUCH_FILE} {error}")
-    return Reason(NOT_DECODED, f"{row_id}: {error}")
+def where_of(row: Row) -> str:
+    """Where the row stands, in words."""
+    return str(row.get("where") or row["id"])
 
 
-def drops_of(turns: Counter, kept: bool) -> dict[str, int]:
+def image_reason(error: ImageDecodeError, where: str) -> Reason:
+    """Why an image of the row that stands there cannot be used."""
+    return Reason(NO_SUCH_FILE if isinstance(error, NoSuchFileError) else NOT_DECODED, f"{where}: {error}")
+
+
+def drops_of(turns: Counter, kept: bool, row: Row) -> dict[str, int]:
     """The counts of a row of which `turns` were dropped: each turn if it was kept, else one row for the main reason."""
     if kept:
         return {TURN + reason: count for reason, count in turns.items()}
-    return {turns.most_common(1)[0][0]: 1}
+    return {Reason(turns.most_common(1)[0][0], where_of(row)): 1}

@@ -6,6 +6,7 @@ What a row may look like in a file is said in data.conversations. In the one sha
 `answers`: all that count as right, of which the assistant's is the first; `image_only`: the question is the image;
 `id`: str that says where the row comes from, as "easy-vqa/train/17" or "file.parquet#12";
 and, where it has them, `system`: a text before the first turn; `format`: the name of the format it was recognised by;
+`where`: its file and line in words, for messages;
 `bad`: the reason why the row cannot be used, which then has neither images nor texts; and, from FineVision,
 `<kind>_ratings`: one number or None for each turn.
 """
@@ -76,25 +77,25 @@ class Part:
         for column, names in self._class_names.items():
             if isinstance(number := record.get(column), int) and 0 <= number < len(names):
                 record[column] = names[number]
-        return self._row(record, f"{self.name}{place}")
+        return self._row(record, f"{self.name}{place}", f"{self.name}{place}")
 
     def __getitem__(self, number: int) -> Row:
         """The row of that number; a table in arrow format is a Dataset."""
         if not hasattr(self.table, "record"):
             return self.row(self.table[number : number + 1], f"#{number}")
+        row_id, where = f"{self.name}#{number}", f"{self.name}, {self.table.place(number)}"
         try:
             record = self.table.record(number)
         except BadRow as bad:
-            return self._bad_row(f"{self.name}#{number}", bad, f"{self.name}, {self.table.place(number)}")
-        return self._row(record, f"{self.name}#{number}", number)
+            return self._bad_row(row_id, bad, where)
+        return self._row(record, row_id, where) | {"where": where}
 
-    def _row(self, record: Mapping[str, Any], row_id: str, number: int | None = None) -> Row:
+    def _row(self, record: Mapping[str, Any], row_id: str, where: str) -> Row:
         try:
             row = read_record(record, self.folder) | {"id": row_id}
             kinds = [f"{kind}_ratings" for kind in RATINGS]
             return row | {kind: ratings_of(record[kind], kind) for kind in kinds if kind in record}
         except BadRow as bad:
-            where = row_id if number is None else f"{self.name}, {self.table.place(number)}"
             return self._bad_row(row_id, bad, where)
 
     @staticmethod

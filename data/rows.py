@@ -23,10 +23,10 @@ from data.hub import require_hub
 from data.image_files import ClassFolder, TarFile, image_files
 from data.order import by_subset
 from data.streams import READ_ROWS, RowStream
-from data.text_files import open_text_file
+from data.text_files import TYPES, file_type, open_text_file
 from data.values import BadRow
 
-FILE_TYPES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".tar")
+FILE_TYPES = (".parquet", *TYPES, ".tar")
 ARROW = ".arrow"  # what save_to_disk writes
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets: no rows
 SPLIT_WORDS = {"train": "train", "test": "test", "val": "validation", "validation": "validation", "dev": "validation"}
@@ -56,7 +56,7 @@ def load_rows(
     if local.exists():
         return TableRows(*_load_subsets(_local_subsets(local, names, split, flag), path, flag, skip_bad_subsets))
     # No hub id looks like this.
-    if path.count("/") > 1 or "\\" in path or path[:1] in "/.~" or local.suffix in FILE_TYPES:
+    if path.count("/") > 1 or "\\" in path or path[:1] in "/.~" or file_type(local) in FILE_TYPES:
         raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
     subsets = _hub_subsets(path, names, split, streaming, flag)
     parts, bad = _load_subsets(subsets, path, flag, skip_bad_subsets)
@@ -208,7 +208,7 @@ def _folder_parts(folder: Path, subset: str, split: str, flag: str) -> list[Part
 
 
 def _file_parts(files: list[Path], folder: Path, subset: str, root: Path, flag: str) -> list[Part]:
-    types = sorted({file.suffix for file in files})
+    types = sorted({file_type(file) for file in files})
     if ARROW in types:
         raise ValueError(
             f"--{flag} {folder}: holds {ARROW} files, but not the state.json or dataset_dict.json beside them with "
@@ -274,7 +274,7 @@ def _data_files(folder: Path) -> list[Path]:
     return [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in (*FILE_TYPES, ARROW)
+        if file_type(file) in (*FILE_TYPES, ARROW)
         and file.name not in DESCRIPTIONS
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
@@ -309,7 +309,7 @@ def _of_split(
 
 def _read_file(file: Path, flag: str) -> Any:
     """The table of a file: Records, or of parquet a Dataset in arrow format."""
-    if file.suffix not in FILE_TYPES:
+    if file_type(file) not in FILE_TYPES:
         raise ValueError(f"--{flag} {file}: must be one of {', '.join(FILE_TYPES)}, or a folder")
     if file.suffix != ".parquet":
         try:

@@ -7,8 +7,13 @@ type is inferred: what stands in one record changes no other, and a record that 
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
 import io
 import json
+import os
+import shutil
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -23,6 +28,7 @@ from data.values import BadRow, Number, kind_of, shortened, shown
 CHUNK_BYTES = 8 * 2**20
 MARK = b"\xef\xbb\xbf"  # which some programs write before UTF-8
 SPACE = b" \t\r\n"
+TYPES = (".jsonl", ".json", ".csv", ".tsv")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Of a record of a CSV file; a quotation mark that is never closed must not take the rest of a file into memory.
 csv.field_size_limit(64 * 2**20)
@@ -32,7 +38,9 @@ SKIMMER = json.JSONDecoder(parse_int=len, parse_float=len, strict=False)  # to f
 
 
 def open_text_file(path: Path) -> TextFile:
-    """The table of a .jsonl, .json, .csv or .tsv file. Raises ValueError where it is no such file, OSError."""
+    """The table of a file of one of TYPES, or with .gz behind it. Raises ValueError where it is no such file, OSError."""
+    if path.suffix == ".gz":
+        path = _unpacked(path)
     with path.open("rb") as file:
         begin = file.read(4)
         if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -46,6 +54,33 @@ def open_text_file(path: Path) -> TextFile:
             return JsonArray(path, _array_starts(file))
         file.seek(start)
         return JsonLines(path, *_line_starts(file))
+
+
+def file_type(path: Path) -> str:
+    """The ending that says what is in a file, without .gz."""
+    inner = path.with_suffix("").suffix
+    return inner if path.suffix == ".gz" and inner in TYPES else path.suffix
+
+
+def _unpacked(path: Path) -> Path:
+    """The file unpacked into the cache of `datasets`: gzip has no way to a record but through all before it."""
+    import datasets
+
+    facts = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}/{facts.st_size}/{facts.st_mtime_ns}".encode()).hexdigest()[:16]
+    unpacked = Path(datasets.config.HF_DATASETS_CACHE) / "unpacked" / f"{key}-{path.stem}"
+    if not unpacked.exists():
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        part = unpacked.with_name(f"{unpacked.name}.{os.getpid()}")
+        try:
+            with gzip.GzipFile(path) as packed, part.open("wb") as file:
+                shutil.copyfileobj(packed, file, CHUNK_BYTES)
+            part.replace(unpacked)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"is not a whole gzip file: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return unpacked
 
 
 class TextFile:

@@ -1,6 +1,7 @@
 """What rows look like in files: every format and container, and what is found in a bad row."""
 
 import base64
+import gzip
 import json
 import pickle
 import random
@@ -267,7 +268,7 @@ def test_a_missing_file_and_a_url_are_told_apart(read, tmp_path):
     assert dropped["no such file"] == 2
     assert sum(dropped.values()) == 3
     assert dropped.examples() == {
-        "no such file": f"rows.jsonl#1: no such file {tmp_path / 'none.png'}",
+        "no such file": f"rows.jsonl, line 2: {tmp_path / 'none.png'}",
         "image is a URL, which is not fetched: download it and give its path": (
             'rows.jsonl, line 3: "https://example.org/a.png"'
         ),
@@ -411,6 +412,28 @@ def test_tables_of_text(read, tmp_path, name, comma):
     ]  # fmt: skip
     assert [row["images"] for row in rows[:2]] == [[str(tmp_path / "a.png")], []]
     assert [bad(row)[1].split(":")[0] for row in rows if "bad" in row] == [f"{name}, line {n}" for n in (6, 7, 10)]
+
+
+def test_a_packed_file_is_unpacked_once(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, text in {
+        "a.jsonl": json.dumps(Q | {"image": "a.png"}) + "\n{",
+        "a.csv": "question,answer\na,b\n",
+    }.items():
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress(text.encode()))
+        for _ in range(2):
+            rows = load_rows(str(path))
+            assert rows[0]["id"] == f"{name}.gz#0"
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=f"{name}.gz: cannot be read: is not a whole gzip file"):
+            load_rows(str(path))
+        if name == "a.jsonl":
+            assert rows[0]["images"] == [str(tmp_path / "a.png")]
+            assert bad(rows[1])[1].startswith("a.jsonl.gz, line 2: ")
+    assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 2
 
 
 def test_a_folder_of_classes_and_one_with_metadata(tmp_path):

@@ -236,7 +236,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         lines.append(f"dropped, {split + ':':<13}{reasons}")
         first = list(summary["first_dropped"].get(split, {}).items())[:REASONS_TO_SHOW]
-        lines += [f"{'':<22}{reason}, first {found}" for reason, found in first]
+        lines += [f"{'':<22}{reason}, first in {found}" for reason, found in first]
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
     asked = shlex.quote(str(folder))
     if summary["stop_reason"] == "interrupted":
