@@ -38,7 +38,7 @@ SKIMMER = json.JSONDecoder(parse_int=len, parse_float=len, strict=False)  # to f
 
 
 def open_text_file(path: Path) -> TextFile:
-    """The table of a file of one of TYPES, or with .gz behind it. Raises ValueError where it is no such file, OSError."""
+    """The table of a file of one of TYPES, or with .gz behind it. Raises ValueError where it is none, OSError."""
     if path.suffix == ".gz":
         path = _unpacked(path)
     with path.open("rb") as file:
