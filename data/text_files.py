@@ -27,7 +27,6 @@ from data.values import BadRow, Number, kind_of, shortened, shown
 
 CHUNK_BYTES = 8 * 2**20
 MARK = b"\xef\xbb\xbf"  # which some programs write before UTF-8
-SPACE = b" \t\r\n"
 TYPES = (".jsonl", ".json", ".csv", ".tsv")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Of a record of a CSV file; a quotation mark that is never closed must not take the rest of a file into memory.
@@ -49,11 +48,14 @@ def open_text_file(path: Path) -> TextFile:
         file.seek(start)
         if path.suffix in DELIMITERS:
             return _open_csv(path, file, start)
-        first = next((byte for byte in iter(lambda: file.read(1), b"") if byte not in SPACE), b"")
+        first = next((byte for byte in iter(lambda: file.read(1), b"") if byte.strip()), b"")
         if first == b"[":
             return JsonArray(path, _array_starts(file))
         file.seek(start)
-        return JsonLines(path, *_line_starts(file))
+        lines = JsonLines(path, *_line_starts(file))
+    if path.suffix == ".json" and len(lines) and lines.data(0).strip() == b"{":
+        raise ValueError("is one object over several lines: it must be an array of rows, or one row per line")
+    return lines
 
 
 def file_type(path: Path) -> str:
@@ -93,12 +95,16 @@ class TextFile:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def text(self, number: int) -> str:
-        """What stands there. Raises BadRow where it is not UTF-8."""
+    def data(self, number: int) -> bytes:
+        """What stands there."""
         start, end = self.starts[number : number + 2].tolist()
         with self.path.open("rb") as file:  # by every process for itself, and no file stays open
             file.seek(start)
-            data = file.read(end - start)
+            return file.read(end - start)
+
+    def text(self, number: int) -> str:
+        """The same as text. Raises BadRow where it is not UTF-8."""
+        data = self.data(number)
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -157,36 +163,24 @@ def json_object(text: str, alone: bool = True) -> dict[str, Any]:
 
 def _line_starts(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
     """(starts, blank) of JsonLines, from where the file stands."""
-    starts: list[np.ndarray] = []
-    blank: list[int] = []
-    count, offset = 0, file.tell()
-    rest = b""
+    starts, blank = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    offset = begin = file.tell()  # of the chunk, and of the line that is open where it begins
+    count, has_letters = 0, False  # the records before that line, and whether it has letters so far
     while chunk := file.read(CHUNK_BYTES):
-        data = rest + chunk
-        whole = data.rfind(b"\n") + 1
-        count += _add_lines(data[:whole], offset, count, starts, blank)
-        rest, offset = data[whole:], offset + whole
-    count += _add_lines(rest, offset, count, starts, blank)
-    ends = np.array([offset + len(rest)], dtype=np.int64)
-    return np.concatenate([*starts, ends]), np.array(blank, dtype=np.int64)
-
-
-def _add_lines(data: bytes, offset: int, count: int, starts: list[np.ndarray], blank: list[int]) -> int:
-    """Add the starts of the lines of `data`, which begins at `offset` after `count` records; returns their number."""
-    if not data:
-        return 0
-    letters = np.frombuffer(data, dtype=np.uint8)
-    begins = np.concatenate([[0], np.flatnonzero(letters == ord("\n")) + 1])
-    begins = begins[begins < len(data)]
-    empty: list[int] = []
-    for line in np.flatnonzero(np.isin(letters[begins], np.frombuffer(SPACE, dtype=np.uint8))).tolist():
-        end = begins[line + 1] if line + 1 < len(begins) else len(data)
-        if not data[begins[line] : end].strip():
-            blank.append(count + line - len(empty))
-            empty.append(line)
-    begins = np.delete(begins, empty).astype(np.int64)
-    starts.append(begins + offset)
-    return len(begins)
+        letters = np.frombuffer(chunk, dtype=np.uint8)
+        begins = np.append(0, np.flatnonzero(letters == ord("\n")) + 1)
+        is_open = begins[-1] < len(chunk)  # the last line goes on in the next chunk, or the file ends
+        lines = np.logical_or.reduceat(letters > ord(" "), begins if is_open else begins[:-1])
+        lines[0] |= has_letters
+        begins = begins + offset
+        begins[0] = begin
+        offset, begin, has_letters = offset + len(chunk), int(begins[-1]), bool(is_open and lines[-1])
+        ended = lines[: len(begins) - 1]
+        starts.append(begins[:-1][ended])
+        blank.append(count + np.cumsum(ended)[~ended])
+        count += int(ended.sum())
+    last = [begin, offset] if has_letters else [offset]
+    return np.concatenate([*starts, np.array(last, dtype=np.int64)]), np.concatenate(blank)
 
 
 def _array_starts(file: BinaryIO) -> np.ndarray:

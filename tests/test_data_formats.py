@@ -18,9 +18,10 @@ from tiny.data import dataset, encoded, picture, tiny_train, turn
 from data import text_files
 from data.collators import TrainCollator
 from data.drops import DropCounter
-from data.formats import count_formats
+from data.formats import Part, count_formats
 from data.loader import prompt_batches, train_batches
 from data.rows import load_rows, split_rows
+from data.streams import RowStream
 from data.values import Reason
 
 PNG = encoded(picture())
@@ -414,6 +415,15 @@ def test_tables_of_text(read, tmp_path, name, comma):
     assert [bad(row)[1].split(":")[0] for row in rows if "bad" in row] == [f"{name}, line {n}" for n in (6, 7, 10)]
 
 
+def test_one_object_over_several_lines_is_refused(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [Q]}, indent=2))
+    with pytest.raises(ValueError, match=r"--train_dataset_path .*rows.json: .* is one object over several lines"):
+        load_rows(str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [Q]}))
+    with pytest.raises(ValueError, match=r"rows.json: has the columns data; it needs images"):
+        load_rows(str(tmp_path / "rows.json"))
+
+
 def test_a_packed_file_is_unpacked_once(tmp_path, monkeypatch):
     import datasets
 
@@ -510,6 +520,18 @@ def test_parquet_and_saved_tables_know_the_same_formats(tmp_path, monkeypatch):
         "label": [[("", "dog")]],
         "bytes": ["answer is bytes"],
     }
+
+
+def test_a_stream_knows_the_same_formats():
+    import datasets
+
+    records = [conversation("<image>\nis it?", "yes"), conversation("is <image>?", "no"), conversation("is it?", "no")]
+    table = datasets.Dataset.from_list(records).to_iterable_dataset(num_shards=3).with_format("arrow")
+    rows = list(RowStream([Part("stream", table)]))
+    assert [turns(row) or bad(row)[1] for row in rows] == [
+        [("is it?", "yes")], 'stream[1]#0: "is <image>?"', [("is it?", "no")]
+    ]  # fmt: skip
+    assert rows[0]["format"] == "LLaVA conversations"
 
 
 def test_a_shuffled_file_with_bad_rows_resumes_and_reaches_workers(tmp_path):
