@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.conversations import read_record, recognise
-from data.values import BadRow, Reason, ratings_of
+from data.values import BadRow, Reason, ratings_of, shortened
 from models.config import TrainConfig
 
 Row = dict[str, Any]
@@ -72,8 +72,9 @@ class Part:
         """The row of an arrow table that holds it alone. place: what follows the part's name in the row's id."""
         try:
             record = arrow_table.to_pylist()[0]
-        except UnicodeDecodeError as error:
-            return self._bad_row(f"{self.name}{place}", BadRow(NOT_UTF8, str(error)), f"{self.name}{place}")
+        except (ValueError, OverflowError) as error:  # Arrow checks neither letters nor dates before they are asked for
+            kind = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+            return self._bad_row(f"{self.name}{place}", BadRow(kind, shortened(str(error))), f"{self.name}{place}")
         for column, names in self._class_names.items():
             if isinstance(number := record.get(column), int) and 0 <= number < len(names):
                 record[column] = names[number]

@@ -23,7 +23,7 @@ from data.hub import require_hub
 from data.image_files import ClassFolder, TarFile, image_files
 from data.order import by_subset
 from data.streams import READ_ROWS, RowStream
-from data.text_files import TYPES, file_type, open_text_file
+from data.text_files import DELIMITERS, TYPES, file_type, open_text_file
 from data.values import BadRow
 
 FILE_TYPES = (".parquet", *TYPES, ".tar")
@@ -270,8 +270,12 @@ def _saved_table(path: Path, split: str, flag: str) -> Any:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The files below the folder that hold rows, those of an unfinished `save_to_disk` among them."""
-    return [
+    """The files below the folder that hold rows, those of an unfinished `save_to_disk` among them.
+
+    A table of text beside others of them, and a tar file where there is anything else, is something else: a list of
+    results, or the images that the rows are about.
+    """
+    files = [
         file
         for file in sorted(folder.rglob("*"))
         if file_type(file) in (*FILE_TYPES, ARROW)
@@ -279,6 +283,10 @@ def _data_files(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
+    if any(file_type(file) != ".tar" for file in files):
+        files = [file for file in files if file_type(file) != ".tar"]
+    with_rows = {file.parent for file in files if file_type(file) not in (*DELIMITERS, ".tar")}
+    return [file for file in files if file_type(file) not in DELIMITERS or file.parent not in with_rows]
 
 
 def _of_split(

@@ -311,7 +311,9 @@ def _open_csv(path: Path, file: BinaryIO, start: int) -> CsvFile:
     with path.open("rb") as again:
         again.seek(start)
         text = again.read(end - start).decode("utf-8", "backslashreplace")
-    columns = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    columns = [name.strip() for name in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"its first line names a column twice: {', '.join(twice)}")
     starts, lines = array("q"), array("i")
     while True:
         begin, number = end, line + 1

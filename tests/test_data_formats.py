@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny.data import dataset, encoded, picture, tiny_train, turn
+import torch
+from tiny.data import dataset, drawn, encoded, picture, tiny_train, tiny_vlm, turn
 
 from data import text_files
 from data.collators import TrainCollator
 from data.drops import DropCounter
 from data.formats import Part, count_formats
 from data.loader import prompt_batches, train_batches
+from data.pipeline import load_data
 from data.rows import load_rows, split_rows
 from data.streams import RowStream
 from data.values import Reason
@@ -446,6 +448,18 @@ def test_a_packed_file_is_unpacked_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 2
 
 
+def test_what_lies_beside_rows_is_not_read(tmp_path):
+    for name, text in {"a/rows.jsonl": json.dumps(Q), "a/results.csv": "x\n1\n", "images/all.tar": "",
+                       "b/rows.csv": "question,answer\n?,yes\n"}.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    rows = load_rows(str(tmp_path))
+    assert {name: len(found) for name, found in rows.by_subset().items()} == {"a": 1, "b": 1}
+    (tmp_path / "b/rows.csv").write_text("question, answer,answer\n")
+    with pytest.raises(ValueError, match=r"rows.csv: .* names a column twice: answer"):
+        load_rows(str(tmp_path))
+
+
 def test_a_folder_of_classes_and_one_with_metadata(tmp_path):
     for file in ("pets/train/cat/1.png", "pets/train/dog/2.JPG", "pets/test/cat/3.png", "pets/.cache/x/4.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -551,6 +565,29 @@ def test_a_shuffled_file_with_bad_rows_resumes_and_reaches_workers(tmp_path):
     assert whole == batches(9, workers=2)
     assert whole[4:] == batches(5, start=whole[3][2])
     assert sum(dropped.get("not JSON", 0) for _, dropped, _ in whole) >= 3
+
+
+def test_the_first_row_of_each_reason_outlives_a_checkpoint(read, tmp_path):
+    read(*[Q] * 6, "{", "{", Q)
+    cfg = tiny_train(batch_size=3, val_size=0)
+
+    def begin():
+        return load_data(load_rows(str(tmp_path / "rows.jsonl")), tiny_vlm(), cfg, None)
+
+    run, again = begin(), begin()
+    run.start_reading()
+    drawn(run, 3)
+    file = BytesIO()
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    again.load_rank_states([torch.load(file, weights_only=True)])
+    first = run.dropped["train"].examples()
+    assert first["not JSON"].startswith(("rows.jsonl, line 7: ", "rows.jsonl, line 8: "))
+    assert again.dropped["train"].examples() == first
+    again.start_reading()
+    drawn(again, 6)
+    assert again.dropped["train"].examples() == first
+    assert again.dropped["train"]["not JSON"] > run.dropped["train"]["not JSON"]
 
 
 def anything(rng: random.Random, depth: int = 0):
