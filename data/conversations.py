@@ -26,8 +26,7 @@ SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 PLACE = "<image>"  # in a text, where a picture goes; after a backslash it is text
-PLACES = re.compile(r"(?<!\\)<image>")
-LEADING, TRAILING = re.compile(r"(\s*<image>)+\s*"), re.compile(r"(\s*(?<!\\)<image>)+\s*$")
+PLACES, PLACE_AT_END = re.compile(r"(?<!\\)<image>"), re.compile(r"(?<!\\)<image>$")
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 
@@ -45,7 +44,7 @@ def read_record(record: Record, folder: Path | None) -> dict:
         images = [one for one in images if one is not None] + list(beside)
     turns = _place_images(turns, system, len(images))
     row = {"images": images, "texts": turns, "format": name}
-    return row | {"system": system} if system else row
+    return row | {"system": _unescaped(system)} if system else row
 
 
 def recognise(record: Record) -> tuple[str, Callable[[Record], Found]]:
@@ -67,21 +66,26 @@ def _place_images(turns: Turns, system: str | None, images: int) -> Turns:
     if total and total != images:
         found = f"{total} {PLACE} in the text, {images} image{'s' * (images != 1)}"
         raise BadRow(f"another number of {PLACE} than of images", found)
-    first = turns[0]["user"] if turns else None
     if total:
-        for edge in (LEADING, TRAILING):
-            place = edge.match(first or "") if edge is LEADING else edge.search(first or "")
-            if place and len(PLACES.findall(place[0])) == total:
-                first = (first or "")[: place.start()] + (first or "")[place.end() :]
-                break
-        else:
+        first = _without_places((turns[0]["user"] if turns else None) or "", total)
+        if first is None:
             where = next(text for text in (system or "", *spoken) if PLACES.search(text))
             raise BadRow(f"{PLACE} elsewhere than at the start or end of the first question", shown(where))
-        alone = {"image_only": True} if not first.strip() else {}
-        turns = [turns[0] | {"user": first} | alone, *turns[1:]]
+        turns = [turns[0] | {"user": first} | ({} if first else {"image_only": True}), *turns[1:]]
     if any(turn.get("image_only") for turn in turns) and not images:
         raise BadRow("a caption or label without an image", shown(turns[0]["assistant"]))
     return [turn | {who: _unescaped(turn[who]) for who in ("user", "assistant")} for turn in turns]
+
+
+def _without_places(text: str, count: int) -> str | None:
+    """The text without the `count` <image> that it begins or ends with; None where they stand elsewhere."""
+    for is_there, cut in ((PLACES.match, str.removeprefix), (PLACE_AT_END.search, str.removesuffix)):
+        rest, found = text.strip(), 0
+        while is_there(rest):
+            rest, found = cut(rest, PLACE).strip(), found + 1
+        if found == count:
+            return rest
+    return None
 
 
 def _unescaped(text: str | None) -> str | None:

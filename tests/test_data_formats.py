@@ -102,6 +102,8 @@ TAKEN = {
         [turn("\nwhat is the shape?".strip(), "red"), turn("is it?", "yes")],
     ),
     "image at the end": (conversation("what is the shape?\n<image>", "red"), [TURN]),
+    "image before the word": (conversation("<image> is \\<image>", "red"), [turn("is <image>", "red")]),
+    "image after the word": (conversation("is \\<image> <image>", "red"), [turn("is <image>", "red")]),
     "image alone": (conversation("<image>", "red"), [turn("", "red") | {"image_only": True}]),
     "two images": (
         conversation("<image> <image> what is the shape?", "red", image=["a.png", "b.png"]), [TURN]
