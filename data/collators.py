@@ -12,7 +12,8 @@ import functools
 import numpy as np
 import torch
 
-from data.datasets import Questions, Sample, count_drops
+from data.datasets import Questions, Sample
+from data.drops import count_drops
 from models.config import VLMConfig
 
 

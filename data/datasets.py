@@ -14,23 +14,28 @@ from typing import Any
 
 import torch
 
+from data.drops import (
+    CONTROL_TOKEN_IN_TEXT,
+    IMAGE_TOKEN_IN_TEXT,
+    LOW_RATING,
+    NO_LABEL,
+    NO_TEXT,
+    TOO_LONG,
+    TOO_MANY_IMAGES,
+    TOO_MANY_TILES,
+    UNKNOWN_WORD,
+    RowDropped,
+    count_drops,
+    drops_of,
+    image_reason,
+    where_of,
+)
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, knows_every_word, unknown_words
+from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
-NOT_DECODED = "image does not decode"
-TOO_MANY_IMAGES = "too many images"
-TOO_MANY_TILES = "too many tiles"
-NO_TEXT = "no text"
-IMAGE_TOKEN_IN_TEXT = "image token in text"
-CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the turn and begin another
-LOW_RATING = "rating"
-TOO_LONG = "too long"
-NO_LABEL = "no label"
-UNKNOWN_WORD = "word not in the vocabulary"
-BAD_SUBSET = "subset that cannot be loaded"
-TURN = "turn: "  # stands before the reason where a turn was dropped and its row kept
 WORDS_TO_NAME = 5  # of those that the tokenizer does not know, in a message
 
 
@@ -51,40 +56,10 @@ class Questions:
 
     images: torch.Tensor | None  # uint8 [n, 3, S, S], shared by the questions
     prompts: list[list[int]]  # token ids, with the image tokens
-    answers: list[str]
+    answers: list[str | tuple[str, ...]]  # a tuple where several count as right
     sources: list[str | None]
     id: str
     dropped: dict[str, int] = field(default_factory=dict)
-
-
-class DropCounter(Counter):
-    """How many rows (and turns of rows that were kept) could not be used, by reason; a row counts at each visit."""
-
-    def summary(self) -> str:
-        """As "dropped 3 rows (2 too long, 1 no text) and 1 turn (1 rating)"."""
-        rows = {reason: count for reason, count in self.most_common() if not reason.startswith(TURN)}
-        turns = {reason.removeprefix(TURN): count for reason, count in self.most_common() if reason not in rows}
-        listed = [_listed(rows, "row"), _listed(turns, "turn")]
-        return "dropped " + (" and ".join(filter(None, listed)) or "nothing")
-
-
-def count_drops(samples: Iterable[Sample | PreparedSample]) -> DropCounter:
-    """The drops of all the samples together."""
-    dropped = DropCounter()
-    for sample in samples:
-        dropped.update(sample.dropped)
-    return dropped
-
-
-def nothing_usable(dropped: DropCounter) -> ValueError:
-    """The error to raise when an epoch, in which these rows were dropped, had no other."""
-    return ValueError(f"no row of a whole epoch of training data can be used: {dropped.summary()}")
-
-
-def _listed(counts: dict[str, int], unit: str) -> str:
-    total = sum(counts.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f"{total} {unit}{'s' * (total != 1)} ({reasons})" if counts else ""
 
 
 @dataclass
@@ -174,9 +149,9 @@ class VQADataset:
         if not prepared.images:
             return prepared
         try:
-            return replace(prepared, images=[], tiles=self._tiles(prepared.images))
-        except _RowDropped as reason:
-            return PreparedSample([], prepared.id, {str(reason): 1})
+            return replace(prepared, images=[], tiles=self._tiles(prepared.images, prepared.id))
+        except RowDropped as dropped:
+            return PreparedSample([], prepared.id, {dropped.reason: 1})
 
     def _drawn(self, prepared: PreparedSample, key: str) -> PreparedSample:
         """With what is drawn at each visit of a row: its turns, and whether it is mirrored."""
@@ -202,31 +177,32 @@ class VQADataset:
 
     def questions_of(self, row: dict) -> Questions:
         """The same of a row that has no index."""
-        turns, dropped = self._usable_turns(row)
         try:
+            turns, dropped = self._usable_turns(row)
             grids = self._grids(row)
-            images = self._tiles(row["images"])
-        except _RowDropped as reason:
-            return Questions(None, [], [], [], row["id"], {str(reason): 1})
-        text = image_string(grids, self.vlm_cfg)
-        prompts = [self._remembered(encode_prompt, turn["user"], text) for turn in turns]
-        answers, sources = [turn["assistant"] for turn in turns], [turn.get("source") for turn in turns]
-        return Questions(images, prompts, answers, sources, row["id"], _drops(dropped, bool(turns)))
+            images = self._tiles(row["images"], where_of(row))
+        except RowDropped as bad:
+            return Questions(None, [], [], [], row["id"], {bad.reason: 1})
+        text, system = image_string(grids, self.vlm_cfg), row.get("system") or ""
+        prompts = [self._remembered(encode_prompt, turn["user"], text, system) for turn in turns]
+        answers = [tuple(turn["answers"]) if turn.get("answers") else turn["assistant"] for turn in turns]
+        sources = [turn.get("source") for turn in turns]
+        return Questions(images, prompts, answers, sources, row["id"], drops_of(dropped, bool(turns), row))
 
     def _encode_row(self, row: dict) -> PreparedSample:
         """All that is the same at each visit of a row."""
-        turns, dropped = self._usable_turns(row)
         try:
+            turns, dropped = self._usable_turns(row)
             if not turns:
-                raise _RowDropped(dropped.most_common(1)[0][0])
+                raise RowDropped(*drops_of(dropped, False, row))
             grids = self._grids(row)
-        except _RowDropped as reason:
-            return PreparedSample([], row["id"], {str(reason): 1})
+        except RowDropped as bad:
+            return PreparedSample([], row["id"], {bad.reason: 1})
         conversations, kept_turns = [], []
-        text = image_string(grids, self.vlm_cfg)
+        text, system = image_string(grids, self.vlm_cfg), row.get("system") or ""
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
             spoken = tuple((turn["user"], turn["assistant"]) for turn in group)
-            ids, labels = self._remembered(_conversation_tensors, spoken, text)
+            ids, labels = self._remembered(_conversation_tensors, spoken, text, system)
             if len(ids) > self.cfg.max_sample_length:
                 dropped[TOO_LONG] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
@@ -237,9 +213,10 @@ class VQADataset:
                 conversations.append((ids, labels))
                 kept_turns.append(group[0])
         if not conversations:
-            return PreparedSample([], row["id"], _drops(dropped, kept=False))
+            return PreparedSample([], row["id"], drops_of(dropped, False, row))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
-        return PreparedSample(conversations, row["id"], _drops(dropped, kept=True), row["images"], grids, weights)
+        drops = drops_of(dropped, True, row)
+        return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
 
     def _remembered(self, encode: Callable, *texts: Any) -> Any:
         """encode(tokenizer, *texts), kept in memory with `cache`."""
@@ -250,42 +227,50 @@ class VQADataset:
         return self.encoded[encode, texts]
 
     def _usable_turns(self, row: dict) -> tuple[list[dict], Counter]:
-        """(turns that can be learned, without space around them; reasons why the others cannot)."""
+        """(turns that can be learned, without space around them; reasons why the others cannot). Raises RowDropped."""
+        if "bad" in row:
+            raise RowDropped(row["bad"])
+        if why := self._forged(row.get("system") or ""):
+            raise RowDropped(Reason(why, f"{where_of(row)}: the system text"))
         rated = filter_turns(row, self.cfg)["texts"]
         dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
         turns = []
         for turn in rated:
             user, assistant = (turn["user"] or "").strip(), (turn["assistant"] or "").strip()
-            if not user or not assistant:
+            if not assistant or not (user or turn.get("image_only")):
                 dropped[NO_TEXT] += 1
-            elif self.extra_tokens.search(user) or self.extra_tokens.search(assistant):
-                dropped[IMAGE_TOKEN_IN_TEXT] += 1
-            elif self.control_tokens.search(user) or self.control_tokens.search(assistant):
-                dropped[CONTROL_TOKEN_IN_TEXT] += 1
+            elif why := self._forged(f"{user}\n{assistant}"):
+                dropped[why] += 1
             else:
                 turns.append(turn | {"user": user, "assistant": assistant})
         if not row["texts"]:
             dropped[NO_TEXT] += 1
         return turns, dropped
 
+    def _forged(self, text: str) -> str | None:
+        """The reason why the text cannot be used, if it holds a token that only the template may write."""
+        if self.extra_tokens.search(text):
+            return IMAGE_TOKEN_IN_TEXT
+        return CONTROL_TOKEN_IN_TEXT if self.control_tokens.search(text) else None
+
     def _grids(self, row: dict) -> list[tuple[int, int]]:
-        """The grids of a row's images, from their headers. Raises _RowDropped."""
-        if len(row["images"]) > self.cfg.max_images_per_example:
-            raise _RowDropped(TOO_MANY_IMAGES)
+        """The grids of a row's images, from their headers. Raises RowDropped."""
+        if (count := len(row["images"])) > (limit := self.cfg.max_images_per_example):
+            raise RowDropped(Reason(TOO_MANY_IMAGES, f"{where_of(row)}: {count}, --max_images_per_example {limit}"))
         try:
             grids = [self.image_processor.grid(image) for image in row["images"]]
-        except ImageDecodeError:
-            raise _RowDropped(NOT_DECODED) from None
+        except ImageDecodeError as error:
+            raise RowDropped(image_reason(error, where_of(row))) from None
         if self.train and sum(map(self.image_processor.count, grids)) > (self.cfg.tiles_per_row or float("inf")):
-            raise _RowDropped(TOO_MANY_TILES)
+            raise RowDropped(Reason(TOO_MANY_TILES, where_of(row)))
         return grids
 
-    def _tiles(self, images: list) -> torch.Tensor | None:
-        """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises _RowDropped."""
+    def _tiles(self, images: list, where: str) -> torch.Tensor | None:
+        """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises RowDropped."""
         try:
             tiles = [self.image_processor(image)[0] for image in images]
-        except ImageDecodeError:
-            raise _RowDropped(NOT_DECODED) from None
+        except ImageDecodeError as error:
+            raise RowDropped(image_reason(error, where)) from None
         if len(tiles) == 1:
             return tiles[0]  # copying a large image takes a third of what decoding it takes
         return torch.cat(tiles) if tiles else None
@@ -303,22 +288,11 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
 
 
 def _conversation_tensors(
-    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str
+    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str, system: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     turns = [{"user": user, "assistant": assistant} for user, assistant in spoken]
-    ids, labels = encode_conversation(tokenizer, turns, image_text)
+    ids, labels = encode_conversation(tokenizer, turns, image_text, system)
     return torch.tensor(ids), torch.tensor(labels)
-
-
-class _RowDropped(Exception):
-    """The reason why a whole row cannot be used."""
-
-
-def _drops(turns: Counter, kept: bool) -> dict[str, int]:
-    """The counts of a row of which `turns` were dropped: each turn if it was kept, else one row for the main reason."""
-    if kept:
-        return {TURN + reason: count for reason, count in turns.items()}
-    return {turns.most_common(1)[0][0]: 1}
 
 
 def check_words(dataset: VQADataset, rows: Iterable[dict]) -> str | None:

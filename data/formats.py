@@ -1,26 +1,32 @@
-"""What a row may look like in a file or on the hub, and the one shape that the rest of the project sees.
+"""The one shape of a row that the rest of the project sees, and the tables that rows come from.
 
-Known formats: the_cauldron (`images`, and `texts`: a list of {"user", "assistant", "source"}), FineVision (the same
-with ratings of each turn and one `source` per row), and either with one `image` in place of `images`.
-
-A row in the one shape, a `Row`, is a dict with
+What a row may look like in a file is said in data.conversations. In the one shape a `Row` is a dict with
 `images`: list of images that are not decoded yet: a path, bytes, {"bytes", "path"} or a PIL image;
-`texts`: list of turns {"user", "assistant", "source"}, each a str or None where it is not known;
+`texts`: list of turns {"user", "assistant", "source"}, each a str or None where it is not known. A turn may also have
+`answers`: all that count as right, of which the assistant's is the first; `image_only`: the question is the image;
 `id`: str that says where the row comes from, as "easy-vqa/train/17" or "file.parquet#12";
-and, from FineVision, `<kind>_ratings`: one int or None for each turn.
+and, where it has them, `system`: a text before the first turn; `format`: the name of the format it was recognised by;
+`where`: its file and line in words, for messages;
+`bad`: the reason why the row cannot be used, which then has neither images nor texts; and, from FineVision,
+`<kind>_ratings`: one number or None for each turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.conversations import read_record, recognise
+from data.values import BadRow, Reason, ratings_of, shortened
 from models.config import TrainConfig
 
 Row = dict[str, Any]
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+NOT_UTF8 = "not UTF-8"
 
 
 class Rows(Protocol):
@@ -31,48 +37,82 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
+class Records(Protocol):
+    """A table that the project reads itself: records by number."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, number: int) -> Mapping[str, Any]:
+        """Raises BadRow for one that cannot be read."""
+
+    def place(self, number: int) -> str:
+        """Where it stands, in words: "line 12"."""
+
+
 @dataclass
 class Part:
-    """A table of rows in a known format, which is one file or one subset of a data set."""
+    """A table of rows, which is one file or one subset of a data set."""
 
     name: str  # in row ids
-    table: Any  # datasets.Dataset or IterableDataset, in arrow format: images stay encoded
+    table: Any  # Records; or datasets.Dataset or IterableDataset, in arrow format: images stay encoded
     subset: str = ""
     folder: Path | None = None  # relative image paths start here
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raise ValueError if these are not the columns of a known format."""
-        if "texts" not in columns or not {"image", "images"} & set(columns):
+        try:
+            recognise(dict.fromkeys(columns))
+        except BadRow:
             raise ValueError(
                 f"{self.name}: has the columns {', '.join(columns)}; it needs images (or image) and texts, a list of "
-                '{"user": ..., "assistant": ...}'
-            )
+                '{"user": ..., "assistant": ...}, or those of another format in docs/data.md'
+            ) from None
 
     def row(self, arrow_table: Any, place: str) -> Row:
         """The row of an arrow table that holds it alone. place: what follows the part's name in the row's id."""
-        record = arrow_table.to_pylist()[0]
-        images = record["images"] if "images" in record else [record["image"]]
-        row = {
-            "images": [_located(image, self.folder) for image in images or []],
-            "texts": [_turn(turn, record.get("source")) for turn in record["texts"] or []],
-            "id": f"{self.name}{place}",
-        }
-        return row | {f"{kind}_ratings": record[f"{kind}_ratings"] for kind in RATINGS if f"{kind}_ratings" in record}
+        try:
+            record = arrow_table.to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # Arrow checks neither letters nor dates before they are asked for
+            kind = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+            return self._bad_row(f"{self.name}{place}", BadRow(kind, shortened(str(error))), f"{self.name}{place}")
+        for column, names in self._class_names.items():
+            if isinstance(number := record.get(column), int) and 0 <= number < len(names):
+                record[column] = names[number]
+        return self._row(record, f"{self.name}{place}", f"{self.name}{place}")
+
+    def __getitem__(self, number: int) -> Row:
+        """The row of that number; a table in arrow format is a Dataset."""
+        if not hasattr(self.table, "record"):
+            return self.row(self.table[number : number + 1], f"#{number}")
+        row_id, where = f"{self.name}#{number}", f"{self.name}, {self.table.place(number)}"
+        try:
+            record = self.table.record(number)
+        except BadRow as bad:
+            return self._bad_row(row_id, bad, where)
+        return self._row(record, row_id, where) | {"where": where}
+
+    def _row(self, record: Mapping[str, Any], row_id: str, where: str) -> Row:
+        try:
+            row = read_record(record, self.folder) | {"id": row_id}
+            kinds = [f"{kind}_ratings" for kind in RATINGS]
+            return row | {kind: ratings_of(record[kind], kind) for kind in kinds if kind in record}
+        except BadRow as bad:
+            return self._bad_row(row_id, bad, where)
+
+    @staticmethod
+    def _bad_row(row_id: str, bad: BadRow, where: str) -> Row:
+        return {"images": [], "texts": [], "id": row_id, "bad": Reason(bad.kind, f"{where}: {bad.found}")}
+
+    @cached_property
+    def _class_names(self) -> dict[str, list[str]]:
+        """Of the columns that hold the numbers of classes, the names of these."""
+        features = getattr(self.table, "features", None) or {}
+        return {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
 
 
-def _located(image: Any, folder: Path | None) -> Any:
-    """The image with its path, if it has one, relative to the folder of its file."""
-    if folder and isinstance(image, str):
-        return str(folder / image)
-    if folder and isinstance(image, dict) and not image.get("bytes") and image.get("path"):
-        return image | {"path": str(folder / image["path"])}
-    return image
-
-
-def _turn(turn: dict | None, row_source: str | None) -> dict:
-    turn = turn or {}
-    spoken = {who: None if turn.get(who) is None else str(turn[who]) for who in ("user", "assistant")}
-    return spoken | {"source": turn.get("source") or row_source}
+def count_formats(rows: Iterable[Row]) -> Counter:
+    """How many of the rows were recognised by each format, and by none; rows that are made in memory do not count."""
+    return Counter("not usable" if "bad" in row else row["format"] for row in rows if {"bad", "format"} & set(row))
 
 
 def filter_turns(row: Row, train_config: TrainConfig) -> Row:

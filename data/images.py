@@ -32,6 +32,10 @@ class ImageDecodeError(ValueError):
     """The file or the bytes of an image cannot be read as an image."""
 
 
+class NoSuchFileError(ImageDecodeError):
+    """There is no file at the path of an image."""
+
+
 def image_size(source: Source) -> tuple[int, int]:
     """(width, height) of the upright image, from its header alone. Raises ImageDecodeError."""
     with _opened(source) as (image, orientation):
@@ -81,6 +85,8 @@ def _opened(source: Source) -> Iterator[tuple[Image.Image, int]]:
         yield image, exif.get(ExifTags.Base.Orientation, 1)
     except ImageDecodeError:
         raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoSuchFileError(f"{found}") from None
     except Exception as error:  # decoders raise nearly anything at damaged files
         raise ImageDecodeError(f"{error}") from error
     finally:

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.collators import PromptCollator, TrainCollator
-from data.datasets import DropCounter, Questions, Sample, VQADataset, nothing_usable
+from data.datasets import Questions, Sample, VQADataset
+from data.drops import DropCounter, nothing_usable
 from data.order import EpochIndices, EpochOrder
 from data.packing import PackedCollator, PackedReaders
 from data.readers import StreamReaders, as_it_is
@@ -121,8 +122,9 @@ def eval_batches(
 
 def prompt_batches(
     dataset: VQADataset, collator: PromptCollator, train_cfg: TrainConfig, dropped: DropCounter | None = None
-) -> Iterator[tuple[dict, list[str], list[str | None], list[str]]]:
+) -> Iterator[tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]]:
     """(batch, answers, sources, row ids) for every question once, in order, eval_batch_size questions in a batch.
+    An answer is a tuple where several count as right.
 
     The questions of a row share its images. `dropped` gets the counts of what cannot be asked.
     """

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from data.collators import Collator
-from data.datasets import PreparedSample, Sample, VQADataset, count_drops
+from data.datasets import PreparedSample, Sample, VQADataset
+from data.drops import count_drops
 from data.order import EpochIndices
 from data.readers import FruitlessCounter, Place, Readers
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace

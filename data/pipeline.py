@@ -17,7 +17,8 @@ import numpy as np
 
 from data import easy_vqa
 from data.collators import TrainCollator
-from data.datasets import BAD_SUBSET, DropCounter, VQADataset, check_words
+from data.datasets import VQADataset, check_words
+from data.drops import BAD_SUBSET, DropCounter
 from data.formats import Row, Rows
 from data.images import ImageProcessor
 from data.loader import epoch_order, shares_rows, train_batches
@@ -25,6 +26,7 @@ from data.readers import start_of
 from data.rows import load_rows, split_rows
 from data.streams import RowStream
 from data.text import get_tokenizer
+from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
 SOME_ROWS = 64  # at most this many are read to tell a data set from another one, and to check its words
@@ -90,7 +92,8 @@ class Data(Iterator[dict]):
         rows = self.train_rows
         return {
             "position": self.position,
-            "dropped": {split: dict(counts) for split, counts in self.dropped.items()},
+            "dropped": {split: counts.plain() for split, counts in self.dropped.items()},
+            "first_dropped": {split: counts.examples() for split, counts in self.dropped.items()},
             "batch_size": self.cfg.batch_size,
             "shares_rows": shares_rows(rows, self.cfg),
             "stream": rows.state_dict() if isinstance(rows, RowStream) else None,
@@ -114,7 +117,12 @@ class Data(Iterator[dict]):
             counts["train"] = dict(sum((Counter(state["dropped"].get("train", {})) for state in of_ranks), Counter()))
         counts["train"] = counts.get("train", {}) | self.dropped["train"]  # subsets that cannot be loaded now
         self.dropped.clear()
-        self.dropped.update({split: DropCounter(of_split) for split, of_split in counts.items()})
+        first = states[0].get("first_dropped", {})
+        for split, of_split in counts.items():
+            examples = first.get(split, {})
+            self.dropped[split] = DropCounter(
+                {Reason(name, examples[name]) if name in examples else name: n for name, n in of_split.items()}
+            )
 
     def _position(self, states: list[dict]) -> int | dict:
         saved, cfg = [state["position"] for state in states], self.cfg

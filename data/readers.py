@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.datasets import DropCounter, Sample, VQADataset, nothing_usable
+from data.datasets import Sample, VQADataset
+from data.drops import DropCounter, nothing_usable
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
 # Where a reader continues: its epoch; the samples of the epoch that it is done with; where they end in a stream (of

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from bisect import bisect_right
@@ -17,15 +18,19 @@ from typing import Any
 import numpy as np
 
 from data import easy_vqa
-from data.formats import Part, Row, Rows
+from data.formats import NOT_UTF8, Part, Row, Rows
 from data.hub import require_hub
+from data.image_files import ClassFolder, TarFile, image_files
 from data.order import by_subset
 from data.streams import READ_ROWS, RowStream
+from data.text_files import DELIMITERS, TYPES, file_type, open_text_file
+from data.values import BadRow
 
-FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+FILE_TYPES = (".parquet", *TYPES, ".tar")
 ARROW = ".arrow"  # what save_to_disk writes
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets: no rows
 SPLIT_WORDS = {"train": "train", "test": "test", "val": "validation", "validation": "validation", "dev": "validation"}
+FIRST_ROWS = 100  # of a file: if none of them has a known format, the file is refused
 
 
 def load_rows(
@@ -38,10 +43,10 @@ def load_rows(
 ) -> Rows | RowStream:
     """The rows of a data set: a sequence (len, getitem), or a RowStream for hub data with streaming.
 
-    path: "easy-vqa"; a .parquet, .jsonl or .json file, or a folder of them; a folder of `datasets.save_to_disk`; else a
-    hub id. names: its subsets, which are the configurations of a hub data set, the subfolders of a folder, or the kinds
-    of question of easy-vqa; ("all",) is all of them, one after the other. A local data set that names no splits has
-    one, which any `split` returns.
+    path: "easy-vqa"; a file of one of FILE_TYPES, or a folder of them; a folder of `datasets.save_to_disk`; a folder
+    with a folder of images for each class; else a hub id. names: its subsets, which are the configurations of a hub
+    data set, the subfolders of a folder, or the kinds of question of easy-vqa; ("all",) is all of them, one after the
+    other. A local data set that names no splits has one, which any `split` returns.
     skip_bad_subsets: leave out subsets that cannot be loaded, and say so; their names are in the rows' `bad_subsets`.
     Raises FileNotFoundError, ValueError or ConnectionError that names `flag` and says what there is.
     """
@@ -51,7 +56,7 @@ def load_rows(
     if local.exists():
         return TableRows(*_load_subsets(_local_subsets(local, names, split, flag), path, flag, skip_bad_subsets))
     # No hub id looks like this.
-    if path.count("/") > 1 or "\\" in path or path[:1] in "/.~" or local.suffix in FILE_TYPES:
+    if path.count("/") > 1 or "\\" in path or path[:1] in "/.~" or file_type(local) in FILE_TYPES:
         raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
     subsets = _hub_subsets(path, names, split, streaming, flag)
     parts, bad = _load_subsets(subsets, path, flag, skip_bad_subsets)
@@ -116,7 +121,7 @@ class TableRows:
     """Rows of tables on disk, one table after the other."""
 
     def __init__(self, parts: list[Part], bad_subsets: Sequence[str] = ()):
-        """parts: their tables are Datasets. bad_subsets: names of the subsets that could not be loaded."""
+        """parts: their tables have a length. bad_subsets: names of the subsets that could not be loaded."""
         self.parts, self.bad_subsets = parts, bad_subsets
         self.ends = list(accumulate(len(part.table) for part in parts))
 
@@ -128,8 +133,7 @@ class TableRows:
             raise IndexError(f"row {index} of {len(self)}")
         which = bisect_right(self.ends, index)
         number = index - (self.ends[which - 1] if which else 0)
-        part = self.parts[which]
-        return part.row(part.table[number : number + 1], f"#{number}")
+        return self.parts[which][number]
 
     def by_subset(self) -> dict[str, np.ndarray]:
         """Name of each subset -> the indices of its rows, int64."""
@@ -178,6 +182,8 @@ def _local_subsets(path: Path, names: Sequence[str], split: str, flag: str) -> S
         return {"": partial(_folder_parts, path, "", split, flag)}
     saved = [folder for folder in folders if _is_saved(folder)]
     files = [file for file in _data_files(path) if not any(file.is_relative_to(folder) for folder in saved)]
+    if not files and not saved and (images := image_files(path)):
+        return {"": partial(_class_parts, images, path, split, flag)}
     by_name: dict[str, list[Path]] = {}
     for file in _of_split(files, path, split, flag) if files or not saved else []:
         below = file.relative_to(path).parts
@@ -202,7 +208,7 @@ def _folder_parts(folder: Path, subset: str, split: str, flag: str) -> list[Part
 
 
 def _file_parts(files: list[Path], folder: Path, subset: str, root: Path, flag: str) -> list[Part]:
-    types = sorted({file.suffix for file in files})
+    types = sorted({file_type(file) for file in files})
     if ARROW in types:
         raise ValueError(
             f"--{flag} {folder}: holds {ARROW} files, but not the state.json or dataset_dict.json beside them with "
@@ -215,8 +221,37 @@ def _file_parts(files: list[Path], folder: Path, subset: str, root: Path, flag: 
 
 def _file_part(file: Path, subset: str, root: Path, flag: str) -> Part:
     part = Part(file.relative_to(root).as_posix(), _read_file(file, flag), subset, file.parent)
-    part.check_columns(part.table.column_names)
+    if hasattr(part.table, "column_names"):
+        part.check_columns(part.table.column_names)
+    else:
+        _check_first_rows(part, f"--{flag} {file}")
     return part
+
+
+def _check_first_rows(part: Part, what: str) -> None:
+    """Raise ValueError if none of the part's first rows can be read and has a known format."""
+    first = None
+    for number in range(min(len(part.table), FIRST_ROWS)):
+        bad = part[number].get("bad")
+        if bad not in ("not JSON", "not CSV", NOT_UTF8, "no known format"):
+            return
+        first = first or bad
+    if first == "no known format":
+        with contextlib.suppress(BadRow):  # the first one is not that of an unknown format
+            part.check_columns(list(part.table.record(0)))
+    if first:
+        raise ValueError(f"{what}: cannot be read: {first}, and so are its other first rows: {first.first}")
+
+
+def _class_parts(images: list[Path], folder: Path, split: str, flag: str) -> list[Part]:
+    if any(image.parent == folder for image in images):
+        raise ValueError(
+            f"--{flag} {folder}: holds images, but nothing that is said of them: it needs a metadata.jsonl or "
+            "metadata.csv with file_name and text, or a folder of images for each class"
+        )
+    # The folder above an image is its class, which may be called train.
+    of_split = _of_split(images, folder, split, flag, lambda file: file.relative_to(folder).parts[:-2])
+    return [Part(folder.name, ClassFolder(of_split, folder), "", folder)]
 
 
 def _saved_table(path: Path, split: str, flag: str) -> Any:
@@ -235,26 +270,42 @@ def _saved_table(path: Path, split: str, flag: str) -> Any:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The files below the folder that hold rows, those of an unfinished `save_to_disk` among them."""
-    return [
+    """The files below the folder that hold rows, those of an unfinished `save_to_disk` among them.
+
+    A table of text beside others of them, and a tar file where there is anything else, is something else: a list of
+    results, or the images that the rows are about.
+    """
+    files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in (*FILE_TYPES, ARROW)
+        if file_type(file) in (*FILE_TYPES, ARROW)
         and file.name not in DESCRIPTIONS
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
+    if any(file_type(file) != ".tar" for file in files):
+        files = [file for file in files if file_type(file) != ".tar"]
+    with_rows = {file.parent for file in files if file_type(file) not in (*DELIMITERS, ".tar")}
+    return [file for file in files if file_type(file) not in DELIMITERS or file.parent not in with_rows]
 
 
-def _of_split(files: list[Path], folder: Path, split: str, flag: str) -> list[Path]:
-    """All files; where names begin with a split ("train-00.parquet") those of this one, the others being of train."""
+def _of_split(
+    files: list[Path],
+    folder: Path,
+    split: str,
+    flag: str,
+    words_of: Callable[[Path], Sequence[str]] | None = None,
+) -> list[Path]:
+    """All files; where names begin with a split ("train-00.parquet", "test/a.csv") those of this one, the others being
+    of train. words_of: what of a file's name may name a split."""
     if not files:
         raise FileNotFoundError(
             f"--{flag} {folder}: holds no {', '.join(FILE_TYPES)} file and no data set written by save_to_disk"
         )
     splits: dict[str, list[Path]] = {}  # under "" those that name none
     for file in files:
-        splits.setdefault(SPLIT_WORDS.get(re.split(r"[-_.]", file.name)[0], ""), []).append(file)
+        words = words_of(file) if words_of else (re.split(r"[-_.]", file.name)[0], *file.relative_to(folder).parts[:-1])
+        splits.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), ""), []).append(file)
     if set(splits) == {""}:
         return files
     splits["train"] = sorted(splits.get("train", []) + splits.pop("", []))
@@ -265,14 +316,19 @@ def _of_split(files: list[Path], folder: Path, split: str, flag: str) -> list[Pa
 
 
 def _read_file(file: Path, flag: str) -> Any:
-    """The table of a file, in arrow format."""
+    """The table of a file: Records, or of parquet a Dataset in arrow format."""
+    if file_type(file) not in FILE_TYPES:
+        raise ValueError(f"--{flag} {file}: must be one of {', '.join(FILE_TYPES)}, or a folder")
+    if file.suffix != ".parquet":
+        try:
+            return TarFile(file) if file.suffix == ".tar" else open_text_file(file)
+        except ValueError as error:
+            raise ValueError(f"--{flag} {file}: cannot be read: {error}") from None
     import datasets
 
-    if file.suffix not in FILE_TYPES:
-        raise ValueError(f"--{flag} {file}: must be one of {', '.join(FILE_TYPES)}, or a folder")
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(FILE_TYPES[file.suffix], data_files=[str(file)], split="train")
+        table = datasets.load_dataset("parquet", data_files=[str(file)], split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"--{flag} {file}: cannot be read: {error.__cause__ or error}") from error
     return table.with_format("arrow")

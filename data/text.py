@@ -110,16 +110,21 @@ def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
     return text
 
 
-def encode_conversation(tokenizer: Tokenizer, turns: list[dict], image_text: str) -> tuple[list[int], list[int]]:
+def encode_conversation(
+    tokenizer: Tokenizer, turns: list[dict], image_text: str, system: str = ""
+) -> tuple[list[int], list[int]]:
     """(ids, labels) of a conversation; the images stand before the first question. The work grows linearly in turns.
 
-    turns: {"user": str, "assistant": str} each. labels are ids shifted left by one where the assistant speaks, its
-    end-of-turn token included, and -100 elsewhere.
+    turns: {"user": str, "assistant": str} each. system: a text before them, which is not learned; where the template
+    writes no system turn, it stands before the first question. labels are ids shifted left by one where the assistant
+    speaks, its end-of-turn token included, and -100 elsewhere.
     """
     contents = [text for turn in turns for text in (turn["user"], turn["assistant"])]
     contents[0] = image_text + contents[0]
-    text = _render(tokenizer, _messages(contents))
-    spans = _frame(tokenizer, len(turns)).spans(contents, text) or _spoken(tokenizer, contents)
+    system, contents[0] = _system_and_question(tokenizer, system, contents[0])
+    text = _render(tokenizer, _messages(contents, system))
+    frame = _frame(tokenizer, len(turns), bool(system))
+    spans = frame.spans(contents, text, system) or _spoken(tokenizer, contents, system)
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids
     starts = [start for start, _ in encoding.offsets]
@@ -130,20 +135,38 @@ def encode_conversation(tokenizer: Tokenizer, turns: list[dict], image_text: str
     return ids, labels
 
 
-def _messages(contents: Sequence[str]) -> list[dict]:
-    """What user and assistant say in turn, as a chat template takes it."""
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+@functools.cache
+def _takes_system(tokenizer: Tokenizer, template: str) -> bool:
+    """Whether the template, the tokenizer's own, writes system turns; some have none, or raise."""
+    mark = "\ue000system\ue001"
+    try:
+        return mark in _render(tokenizer, _messages(["user", "assistant"], mark))
+    except Exception:  # whatever the template raises
+        return False
 
 
-def _spoken(tokenizer: Tokenizer, contents: Sequence[str]) -> list[tuple[int, int]]:
+def _system_and_question(tokenizer: Tokenizer, system: str, question: str) -> tuple[str, str]:
+    """(system, question) as the tokenizer's template can write them."""
+    if not system or _takes_system(tokenizer, str(tokenizer.chat_template)):
+        return system, question
+    return "", f"{system}\n\n{question}"
+
+
+def _messages(contents: Sequence[str], system: str = "") -> list[dict]:
+    """What user and assistant say in turn, after a system text if there is one, as a chat template takes it."""
+    before = [{"role": "system", "content": system}] if system else []
+    return before + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _spoken(tokenizer: Tokenizer, contents: Sequence[str], system: str = "") -> list[tuple[int, int]]:
     """The characters (start, end) of the rendered conversation that the assistant says, with the end of its turn.
 
     Renders the conversation anew for every turn.
     """
     spans = []
     for i in range(1, len(contents), 2):
-        start = len(_render(tokenizer, _messages(contents[:i]), add_generation_prompt=True))
-        text = _render(tokenizer, _messages(contents[: i + 1]))
+        start = len(_render(tokenizer, _messages(contents[:i], system), add_generation_prompt=True))
+        text = _render(tokenizer, _messages(contents[: i + 1], system))
         spans.append((start, len(text.rstrip())))  # without the template's line break after it
     return spans
 
@@ -151,11 +174,15 @@ def _spoken(tokenizer: Tokenizer, contents: Sequence[str]) -> list[tuple[int, in
 class Frame:
     """What a chat template writes around the contents of a conversation, found by rendering one of placeholders."""
 
-    def __init__(self, tokenizer: Tokenizer, turns: int):
-        """turns: of the longest conversation that it serves."""
+    def __init__(self, tokenizer: Tokenizer, turns: int, with_system: bool):
+        """turns: of the longest conversation that it serves. with_system: of those that begin with a system text."""
         marks = [f"\ue000{i}\ue001" for i in range(2 * turns)]
-        text = _render(tokenizer, _messages(marks))
-        spoken = _spoken(tokenizer, marks)
+        system = "\ue000system\ue001" if with_system else ""
+        text = _render(tokenizer, _messages(marks, system))
+        spoken = _spoken(tokenizer, marks, system)
+        self.head = ""  # what stands before the system text
+        if system:
+            self.head, _, text = text.partition(system)
         self.pieces: list[str] = []  # what stands before each content
         for mark in marks:
             piece, found, text = text.partition(mark)
@@ -164,16 +191,16 @@ class Frame:
                 break
             self.pieces.append(piece)
         # Where the assistant's speech starts, counted back from its content, and ends, counted on from it.
-        place, self.leads, self.trails = 0, [], []
+        place, self.leads, self.trails = len(self.head + system), [], []
         for i, (start, end) in enumerate(spoken):
             place += len(self.pieces[2 * i]) + len(marks[2 * i]) + len(self.pieces[2 * i + 1])
             self.leads.append(place - start)
             place += len(marks[2 * i + 1])
             self.trails.append(end - place)
 
-    def spans(self, contents: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+    def spans(self, contents: Sequence[str], text: str, system: str = "") -> list[tuple[int, int]] | None:
         """As `_spoken`; None where the text, the rendered conversation, is not the contents within this frame."""
-        parts, spans, length = [], [], 0
+        parts, spans, length = [self.head, system], [], len(self.head + system)
         for i, content in enumerate(contents[: len(self.pieces)]):
             parts += [self.pieces[i], content]
             length += len(self.pieces[i]) + len(content)
@@ -184,22 +211,23 @@ class Frame:
 
 
 @functools.cache
-def _frames(tokenizer: Tokenizer) -> dict[tuple[str, int], Frame]:
+def _frames(tokenizer: Tokenizer) -> dict[tuple[str, int, bool], Frame]:
     return {}
 
 
-def _frame(tokenizer: Tokenizer, turns: int) -> Frame:
+def _frame(tokenizer: Tokenizer, turns: int, with_system: bool) -> Frame:
     """The frame of conversations of up to the next power of two turns, made once."""
     size = 1 << (turns - 1).bit_length()
-    known, key = _frames(tokenizer), (str(tokenizer.chat_template), size)
+    known, key = _frames(tokenizer), (str(tokenizer.chat_template), size, with_system)
     if key not in known:
-        known[key] = Frame(tokenizer, size)
+        known[key] = Frame(tokenizer, size, with_system)
     return known[key]
 
 
-def encode_prompt(tokenizer: Tokenizer, question: str, image_text: str) -> list[int]:
-    """The ids of a question up to where the assistant begins to speak."""
-    text = _render(tokenizer, [{"role": "user", "content": image_text + question}], add_generation_prompt=True)
+def encode_prompt(tokenizer: Tokenizer, question: str, image_text: str, system: str = "") -> list[int]:
+    """The ids of a question, after a system text if there is one, up to where the assistant begins to speak."""
+    system, question = _system_and_question(tokenizer, system, image_text + question)
+    text = _render(tokenizer, _messages([question], system), add_generation_prompt=True)
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from data.collators import PromptCollator, TrainCollator, to_device
-from data.datasets import DropCounter
+from data.drops import DropCounter
 from data.loader import eval_batches, prompt_batches
 from data.pipeline import Data
 from eval.scoring import score
@@ -131,7 +131,7 @@ def row_losses(
 def exact_match(
     model: VisionLanguageModel,
     tokenizer: Any,
-    batches: Iterable[tuple[dict, list[str], list[str | None], list[str]]],
+    batches: Iterable[tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]],
     max_new_tokens: int,
     device: torch.device,
     autocast: Autocast,
@@ -140,7 +140,7 @@ def exact_match(
 
     batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
     """
-    pairs: list[tuple[str, str, str | None]] = []
+    pairs: list[tuple[str, str | tuple[str, ...], str | None]] = []
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "greedy": True, "eos_token_id": tokenizer.eos_token_id}
     with evaluating(model):
         for batch, expected, sources, _ in batches:

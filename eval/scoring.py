@@ -9,11 +9,15 @@ def normalise(answer: str) -> str:
     return " ".join(answer.lower().split()).removesuffix(".")
 
 
-def score(pairs: Iterable[tuple[str, str, str | None]]) -> dict[str, float | None]:
-    """Exact match over (answer, expected, source): "all" and one entry a source; None where there was no question."""
+def score(pairs: Iterable[tuple[str, str | tuple[str, ...], str | None]]) -> dict[str, float | None]:
+    """Exact match over (answer, expected, source): "all" and one entry a source; None where there was no question.
+
+    expected: a tuple where several answers count as right.
+    """
     right: dict[str, list[bool]] = defaultdict(list)
     for answer, expected, source in pairs:
+        all_expected = {normalise(one) for one in ((expected,) if isinstance(expected, str) else expected)}
         for key in {"all", source or "all"}:
-            right[key].append(normalise(answer) == normalise(expected))
+            right[key].append(normalise(answer) in all_expected)
     means = {key: sum(values) / len(values) for key, values in sorted(right.items())}
     return {"all": None} | means

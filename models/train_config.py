@@ -16,7 +16,7 @@ class TrainConfig(Checked):
     enable_grades: bool = doc("watch every projection matrix and freeze it when it has converged", False)
 
     train_dataset_path: str = doc(
-        "easy-vqa (embedded), a local folder / .parquet / .jsonl / save_to_disk, or a hub id",
+        "easy-vqa (embedded), a local file or folder of a format in docs/data.md, or a hub id",
         "HuggingFaceM4/FineVision_concat_shuffled_2",
         section="Data",
     )

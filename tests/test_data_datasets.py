@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny.data import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 
-from data.datasets import DropCounter, answer_rarity, draw_turns, turn_weights
+from data.datasets import answer_rarity, draw_turns, turn_weights
+from data.drops import DropCounter
 
 MANY = [
     turn(f"is there a {color} shape?", color, "shape" if i % 3 else "color")
@@ -124,8 +125,8 @@ UNUSABLE = {
         row([b"junk"]),
         row([encoded(picture(64, 64))[:200]]),
         row([None]),
-        row([encoded(picture()), {"bytes": None, "path": "/nowhere.png"}]),
     ],
+    "no such file": [row([encoded(picture()), {"bytes": None, "path": "/nowhere.png"}]), row(["/nowhere.png"])],
     "too many images": [row([encoded(picture())] * 5)],
     "no text": [row(texts=[]), row(texts=[turn(""), turn(assistant=None), turn(user=" \n"), turn(user=None)])],
     "image token in text": [row(texts=[turn("what is <|image|>?")]), row(texts=[turn(assistant="<row_1_col_1> red")])],

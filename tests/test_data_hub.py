@@ -35,7 +35,7 @@ def cauldron_row(i: int) -> dict:
     if i % 7 == 6:
         images, texts = [
             ([JUNK], texts),
-            (images, [{"user": "what is <image> <|image|>?", "assistant": "red", "source": "made"}]),
+            (images, [{"user": "what is <|image|>?", "assistant": "red", "source": "made"}]),
             ([], texts),
             (images * 5, texts),
         ][i // 7 % 4]

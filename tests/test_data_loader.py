@@ -20,7 +20,7 @@ from tiny.data import (
 )
 
 from data.collators import PromptCollator, TrainCollator
-from data.datasets import DropCounter
+from data.drops import DropCounter
 from data.formats import Part
 from data.loader import eval_batches, prompt_batches, train_batches
 from data.order import EpochIndices, EpochOrder

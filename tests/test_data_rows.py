@@ -159,10 +159,10 @@ def test_subfolders_of_every_format_are_subsets(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("rows.csv", "a,b\n", "must be one of .parquet"),
+        ("rows.xlsx", "a,b\n", "must be one of .parquet"),
         ("rows.jsonl", '{"images": [], "tex', "rows.jsonl: cannot be read"),
         ("rows.jsonl", '{"img": "a.png", "question": "what?"}\n', "has the columns img, question; it needs images"),
-        ("rows.jsonl/x", "", "holds no .parquet, .jsonl, .json file"),
+        ("rows.jsonl/x", "", "holds no .parquet, .jsonl, .json, .csv, .tsv, .tar file"),
         (None, "", "no such file or folder"),
     ],
 )

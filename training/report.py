@@ -10,7 +10,9 @@ import torch
 import yaml
 
 from data import easy_vqa
-from data.pipeline import Data
+from data.drops import REASONS_TO_SHOW
+from data.formats import count_formats
+from data.pipeline import Data, some_rows
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME
@@ -68,7 +70,9 @@ def open_report(
     log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
-    log.say("rows: " + (", ".join(counts) or "a stream"))
+    is_table = hasattr(data.train_rows, "__len__")
+    formats = ", ".join(name for name, _ in count_formats(some_rows(data.train_rows)).most_common()) if is_table else ""
+    log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
     if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
         log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
     if monitor is not None:
@@ -188,7 +192,8 @@ def make_summary(
         "frozen_share_language": monitor.frozen_share("language") if monitor else None,
         "freed_bytes": monitor.freed_bytes if monitor else None,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "dropped": {split: dict(counter) for split, counter in data.dropped.items() if counter},
+        "dropped": {split: counter.plain() for split, counter in data.dropped.items() if counter},
+        "first_dropped": {split: first for split, counter in data.dropped.items() if (first := counter.examples())},
     }
 
 
@@ -230,6 +235,8 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     for split, counts in summary["dropped"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         lines.append(f"dropped, {split + ':':<13}{reasons}")
+        first = list(summary["first_dropped"].get(split, {}).items())[:REASONS_TO_SHOW]
+        lines += [f"{'':<22}{reason}, first in {found}" for reason, found in first]
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
     asked = shlex.quote(str(folder))
     if summary["stop_reason"] == "interrupted":

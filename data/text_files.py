@@ -1,0 +1,331 @@
+"""JSON Lines, JSON arrays and CSV as tables: a record by its number, read from the file when it is asked for.
+
+A file is read once from its beginning to its end to find where each record starts: 8 bytes of memory per record. No
+type is inferred: what stands in one record changes no other, and a record that cannot be read is one bad row.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data.formats import NOT_UTF8
+from data.values import BadRow, Number, kind_of, shortened, shown
+
+CHUNK_BYTES = 8 * 2**20
+MARK = b"\xef\xbb\xbf"  # which some programs write before UTF-8
+TYPES = (".jsonl", ".json", ".csv", ".tsv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Of a record of a CSV file; a quotation mark that is never closed must not take the rest of a file into memory.
+csv.field_size_limit(64 * 2**20)
+
+DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, strict=False)
+SKIMMER = json.JSONDecoder(parse_int=len, parse_float=len, strict=False)  # to find an end: it makes no numbers
+
+
+def open_text_file(path: Path) -> TextFile:
+    """The table of a file of one of TYPES, or with .gz behind it. Raises ValueError where it is none, OSError."""
+    if path.suffix == ".gz":
+        path = _unpacked(path)
+    with path.open("rb") as file:
+        begin = file.read(4)
+        if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("is UTF-16: save it as UTF-8")
+        start = len(MARK) if begin.startswith(MARK) else 0
+        file.seek(start)
+        if path.suffix in DELIMITERS:
+            return _open_csv(path, file, start)
+        first = next((byte for byte in iter(lambda: file.read(1), b"") if byte.strip()), b"")
+        if first == b"[":
+            return JsonArray(path, _array_starts(file))
+        file.seek(start)
+        lines = JsonLines(path, *_line_starts(file))
+    if path.suffix == ".json" and len(lines) and lines.data(0).strip() == b"{":
+        raise ValueError("is one object over several lines: it must be an array of rows, or one row per line")
+    return lines
+
+
+def file_type(path: Path) -> str:
+    """The ending that says what is in a file, without .gz."""
+    inner = path.with_suffix("").suffix
+    return inner if path.suffix == ".gz" and inner in TYPES else path.suffix
+
+
+def _unpacked(path: Path) -> Path:
+    """The file unpacked into the cache of `datasets`: gzip has no way to a record but through all before it."""
+    import datasets
+
+    facts = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}/{facts.st_size}/{facts.st_mtime_ns}".encode()).hexdigest()[:16]
+    unpacked = Path(datasets.config.HF_DATASETS_CACHE) / "unpacked" / f"{key}-{path.stem}"
+    if not unpacked.exists():
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        part = unpacked.with_name(f"{unpacked.name}.{os.getpid()}")
+        try:
+            with gzip.GzipFile(path) as packed, part.open("wb") as file:
+                shutil.copyfileobj(packed, file, CHUNK_BYTES)
+            part.replace(unpacked)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"is not a whole gzip file: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return unpacked
+
+
+class TextFile:
+    """Records of a file by where they start."""
+
+    def __init__(self, path: Path, starts: np.ndarray):
+        """starts: int64 [records + 1], bytes; the last is where the last record ends."""
+        self.path, self.starts = path, starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def data(self, number: int) -> bytes:
+        """What stands there."""
+        start, end = self.starts[number : number + 2].tolist()
+        with self.path.open("rb") as file:  # by every process for itself, and no file stays open
+            file.seek(start)
+            return file.read(end - start)
+
+    def text(self, number: int) -> str:
+        """The same as text. Raises BadRow where it is not UTF-8."""
+        data = self.data(number)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = data[max(0, error.start - 20) : error.start + 20].decode("utf-8", "backslashreplace")
+            raise BadRow(NOT_UTF8, f"byte {data[error.start]:#04x} in {wrong.strip()}") from None
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Raises BadRow."""
+        raise AssertionError("a subclass reads")
+
+    def place(self, number: int) -> str:
+        """Where a record stands, in words."""
+        return f"row {number + 1}"
+
+
+class JsonArray(TextFile):
+    """The elements of one JSON array."""
+
+    def record(self, number: int) -> dict[str, Any]:
+        return json_object(self.text(number), alone=False)
+
+
+class JsonLines(TextFile):
+    """One JSON object per line; lines without letters are no rows."""
+
+    def __init__(self, path: Path, starts: np.ndarray, blank: np.ndarray):
+        """blank: int64, for each line without letters the number of the record after it, in order."""
+        super().__init__(path, starts)
+        self.blank = blank
+
+    def record(self, number: int) -> dict[str, Any]:
+        return json_object(self.text(number))
+
+    def place(self, number: int) -> str:
+        return f"line {number + 1 + bisect_right(self.blank, number)}"
+
+
+def json_object(text: str, alone: bool = True) -> dict[str, Any]:
+    """The object at the beginning of the text; its numbers keep their letters. alone: nothing may follow it.
+
+    Raises BadRow.
+    """
+    text = text.strip()
+    try:
+        found, end = DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        raise BadRow("not JSON", f"{error.msg}, column {error.pos + 1} of {shortened(text)}") from None
+    except RecursionError:
+        raise BadRow("not JSON", f"nested too deeply: {shortened(text)}") from None
+    if alone and end < len(text):
+        raise BadRow("not JSON", f"more follows at column {end + 1}: {shortened(text[end:])}")
+    if not isinstance(found, dict):
+        raise BadRow(f"row is {kind_of(found)}", shown(found))
+    return found
+
+
+def _line_starts(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, blank) of JsonLines, from where the file stands."""
+    starts, blank = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    offset = begin = file.tell()  # of the chunk, and of the line that is open where it begins
+    count, has_letters = 0, False  # the records before that line, and whether it has letters so far
+    while chunk := file.read(CHUNK_BYTES):
+        letters = np.frombuffer(chunk, dtype=np.uint8)
+        begins = np.append(0, np.flatnonzero(letters == ord("\n")) + 1)
+        is_open = begins[-1] < len(chunk)  # the last line goes on in the next chunk, or the file ends
+        lines = np.logical_or.reduceat(letters > ord(" "), begins if is_open else begins[:-1])
+        lines[0] |= has_letters
+        begins = begins + offset
+        begins[0] = begin
+        offset, begin, has_letters = offset + len(chunk), int(begins[-1]), bool(is_open and lines[-1])
+        ended = lines[: len(begins) - 1]
+        starts.append(begins[:-1][ended])
+        blank.append(count + np.cumsum(ended)[~ended])
+        count += int(ended.sum())
+    last = [begin, offset] if has_letters else [offset]
+    return np.concatenate([*starts, np.array(last, dtype=np.int64)]), np.concatenate(blank)
+
+
+def _array_starts(file: BinaryIO) -> np.ndarray:
+    """Where the elements of a JSON array start; the file stands behind its bracket.
+
+    Memory: the longest element, or CHUNK_BYTES, a few times. An array that breaks off ends with a bad row. Raises
+    ValueError where it is not JSON before its end: from there on nobody can tell what a row is.
+    """
+    starts, window = array("q"), _Window(file)
+    while True:
+        window.skip_space()
+        if window.letter() in ("]", ""):
+            break
+        starts.append(window.offset)
+        if not window.skip_value():
+            break
+        window.skip_space()
+        if window.letter() == ",":
+            window.place += 1
+    return _with_end(starts, window.offset)
+
+
+def _with_end(starts: array, end: int) -> np.ndarray:
+    return np.append(np.array(starts, dtype=np.int64), end)
+
+
+class _Window:
+    """A part of a file as letters, one per byte, so that a letter's place is its byte's; JSON's own signs are ASCII."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.base, self.text, self.place = file, file.tell(), "", 0
+
+    @property
+    def offset(self) -> int:
+        return self.base + self.place
+
+    def letter(self) -> str:
+        """The one at the place; "" at the end of the file."""
+        if self.place == len(self.text):
+            self.grow()
+        return self.text[self.place : self.place + 1]
+
+    def grow(self) -> bool:
+        """Forget what lies before the place and read on, twice as much as is left; False at the end of the file."""
+        left = self.text[self.place :]
+        more = self.file.read(max(CHUNK_BYTES, len(left))).decode("latin-1")
+        self.base, self.text, self.place = self.offset, left + more, 0
+        return bool(more)
+
+    def skip_space(self) -> None:
+        while self.letter() in (" ", "\t", "\r", "\n"):
+            self.place += 1
+
+    def skip_value(self) -> bool:
+        """Move behind a JSON value that a comma or bracket follows; False, and to the end, where the file ends first.
+
+        Raises ValueError where there is none.
+        """
+        while True:
+            problem = "no , or ] follows"
+            at = self.place
+            try:
+                at = SKIMMER.raw_decode(self.text, self.place)[1]
+                behind = self.text[at:].lstrip(" \t\r\n")[:1] if self.text[at : at + 1] not in (",", "]") else ","
+                if behind in (",", "]") and behind:
+                    self.place = at
+                    return True
+                broken = bool(behind)
+            except json.JSONDecodeError as error:
+                problem, at = error.msg, error.pos
+                broken = not problem.startswith("Unterminated") and at < len(self.text) - 16
+            except RecursionError:
+                problem, broken = "nested too deeply", True
+            if broken:
+                raise ValueError(
+                    f"is not a JSON array at byte {self.base + at:,}: {problem}. In a .jsonl file, one row per line, "
+                    "such a row would be the only one that is lost"
+                )
+            if not self.grow():
+                self.place = len(self.text)
+                return False
+
+
+class CsvFile(TextFile):
+    """The rows of a CSV file as RFC 4180 has it; all values are text, those without letters None."""
+
+    def __init__(self, path: Path, starts: np.ndarray, lines: np.ndarray, columns: list[str], delimiter: str):
+        """lines: int32 [records], the number of each record's first line."""
+        super().__init__(path, starts)
+        self.lines, self.columns, self.delimiter = lines, columns, delimiter
+
+    def record(self, number: int) -> dict[str, Any]:
+        text = self.text(number)
+        try:
+            cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True))
+        except csv.Error as error:
+            raise BadRow("not CSV", f"{error}: {shortened(text)}") from None
+        if len(cells) != len(self.columns):
+            raise BadRow(
+                "another number of cells than of columns",
+                f"{len(cells)} cells, {len(self.columns)} columns: {shown(cells)}",
+            )
+        return {column: cell or None for column, cell in zip(self.columns, cells, strict=True)}
+
+    def place(self, number: int) -> str:
+        return f"line {self.lines[number]}"
+
+
+def _open_csv(path: Path, file: BinaryIO, start: int) -> CsvFile:
+    header = file.readline().decode("utf-8", "backslashreplace")
+    delimiter = DELIMITERS[path.suffix]
+    if delimiter == "," and "," not in header:  # as spreadsheets write it where the comma is the decimal sign
+        delimiter = next((one for one in (";", "\t") if one in header), ",")
+    file.seek(start)
+    end, line = start, 0  # of the record that was read last
+
+    def letters() -> Iterator[str]:
+        nonlocal end, line
+        for data in file:
+            end, line = end + len(data), line + 1
+            yield data.decode("latin-1")  # one per byte: where a record ends does not depend on other letters
+
+    reader = csv.reader(letters(), delimiter=delimiter, strict=True)
+    try:
+        next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"its first line, the names of the columns, is not CSV: {error}") from None
+    with path.open("rb") as again:
+        again.seek(start)
+        text = again.read(end - start).decode("utf-8", "backslashreplace")
+    columns = [name.strip() for name in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"its first line names a column twice: {', '.join(twice)}")
+    starts, lines = array("q"), array("i")
+    while True:
+        begin, number = end, line + 1
+        try:
+            blank = next(reader) == []
+        except StopIteration:
+            break
+        except csv.Error:
+            blank = False  # `record` says what is wrong
+        if end == begin:  # an error at the very end of the file
+            break
+        if not blank:
+            starts.append(begin)
+            lines.append(number)
+    return CsvFile(path, _with_end(starts, end), np.array(lines, dtype=np.int32), columns, delimiter)

@@ -1,0 +1,189 @@
+"""The values of a row: what may stand where a text or an image is expected, and why anything else may not.
+
+Nothing is guessed: a value is taken if it can mean one thing only, else its row is bad, with what was found.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+IMAGE_KEYS = ("images", "image", "file_name")
+SHOWN_LETTERS = 80  # of a value, in a message
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64; no path begins like one of them and is as long.
+BASE64_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+NOT_FETCHED = "image is a URL, which is not fetched: download it and give its path"
+
+
+class Number(str):
+    """A number of a JSON file in the letters that stand there: 1e3 is not 1000.0, and no digit is lost."""
+
+    __slots__ = ()
+
+
+class Reason(str):
+    """Why rows cannot be used: equal to the plain string, by which they are counted, with the first row as `first`."""
+
+    first: str
+
+    def __new__(cls, kind: str, first: str = "") -> Reason:
+        made = super().__new__(cls, kind)
+        made.first = first
+        return made
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. kind: the reason, one of few; found: what stands in this row."""
+
+    def __init__(self, kind: str, found: str = ""):
+        super().__init__(kind, found)
+        self.kind, self.found = kind, found
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, true and false apart."""
+    return isinstance(value, Number | int | float) and not isinstance(value, bool)
+
+
+def kind_of(value: Any) -> str:
+    """In words, with its article: "a number", "a list of strings"."""
+    if isinstance(value, bool):
+        return "true or false"
+    if is_number(value):
+        return "a number"
+    if isinstance(value, list | tuple):
+        kinds = {str: "a list of strings", dict: "a list of objects"}
+        return next((kind for cls, kind in kinds.items() if value and all(type(one) is cls for one in value)), "a list")
+    names = {str: "a string", dict: "an object", bytes: "bytes", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def shown(value: Any) -> str:
+    """The value as JSON, shortened."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=lambda one: f"<{type(one).__name__}>")
+    except (ValueError, TypeError, RecursionError):  # a key that is no string
+        text = f"<{type(value).__name__}>"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text on one line, for a message."""
+    text = text if len(text) <= SHOWN_LETTERS else text[: SHOWN_LETTERS - 3] + "..."
+    return " ".join(
+        text.encode("utf-8", "backslashreplace").decode().split()
+    )  # no console prints half a surrogate pair
+
+
+def text_of(value: Any, field: str) -> str | None:
+    """The text of a string, of a number or of true and false, which become their JSON text; None of None.
+
+    field: the value's name in messages. Raises BadRow for anything else, and for half of a surrogate pair.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(f"{field} holds half of a surrogate pair", shown(value[max(0, error.start - 20) :])) from None
+        return str(value)
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    kind = "no number" if isinstance(value, float) else kind_of(value)
+    raise BadRow(f"{field} is {kind}", shown(value))
+
+
+def list_of(value: Any) -> list:
+    """A list of the value, unless it is one; without None."""
+    found = list(value) if isinstance(value, list | tuple) else [value]
+    return [one for one in found if one is not None]
+
+
+def dict_of(value: Any, field: str) -> dict:
+    """The value if it is a dict. Raises BadRow otherwise."""
+    if not isinstance(value, Mapping):
+        raise BadRow(f"{field} is {kind_of(value)}", shown(value))
+    return dict(value)
+
+
+def source_of(*values: Any) -> str | None:
+    """The first of the values that names a source: a string or a number."""
+    for value in values:
+        if isinstance(value, str | int | float) and value != "":
+            return text_of(value, "source")
+    return None
+
+
+def ratings_of(value: Any, field: str) -> list | None:
+    """One number or None for each turn. Raises BadRow for anything else."""
+    if value is None:
+        return None
+    found = []
+    for rating in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(rating, Number):
+            rating = float(rating)
+        if isinstance(rating, bool) or not isinstance(rating, int | float | None):
+            raise BadRow(f"{field} holds {kind_of(rating)}", shown(value))
+        found.append(rating)
+    return found
+
+
+def images_of(record: Mapping[str, Any], folder: Path | None) -> list:
+    """The images of a record, not decoded: one or a list, under `images`, `image` or `file_name`.
+
+    folder: where relative paths start. Raises BadRow.
+    """
+    given: Iterable = next((record[key] for key in IMAGE_KEYS if record.get(key) is not None), [])
+    return [image_of(one, folder) for one in (given if isinstance(given, list | tuple) else [given])]
+
+
+def image_of(value: Any, folder: Path | None) -> Any:
+    """A path, bytes, {"bytes", "path"} or a PIL image, with a path relative to `folder` made whole. Raises BadRow."""
+    if isinstance(value, bytes) or hasattr(value, "getexif"):
+        return value
+    if isinstance(value, str) and not isinstance(value, Number) and value:
+        return _image_of_text(value, folder)
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        if data:
+            return _from_base64(data) if isinstance(data, str) else dict(value)
+        if isinstance(path, str) and path:
+            return {"bytes": None, "path": _image_of_text(path, folder)}
+        if value.get("url") is not None:
+            return image_of(value["url"], folder)
+        raise BadRow("image is an object without bytes, path and url", shown(value))
+    raise BadRow("image is an empty string" if value == "" else f"image is {kind_of(value)}", shown(value))
+
+
+def _image_of_text(text: str, folder: Path | None) -> Any:
+    if text[:5].lower() == "data:":
+        kind, comma, data = text.partition(",")
+        if not comma:
+            raise BadRow("image is a data URL without data", shown(text))
+        return _from_base64(data) if kind.lower().endswith(";base64") else unquote_to_bytes(data)
+    if text[:7].lower() == "file://":
+        return url2pathname(urlsplit(text).path)
+    if URL.match(text):
+        raise BadRow(NOT_FETCHED, shown(text))
+    if BASE64_IMAGE.fullmatch(text):
+        return _from_base64(text)
+    return str(folder / text) if folder else text
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRow("image is not base64", f"{error}: {shown(text)}") from None
