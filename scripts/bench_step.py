@@ -6,7 +6,8 @@
 
 Prints seconds per step, tokens/s, achieved TFLOP/s, peak memory and what one check of GradES costs. Takes every flag of
 train.py too. Medians over the steps after warm-up; compare runs by their ratios. --switches prints a table instead:
-each switch alone, whatever the flags say, and the rest as the flags say.
+each switch alone, whatever the flags say, and the rest as the flags say. --batch_sizes prints one of memory and speed
+by batch size, where running out of memory is a result.
 """
 
 import argparse
@@ -45,9 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--steps", type=int, default=10, help="timed steps")
     made.add_argument("--warmup_steps", type=int, default=3, help="steps before them")
     made.add_argument("--switches", type=int, nargs="+", metavar="LENGTH", help="a table of switches at these lengths")
+    made.add_argument("--batch_sizes", type=int, nargs="+", metavar="ROWS", help="a table of these batch sizes")
     arguments, settings = parse(made, argv)
     if arguments.switches:
         print(switch_table(arguments, settings))
+        return
+    if arguments.batch_sizes:
+        print(batch_table(arguments, settings))
         return
     grades = settings.grades
     bench = Bench(arguments, settings)
@@ -106,6 +111,29 @@ def switch_table(arguments: argparse.Namespace, settings: Settings) -> str:
             print(f"{length:,} tokens, {name}: {step_s:.4f} s", file=sys.stderr, flush=True)
     header = ["switch", "tokens per row", "step (s)", "tokens/s", "TFLOP/s", "peak (GiB)"]
     return "\n".join([*where, "", markdown_table(header, lines)])
+
+
+def batch_table(arguments: argparse.Namespace, settings: Settings) -> str:
+    """A line per batch size, without GradES. Peak memory is known on CUDA only: that of a process never falls."""
+    lines = []
+    where: list[str] = []
+    for rows in arguments.batch_sizes:
+        sized = dataclasses.replace(settings, train=dataclasses.replace(settings.train, batch_size=rows))
+        try:
+            bench = Bench(arguments, sized)
+            where = where or bench.describe()[:2]
+            on_gpu = bench.device.type == "cuda"
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            step_s = step_seconds(bench, arguments)
+            peak = f"{bench.peak_gib():.2f}" if on_gpu else "–"
+            lines.append([f"{rows}", f"{step_s:.4f}", f"{bench.tokens() / step_s:,.0f}", peak])
+        except torch.OutOfMemoryError:
+            lines.append([f"{rows}", "–", "–", "out of memory"])
+        bench = None  # type: ignore[assignment]  # before the next is made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return "\n".join([*where, "", markdown_table(["batch size", "step (s)", "tokens/s", "peak (GiB)"], lines)])
 
 
 if __name__ == "__main__":
