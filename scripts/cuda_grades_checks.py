@@ -210,7 +210,7 @@ def has_data() -> bool:
 def run_training(case: Case, name: str, steps: int, *flags: str, launcher: tuple[str, ...] = ()) -> Path:
     """A run of the quickstart recipe with a few steps; returns its folder. Raises RuntimeError where it fails."""
     settings: dict[str, Any] = {"max_training_steps": steps, "log_interval": 1, "eval_interval": steps, "val_size": 8}
-    settings |= {"num_workers": 0, "output_dir": case.folder, "run_name": name}
+    settings |= {"train_dataset_name": "shape", "num_workers": 0, "output_dir": case.folder, "run_name": name}
     settings |= {"batch_size": 4, "turns_per_image": 2} if case.tiny else {}
     start = ["-m", *launcher, "--nproc_per_node", "1"] if launcher else []
     command = [sys.executable, *start, "train.py", *(f"--{key}={value}" for key, value in settings.items()), *flags]
