@@ -10,6 +10,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,8 @@ def run_section(sections: Mapping[str, Callable[[Case], None]]) -> int:
 
 def machine(device: torch.device) -> str:
     """Device and versions in a line."""
-    import transformers
-
     parts = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
-    parts += [f"transformers {transformers.__version__}", f"{os.cpu_count()} cores"]
+    parts += [f"transformers {version('transformers')}", f"{os.cpu_count()} cores"]
     if device.type != "cuda":
         return ", ".join([str(device), *parts])
     gpu = torch.cuda.get_device_properties(0)
