@@ -101,8 +101,10 @@ def training_bytes(bench: Bench) -> int:
 
 
 def peak_gib(arguments: argparse.Namespace, settings: Settings, state: State) -> float | None:
-    """Peak memory of steps in this state, for a process that has done nothing else."""
+    """Peak memory of steps in this state, for a process that has done nothing else; on CUDA it may have."""
     bench = Bench(arguments, settings)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with frozen(bench, state):
         for _ in range(2):
             bench.step()
@@ -111,6 +113,8 @@ def peak_gib(arguments: argparse.Namespace, settings: Settings, state: State) ->
 
 def peaks_gib(arguments: argparse.Namespace, settings: Settings) -> list[float | None]:
     """Of each state. To be called while this process is small: Linux counts the parent's memory in a child's peak."""
+    if torch.cuda.is_available() and arguments.device in ("auto", "cuda"):  # it counts for itself, and starting is slow
+        return [peak_gib(arguments, settings, state) for state in STATES]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         return list(pool.map(functools.partial(peak_gib, arguments, settings), STATES))
@@ -120,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     made = make_parser(__doc__.splitlines()[0])
     made.add_argument("--rounds", type=int, default=5, help="turns of each state")
     made.add_argument("--steps", type=int, default=3, help="timed steps in a turn")
+    made.add_argument("--no_peaks", action="store_true", help="spare the processes that the peak memory needs on a CPU")
     arguments, settings = parse(made, argv)
-    peaks = peaks_gib(arguments, settings)
+    peaks = [None] * len(STATES) if arguments.no_peaks else peaks_gib(arguments, settings)
     bench = Bench(arguments, settings)
     counts = []
     for state in STATES:

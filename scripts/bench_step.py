@@ -6,13 +6,15 @@
 
 Prints seconds per step, tokens/s, achieved TFLOP/s, peak memory and what one check of GradES costs. Takes every flag of
 train.py too. Medians over the steps after warm-up; compare runs by their ratios. --switches prints a table instead:
-each switch alone, whatever the flags say, and the rest as the flags say.
+each switch alone, whatever the flags say, and the rest as the flags say. --batch_sizes prints one of memory and speed
+by batch size, where running out of memory is a result.
 """
 
 import argparse
 import dataclasses
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--steps", type=int, default=10, help="timed steps")
     made.add_argument("--warmup_steps", type=int, default=3, help="steps before them")
     made.add_argument("--switches", type=int, nargs="+", metavar="LENGTH", help="a table of switches at these lengths")
+    made.add_argument("--batch_sizes", type=int, nargs="+", metavar="ROWS", help="a table of these batch sizes")
     arguments, settings = parse(made, argv)
     if arguments.switches:
         print(switch_table(arguments, settings))
+        return
+    if arguments.batch_sizes:
+        print(batch_table(arguments, settings))
         return
     grades = settings.grades
     bench = Bench(arguments, settings)
@@ -87,25 +93,47 @@ def switched(arguments: argparse.Namespace, settings: Settings, length: int, cha
 
 
 def switch_table(arguments: argparse.Namespace, settings: Settings) -> str:
-    """A line per sequence length and switch. Peak memory is known on CUDA only: that of a process never falls."""
+    """A line per sequence length and switch."""
     lines = []
     for length in arguments.switches:
         bench = switched(arguments, settings, length, {})
         flop = bench.flops()
         where = bench.describe()[:2]
+        del bench
         for name, changes in SWITCHES.items():
-            del bench
-            bench = switched(arguments, settings, length, changes)
-            on_gpu = bench.device.type == "cuda"
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            step_s = step_seconds(bench, arguments)
-            peak = f"{bench.peak_gib():.2f}" if on_gpu else "–"
-            speed = f"{bench.tokens() / step_s:,.0f}", f"{flop / step_s / 1e12:.3f}"
-            lines.append([name, f"{length:,}", f"{step_s:.4f}", *speed, peak])
-            print(f"{length:,} tokens, {name}: {step_s:.4f} s", file=sys.stderr, flush=True)
+            step_s, tokens, peak = measured(lambda: switched(arguments, settings, length, changes), arguments)  # noqa: B023
+            speed = [f"{step_s:.4f}", f"{tokens / step_s:,.0f}", f"{flop / step_s / 1e12:.3f}"] if step_s else ["–"] * 3
+            lines.append([name, f"{length:,}", *speed, peak])
+            print(f"{length:,} tokens, {name}: {speed[0]} s", file=sys.stderr, flush=True)
     header = ["switch", "tokens per row", "step (s)", "tokens/s", "TFLOP/s", "peak (GiB)"]
     return "\n".join([*where, "", markdown_table(header, lines)])
+
+
+def batch_table(arguments: argparse.Namespace, settings: Settings) -> str:
+    """A line per batch size, without GradES."""
+    lines = []
+    for rows in arguments.batch_sizes:
+        sized = dataclasses.replace(settings, train=dataclasses.replace(settings.train, batch_size=rows))
+        step_s, tokens, peak = measured(lambda: Bench(arguments, sized), arguments)  # noqa: B023
+        lines.append([f"{rows}", *([f"{step_s:.4f}", f"{tokens / step_s:,.0f}"] if step_s else ["–"] * 2), peak])
+    where = f"{settings.recipe.stem}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return "\n".join([where, "", markdown_table(["batch size", "step (s)", "tokens/s", "peak (GiB)"], lines)])
+
+
+def measured(make: Callable[[], Bench], arguments: argparse.Namespace) -> tuple[float | None, int, str]:
+    """(seconds of a step, its tokens, peak memory in GiB as text); without the memory for it no seconds.
+
+    Peak memory is known on CUDA only: that of a process never falls.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        bench = make()
+        step_s = step_seconds(bench, arguments)
+    except torch.OutOfMemoryError:
+        return None, 0, "out of memory"
+    return step_s, bench.tokens(), f"{bench.peak_gib():.2f}" if bench.device.type == "cuda" else "–"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny.tables import read_table
 
 from grades import find_components
@@ -55,6 +56,21 @@ def test_a_table_of_switches(capsys, monkeypatch):
     rows = read_table(capsys.readouterr().out)
     assert [(row["tokens per row"], row["switch"]) for row in rows] == list(product(("16", "40"), switches))
     assert all(number(row[name]) > 0 for row in rows for name in ("step (s)", "tokens/s"))
+
+
+def test_running_out_of_memory_is_a_row_of_the_table_of_batch_sizes(capsys, monkeypatch):
+    make = bench_step.Bench
+
+    def small_device(arguments, settings):
+        if settings.train.batch_size == 3:
+            raise torch.OutOfMemoryError("a device this small")
+        return make(arguments, settings)
+
+    monkeypatch.setattr(bench_step, "Bench", small_device)
+    bench_step.main(flags("--steps=1", "--warmup_steps=0", "--batch_sizes", "1", "3", "2"))
+    rows = read_table(capsys.readouterr().out)
+    assert [(row["batch size"], row["peak (GiB)"]) for row in rows] == [("1", "–"), ("3", "out of memory"), ("2", "–")]
+    assert number(rows[2]["step (s)"]) > 0
 
 
 @pytest.mark.parametrize("name", bench_step.SWITCHES)

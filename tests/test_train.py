@@ -279,3 +279,12 @@ def test_of_a_run_folder_the_best_counts_then_the_newest_then_what_a_crash_left(
         for file in ("config.json", "model.safetensors"):
             (folder / file).touch()
         assert find_checkpoint(tmp_path) == folder
+
+
+def test_a_run_without_matplotlib_has_a_summary_and_no_pictures(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train.main(parse_arguments(arguments(data, tmp_path, "run", enable_grades=True))) == 0
+    folder = tmp_path / "out" / "run"
+    assert (folder / "summary.json").exists()
+    assert list(folder.glob("*.png")) == []
+    assert "python -m grades report" in (folder / "log.txt").read_text()

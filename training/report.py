@@ -129,7 +129,10 @@ def write_report(
     pictures: list[Path] = []
     if monitor is not None:
         monitor.save_history(folder / HISTORY_NAME)
-        pictures = plots.draw(folder / HISTORY_NAME)
+        try:
+            pictures = plots.draw(folder / HISTORY_NAME)
+        except ImportError:
+            log.say(f"no pictures without matplotlib; install it, then: python -m grades report {folder}")
     baseline = None
     if test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME:
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
