@@ -89,7 +89,7 @@ class Run:
         model = VisionLanguageModel.from_pretrained(str(folder))
         setup.freeze_untrained(model, self.cfg)
         optimizer = setup.make_optimizer(model, self.cfg)
-        saved = torch.load(folder / STATE, map_location="cpu", weights_only=False)
+        saved = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         averages = AveragedWeights(model.parameters(), optimizer, self.cfg.average_weights)
         averages.load_state_dict(saved["states"]["averages"])
