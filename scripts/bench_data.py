@@ -40,9 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--random_rows", type=int, default=0, help="rows to make up; 0: the recipe's data set")
     parser.add_argument("--image_size", type=int, nargs=2, default=(640, 480), help="their largest width and height")
     parser.add_argument("--micro_batches", type=int, default=32, help="timed without a pause")
-    parser.add_argument("--steps", type=int, default=10, help="steps, which sleep; at least 1")
+    parser.add_argument("--steps", type=int, default=10, help="steps, which sleep")
     parser.add_argument("--step_s", type=float, default=0.5, help="seconds per step without waiting for data")
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps}: must be >= 1")
     settings = parse_arguments(rest)
     torch.set_num_threads(1)  # as in a worker
     rows = random_rows(arguments) if arguments.random_rows else None

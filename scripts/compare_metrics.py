@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grades import find_components, policy
+from grades.components import TOWERS
 from grades.freezing import Freezer
 from models.vision_language_model import VisionLanguageModel
 from scripts import runs
@@ -43,7 +44,6 @@ LABELS["front"] = "weight_change, from the front"
 LABELS |= {f"random_{row}": f"random, at {row}'s steps" for row in REPLAYED}
 CALIBRATION_SEED = 100
 NO_FREEZE = ("--freeze_vision", "false", "--freeze_language", "false")
-TOWERS = ("vision", "language")
 COLUMNS = ("accuracy", "cost", "saved_vision", "saved_language", "flops_ratio")
 SHARES = 1024  # of the weight updates, into which the search divides the whole
 

@@ -31,10 +31,9 @@ from grades import find_components
 from grades.averaging import AVERAGE, AveragedWeights
 from grades.components import TOWERS, tower_of
 from grades.config import ROLLBACK_TAU
-from grades.policy import count_below
 from grades.rollback import CERTAINTY, find_parts, paired_difference
 from models.vision_language_model import VisionLanguageModel
-from scripts.compare_stopping import Curves
+from scripts.compare_stopping import Curves, end_below
 from scripts.runs import markdown_table
 from training import setup
 from training.arguments import parse_arguments
@@ -164,12 +163,7 @@ class Run:
 
     def end(self, sign: str, threshold: float) -> int:
         """The step at which both towers' sign has been below the threshold at PATIENCE checkpoints in a row."""
-        streaks: dict[str, int] = {}
-        for step, values in sorted(self.signs[sign].items()):
-            streaks = count_below(streaks, values, dict.fromkeys(values, threshold))
-            if all(streaks.get(tower, 0) >= PATIENCE for tower in values):
-                return step
-        return self.curves.last
+        return end_below(self.signs[sign], threshold, PATIENCE) or self.curves.last
 
 
 def drift(last: Weights, average: Weights, before: Weights) -> dict[str, float]:

@@ -53,13 +53,11 @@ class Curves:
 
     def end_by_gain(self, tau: float, patience: int) -> int:
         """The step at which each part's gain + error has been below tau for `patience` checks in a row."""
-        streaks: dict[str, int] = {}
-        for step, gains in sorted(self.gains.items()):
-            values = {part: gain + CERTAINTY * error for part, (gain, error) in gains.items()}
-            streaks = policy.count_below(streaks, values, dict.fromkeys(values, tau))
-            if len(policy.converged(values, streaks, patience)) == len(values):
-                return step
-        return self.last
+        bounds = {
+            step: {part: gain + CERTAINTY * error for part, (gain, error) in gains.items()}
+            for step, gains in self.gains.items()
+        }
+        return end_below(bounds, tau, patience) or self.last
 
     def end_by_early_stopping(self, key: str, delta: float, patience: int) -> int:
         """The step at which classic early stopping ends."""
@@ -99,6 +97,19 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(table(runs, rules))
     return 0
+
+
+def end_below(measured: dict[int, dict[str, float]], tau: float, patience: int) -> int | None:
+    """The step at which all parts' values have been below tau at `patience` checks in a row; None if never.
+
+    measured: step -> part -> value.
+    """
+    streaks: dict[str, int] = {}
+    for step, values in sorted(measured.items()):
+        streaks = policy.count_below(streaks, values, dict.fromkeys(values, tau))
+        if len(policy.converged(values, streaks, patience)) == len(values):
+            return step
+    return None
 
 
 def nearest(run: Curves, step: float) -> int:

@@ -211,3 +211,13 @@ def test_as_many_tiles_as_fit_into_the_memory():
     assert 0.7 * memory < sum(limited.memory.values()) <= 0.86 * memory
     with pytest.raises(ValueError, match="--batch_size 2: takes"):
         fitting_tiles(settings, CPU, memory / 100)
+
+
+def test_the_recipe_for_a_smaller_card_makes_the_same_steps():
+    whole, smaller = (
+        parse_arguments(["--config", str(ROOT / "configs" / f"{name}.yaml")]).as_dict()
+        for name in ("nanovlm_222m", "nanovlm_222m_24gb")
+    )
+    assert {key for key in whole if whole[key] != smaller[key]} == {"batch_size", "gradient_accumulation_steps"}
+    rows = [one["batch_size"] * one["gradient_accumulation_steps"] for one in (whole, smaller)]
+    assert rows[0] == rows[1]

@@ -34,7 +34,7 @@ from training.state import LoopState
 LESS_MEMORY = (
     "A step takes less memory with a smaller --batch_size (and more --gradient_accumulation_steps), with "
     "--activation_checkpointing, --loss_chunk_size 1024 or a --max_tiles_per_batch; --dry_run tells how much. "
-    "The run continues from what is saved with --resume FOLDER/checkpoints/crash and --resume_override."
+    "So the run continues: --resume FOLDER/checkpoints/crash (or FOLDER where there is none) --resume_override."
 )
 
 
