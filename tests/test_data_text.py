@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny.data import TILE_TOKENS, byte_level_tokenizer, dataset, row, tiny_train, tiny_vlm, turn
 
-from data import easy_vqa, text
+from data import easy_vqa, templates
 from data.datasets import check_words
 from data.rows import load_rows
 from data.text import encode_conversation, encode_prompt, get_tokenizer, image_string, knows_every_word, unknown_words
 
-RENDER = text._render
+RENDER = templates.render
 CHATML = "<|im_start|>user\nwhat is the blue shape?<|im_end|>\n<|im_start|>assistant\ncircle<|im_end|>\n"
 
 
@@ -157,12 +157,12 @@ def test_what_the_assistant_says_is_found_by_rendering_once(template, tokenizers
         turns = [turn(user, assistant) for user, assistant in conversation]
         found = encode_conversation(tokenizer, turns, "")
         with monkeypatch.context() as patch:
-            patch.setattr(text.Frame, "spans", lambda *given: None)
+            patch.setattr(templates.Frame, "starts", lambda *given: None)
             assert encode_conversation(tokenizer, turns, "") == found
     rendered = []
-    monkeypatch.setattr(text, "_render", lambda *given, **flags: rendered.append(1) or RENDER(*given, **flags))
+    monkeypatch.setattr(templates, "render", lambda *given, **flags: rendered.append(1) or RENDER(*given, **flags))
     encode_conversation(tokenizer, [turn("what is the shape?", "red")] * 20, "")
-    assert len(rendered) == (41 if template == "shouts" else 1)
+    assert len(rendered) == (21 if template == "shouts" else 1)
 
 
 def test_image_string_of_grids():
