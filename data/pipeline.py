@@ -17,7 +17,7 @@ import numpy as np
 
 from data import easy_vqa
 from data.collators import TrainCollator
-from data.datasets import VQADataset, check_words
+from data.datasets import VQADataset
 from data.drops import BAD_SUBSET, DropCounter
 from data.formats import Row, Rows
 from data.images import ImageProcessor
@@ -26,6 +26,7 @@ from data.readers import start_of
 from data.rows import load_rows, split_rows
 from data.streams import RowStream
 from data.text import get_tokenizer
+from data.tokenizer_checks import check_tokenizer, check_words
 from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
@@ -190,7 +191,9 @@ def load_data(
 
     Raises ValueError or OSError where data or tokenizer cannot be used.
     """
-    tokenizer = get_tokenizer(vlm, checkpoint)
+    notes: list[str] = []
+    tokenizer = get_tokenizer(vlm, checkpoint, notes)
+    notes += check_tokenizer(tokenizer, vlm)
     train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
     test_rows = None
     if cfg.test_dataset_path:
@@ -204,8 +207,9 @@ def load_data(
     test_dataset = dataset(test_rows, train=False) if test_rows is not None else None
     datasets = dataset(train_rows, train=True), dataset(val_rows, train=False), test_dataset
     data = Data(tokenizer, train_rows, val_rows, test_rows, *datasets, cfg, rank, world_size)
-    note = check_words(data.train_dataset, some_rows(rows))
-    if note and rank == 0:
+    if unknown := check_words(data.train_dataset, some_rows(rows)):
+        notes.append(unknown)
+    for note in notes if rank == 0 else []:
         print(f"NOTE {note}", file=sys.stderr)
     if rank == 0 and (bad_subsets := getattr(rows, "bad_subsets", ())):
         data.dropped["train"][BAD_SUBSET] = len(bad_subsets)

@@ -26,8 +26,9 @@ def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None, notes: list[
     """The tokenizer of a checkpoint folder if it holds one, else cfg.lm_tokenizer, with the extra tokens added, and
     with the end of the template's answers as its end token, at which generation stops.
 
-    Truncation and padding that are stored with it are cleared; `notes` gets a sentence that says so. Raises ValueError that names the flag if there is no such tokenizer, or if its size or the ids of the extra tokens
-    are not those of the config.
+    Truncation and padding that are stored with it are cleared; `notes` gets a sentence that says so. Raises ValueError
+    that names the flag if there is no such tokenizer, or if its size or the ids of the extra tokens are not those of
+    the config.
     """
     if folder is not None and (Path(folder) / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast

@@ -34,6 +34,11 @@ class TrainConfig(Checked):
         None,
         ge=1,
     )
+    train_on: str = doc(
+        "the tokens that are learned: answers (each with its end), last_answer of a conversation, or all of its text",
+        "answers",
+        choices=("answers", "last_answer", "all"),
+    )
     source_weights: dict[str, float] = doc(
         "with turns_per_image: how often to draw the `source`s of a row's turns, as JSON; 1 for those not named",
         {},

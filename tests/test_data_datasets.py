@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny.data import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 
-from data.datasets import answer_rarity, draw_turns, turn_weights
+from data.draws import answer_rarity, draw_turns, turn_weights
 from data.drops import DropCounter
 
 MANY = [
