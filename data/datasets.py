@@ -34,12 +34,13 @@ from data.drops import (
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
 from data.places import with_images
-from data.templates import knows_tools
+from data.templates import TemplateRefused, knows_tools
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call
 from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
-NO_TOOLS = "tools, which the chat template does not know"
+NO_TOOLS = "tools unknown to the chat template"
+REFUSED = "refused by the chat template"
 
 
 @dataclass
@@ -190,11 +191,18 @@ class VQADataset:
             images = self._tiles(row["images"], where_of(row))
         except RowDropped as bad:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
-        asked = [turn | {"user": with_images(turn, self._image_texts(grids))[0]} for turn in turns]
-        prompts = [self._prompt(turn, row) for turn in asked]
-        answers = [self._answer(turn, row) for turn in asked]
-        sources = [turn.get("source") for turn in turns]
-        return Questions(images, prompts, answers, sources, row["id"], drops_of(dropped, bool(turns), row))
+        found = Questions(images, [], [], [], row["id"])
+        for turn in turns:
+            asked = turn | {"user": with_images(turn, self._image_texts(grids))[0]}
+            try:
+                prompt, answer = self._prompt(asked, row), self._answer(asked, row)
+            except TemplateRefused:
+                dropped[REFUSED] += 1
+                continue
+            found.prompts.append(prompt)
+            found.answers.append(answer)
+            found.sources.append(turn.get("source"))
+        return replace(found, dropped=drops_of(dropped, bool(found.prompts), row))
 
     def _encode_row(self, row: dict) -> PreparedSample:
         """All that is the same at each visit of a row."""
@@ -208,7 +216,11 @@ class VQADataset:
         conversations, kept_turns = [], []
         image_texts = self._image_texts(grids)
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
-            ids, labels = self._conversation(group, image_texts, row)
+            try:
+                ids, labels = self._conversation(group, image_texts, row)
+            except TemplateRefused as error:
+                dropped[Reason(REFUSED, f"{where_of(row)}: {error}")] += len(group)
+                continue
             if len(ids) > self.cfg.max_sample_length:
                 dropped[TOO_LONG] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
@@ -287,9 +299,7 @@ class VQADataset:
             steps = turn.get("steps") or []
             if not (assistant or (steps and "tool_calls" in steps[-1])) or not (user or turn.get("image_only")):
                 dropped[NO_TEXT] += 1
-            elif why := self._forged(
-                "\n".join([user, assistant, *[json.dumps(steps, ensure_ascii=False)] * bool(steps)])
-            ):
+            elif why := self._forged("\n".join([user, assistant, json.dumps(steps, ensure_ascii=False)])):
                 dropped[why] += 1
             else:
                 turns.append(turn | {"user": user, "assistant": assistant or (None if steps else "")})

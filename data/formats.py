@@ -4,8 +4,8 @@ What a row may look like in a file is said in data.conversations. In the one sha
 `images`: list of images that are not decoded yet: a path, bytes, {"bytes", "path"} or a PIL image;
 `texts`: list of turns {"user", "assistant", "source"}, each a str or None where it is not known. A turn may also have
 `answers`: all that count as right, of which the assistant's is the first; `image_only`: the question is the image;
-`image_places`: where in the user's text its images stand, in characters, and `images_before`: how many images stand in the
-turns before it; without them all images stand before the first question;
+`image_places`: where in the user's text its images stand, in characters, and `images_before`: how many images stand in
+the turns before it; without them all images stand before the first question;
 `steps`: messages between question and answer, {"role": "assistant", "content", "tool_calls"} and {"role": "tool",
 "content"}; where the last is a call, there may be no answer;
 `id`: str that says where the row comes from, as "easy-vqa/train/17" or "file.parquet#12";

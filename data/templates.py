@@ -18,6 +18,10 @@ TOOL_MARKS = ("qzname", "qzkey", "qzvalue", "qzresult", "qztool")  # letters alo
 Span = tuple[int, int]  # characters of a text: start, end
 
 
+class TemplateRefused(ValueError):
+    """A conversation that the chat template does not write, and why."""
+
+
 def marks(count: int) -> list[str]:
     """Texts that stand for those of a conversation."""
     return [f"\ue000{i}\ue001" for i in range(count)]
@@ -32,7 +36,10 @@ def messages_of(contents: Sequence[str], system: str = "") -> list[dict]:
 def render(
     tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool = False, tools: list[dict] | None = None
 ) -> str:
-    """The text of the messages. A template that can think is told not to: an answer follows its prompt at once."""
+    """The text of the messages. A template that can think is told not to: an answer follows its prompt at once.
+
+    Raises TemplateRefused.
+    """
     if _needs_parts(tokenizer, str(tokenizer.chat_template)):
         messages = [_in_parts(message) for message in messages]
     return _apply(tokenizer, messages, add_generation_prompt, tools)
@@ -42,11 +49,14 @@ def _apply(
     tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool = False, tools: list[dict] | None = None
 ) -> str:
     options: dict[str, Any] = {"tools": tools} if tools else {}
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False, **options
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False, **options
+            )
         )
-    )
+    except Exception as error:  # a template may raise anything, as any code
+        raise TemplateRefused(f"{type(error).__name__}: {error}") from error
 
 
 def _in_parts(message: dict) -> dict:
@@ -61,11 +71,11 @@ def _needs_parts(tokenizer: Tokenizer, template: str) -> bool:
     try:
         if mark in _apply(tokenizer, plain):
             return False
-    except Exception:  # whatever the template raises at a string
+    except TemplateRefused:  # a string is no list
         pass
     try:
         return mark in _apply(tokenizer, [_in_parts(message) for message in plain])
-    except Exception:
+    except TemplateRefused:
         return False
 
 
@@ -80,7 +90,7 @@ def _takes_system(tokenizer: Tokenizer, template: str) -> bool:
     contents = marks(4)
     try:
         text = render(tokenizer, messages_of(contents, SYSTEM_MARK))
-    except Exception:  # whatever the template raises
+    except TemplateRefused:
         return False
     return 0 <= text.find(SYSTEM_MARK) < text.find(contents[0])
 
@@ -94,7 +104,7 @@ def knows_tools(tokenizer: Tokenizer) -> bool:
 def _knows_tools(tokenizer: Tokenizer, template: str) -> bool:
     name, key, value, result, tool = TOOL_MARKS
     call = {"type": "function", "function": {"name": name, "arguments": {key: value}}}
-    messages = [
+    messages: list[dict] = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": result},
@@ -102,7 +112,7 @@ def _knows_tools(tokenizer: Tokenizer, template: str) -> bool:
     tools = [{"type": "function", "function": {"name": tool, "description": "", "parameters": {"type": "object"}}}]
     try:
         text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
-    except Exception:  # whatever the template raises
+    except TemplateRefused:
         return False
     return all(mark in text for mark in TOOL_MARKS)
 
@@ -123,7 +133,7 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
 def _end_of_answer(tokenizer: Tokenizer, template: str) -> str | None:
     try:
         rest = after_answer(tokenizer)
-    except Exception:  # whatever the template raises
+    except TemplateRefused:
         return None
     ids = tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False).ids if rest else []
     token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
@@ -154,13 +164,19 @@ class Frame:
             self.pieces.append(piece)
         self.tail = text
         self.leads: list[int] = []  # characters between the prompt and the content of each answer
-        self.rewrites = False  # whether the generation prompt is not how the template begins an answer
+        self.added: set[str] = set()  # ends of generation prompts with which the template does not begin an answer
         for i in range(1, len(self.pieces), 2):
             prompt = render(tokenizer, messages_of(contents[:i], system), add_generation_prompt=True)
             before = prompt.rpartition(contents[i - 1])[2]
             if not self.pieces[i].startswith(before):
-                self.pieces[i], self.rewrites = before, True
+                self.added.add(before[_same(before, self.pieces[i]) :])
+                self.pieces[i] = before
             self.leads.append(len(self.pieces[i]) - len(before))
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether some answer does not begin as its generation prompt ends."""
+        return bool(self.added)
 
     def compose(self, contents: Sequence[str], system: str = "") -> str:
         """The contents within the frame, which is that of as many turns."""
@@ -203,28 +219,43 @@ def conversation_text(tokenizer: Tokenizer, contents: Sequence[str], system: str
     """(text, where the assistant speaks in it) of what user and assistant say in turn. The work grows linearly in turns
     unless the template changes contents: then each answer is found by rendering what stands before it.
 
-    Each span is an answer with its end token. There is none where the template has no such token.
+    Raises TemplateRefused. Each span is an answer with its end token; there is none where the template has no such
+    token.
     """
     frame = frame_of(tokenizer, len(contents) // 2, bool(system))
     text = frame.compose(contents, system) if frame.rewrites else render(tokenizer, messages_of(contents, system))
     starts = frame.starts(contents, text, system)
     if starts is None:
-        messages = messages_of(contents, system)
-        starts = _starts(tokenizer, messages, text)
+        return messages_text(tokenizer, messages_of(contents, system), None, frame)
     return _ended(tokenizer, text, starts)
 
 
-def messages_text(tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[Span]]:
-    """The same of messages in any order, tool calls and results among them. Renders them again for each answer."""
+def messages_text(
+    tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None, frame: Frame | None = None
+) -> tuple[str, list[Span]]:
+    """The same of messages in any order, tool calls and results among them. Renders them again for each answer.
+
+    frame: of the template, where there is one already. Raises TemplateRefused.
+    """
     text = render(tokenizer, messages, tools=tools)
-    return _ended(tokenizer, text, _starts(tokenizer, messages, text, tools))
+    added = (frame or frame_of(tokenizer, 2, False)).added
+    parts, starts, done, length = [], [], 0, 0  # `done` characters of the text are in the parts, which have `length`
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        prompt = render(tokenizer, messages[:i], add_generation_prompt=True, tools=tools)
+        same = _same(prompt, text)
+        if same < len(prompt) and prompt[same:] not in added:
+            raise TemplateRefused("what stands before an answer is not how the conversation begins")
+        parts += [text[done:same], prompt[same:]]
+        length += len(parts[-2]) + len(parts[-1])
+        done = same
+        starts.append(length)
+    return _ended(tokenizer, "".join([*parts, text[done:]]), starts)
 
 
-def _starts(tokenizer: Tokenizer, messages: list[dict], text: str, tools: list[dict] | None = None) -> list[int]:
-    """Where each of the assistant's messages begins; of one that does not begin where its prompt ends, nothing."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = [render(tokenizer, messages[:i], add_generation_prompt=True, tools=tools) for i in answers]
-    return [len(prompt) for prompt in prompts if text.startswith(prompt)]
+def _same(one: str, other: str) -> int:
+    """How many letters both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _ended(tokenizer: Tokenizer, text: str, starts: list[int]) -> tuple[str, list[Span]]:

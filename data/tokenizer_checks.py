@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from data.datasets import VQADataset
 from data.drops import count_drops, where_of
-from data.templates import Frame, after_answer, end_of_answer, marks, messages_of, render
+from data.templates import Frame, TemplateRefused, after_answer, end_of_answer, marks, messages_of, render
 from data.text import SPEAKERS, Tokenizer, encode_conversation, encode_prompt, knows_every_word, unknown_words
 from data.values import shortened
 from models.config import VLMConfig
@@ -57,8 +57,8 @@ def _writing_problem(tokenizer: Tokenizer) -> str | None:
         prompt = render(tokenizer, messages_of(contents[:1]), add_generation_prompt=True)
         plain = render(tokenizer, messages_of(contents[:1]))
         render(tokenizer, messages_of(marks(4)))
-    except Exception as error:  # whatever a template raises
-        return f"raises {type(error).__name__} on a plain conversation: {shortened(str(error))}; mend it"
+    except TemplateRefused as error:
+        return f"raises on a conversation of questions and answers: {shortened(str(error))}; mend the template"
     for name, mark, where in (("question", question, text), ("answer", answer, text), ("question", question, prompt)):
         if mark not in where:
             return f"does not write the {name} of a conversation as it is; it must hold message['content'] unchanged"
@@ -83,10 +83,11 @@ def _end_problem(tokenizer: Tokenizer, cfg: VLMConfig) -> str | None:
     if end is None:
         written = rest.split()[0][:40]
         ids = tokenizer.backend_tokenizer.encode(written, add_special_tokens=False).ids
-        is_what = "unknown to it" if tokenizer.unk_token_id in ids else f"{len(ids)} tokens of it, not one special one"
+        is_what = "unknown to it" if tokenizer.unk_token_id in ids else f"{len(ids)} of its tokens, not one special one"
         return (
-            f"ends an answer with {written!r}, which --lm_tokenizer {cfg.lm_tokenizer} does not have (it is {is_what}) "
-            f"and generation would not stop there; take the template of this tokenizer, or end with {tokenizer.eos_token!r}"
+            f"ends an answer with {written!r}, which --lm_tokenizer {cfg.lm_tokenizer} does not have as a token (it is "
+            f"{is_what}): generation would not stop there; take the template that belongs to this tokenizer, or end an "
+            f"answer with {tokenizer.eos_token!r}"
         )
     if tokenizer.eos_token != end:
         return f"ends an answer with {end!r}, but generation stops at {tokenizer.eos_token!r}; they must be the same"

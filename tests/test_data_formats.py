@@ -190,9 +190,9 @@ BAD = {
     "image is a URL, which is not fetched: download it and give its path": Q | {"image": "https://a.org/b.png"},
     "a caption or label without an image": {"image": None, "caption": "red"},
     "another number of <image> than of images": conversation("<image> <image> what?", "red"),
-    "<image> elsewhere than at the start or end of the first question": conversation("is <image> red?", "yes"),
-    "a role is none of system, user and assistant": conversation("what?", "red") | {
-        "conversations": [{"from": "tool", "value": "?"}]},
+    "<image> elsewhere than in a question": conversation("is it red?", "yes <image>"),
+    "a role is none of system, user, assistant and tool": conversation("what?", "red") | {
+        "conversations": [{"from": "observation", "value": "?"}]},
     "a system message elsewhere than at the beginning": {"messages": [
         {"role": "user", "content": "?"}, {"role": "system", "content": "no"}]},
     "a message of messages is a string": {"messages": ["?"]},
@@ -530,7 +530,7 @@ def test_parquet_and_saved_tables_know_the_same_formats(tmp_path, monkeypatch):
         assert one == other
         found[name] = one
     assert found == {
-        "llava": [[("\nis it?".strip(), "yes")], "<image> elsewhere than at the start or end of the first question"],
+        "llava": [[("is it?", "yes")], [("is ?", "no")]],
         "messages": [[("what?", "red")]],
         "answer": [[("?", "3")], [("?", "4")]],
         "label": [[("", "dog")]],
@@ -544,10 +544,8 @@ def test_a_stream_knows_the_same_formats():
     records = [conversation("<image>\nis it?", "yes"), conversation("is <image>?", "no"), conversation("is it?", "no")]
     table = datasets.Dataset.from_list(records).to_iterable_dataset(num_shards=3).with_format("arrow")
     rows = list(RowStream([Part("stream", table)]))
-    assert [turns(row) or bad(row)[1] for row in rows] == [
-        [("is it?", "yes")], 'stream[1]#0: "is <image>?"', [("is it?", "no")]
-    ]  # fmt: skip
-    assert rows[0]["format"] == "LLaVA conversations"
+    assert [turns(row) for row in rows] == [[("is it?", "yes")], [("is ?", "no")], [("is it?", "no")]]
+    assert [row["texts"][0].get("image_places") for row in rows] == [None, [3], None]
 
 
 def test_a_shuffled_file_with_bad_rows_resumes_and_reaches_workers(tmp_path):
