@@ -25,8 +25,7 @@ from data.loader import epoch_order, shares_rows, train_batches
 from data.readers import start_of
 from data.rows import load_rows, split_rows
 from data.streams import RowStream
-from data.text import get_tokenizer
-from data.tokenizer_checks import check_tokenizer, check_words
+from data.tokenizer_checks import check_words, load_tokenizer
 from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
@@ -191,9 +190,7 @@ def load_data(
 
     Raises ValueError or OSError where data or tokenizer cannot be used.
     """
-    notes: list[str] = []
-    tokenizer = get_tokenizer(vlm, checkpoint, notes)
-    notes += check_tokenizer(tokenizer, vlm)
+    tokenizer, notes = load_tokenizer(vlm, checkpoint)
     train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
     test_rows = None
     if cfg.test_dataset_path:

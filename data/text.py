@@ -22,13 +22,19 @@ from models.config import VLMConfig
 SPEAKERS = ("user", "assistant")
 
 
-def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None, notes: list[str] | None = None) -> Tokenizer:
+class NotHere(LookupError):
+    """A tokenizer that only the hub has."""
+
+
+def get_tokenizer(
+    cfg: VLMConfig, folder: str | Path | None = None, notes: list[str] | None = None, local_only: bool = False
+) -> Tokenizer:
     """The tokenizer of a checkpoint folder if it holds one, else cfg.lm_tokenizer, with the extra tokens added, and
     with the end of the template's answers as its end token, at which generation stops.
 
     Truncation and padding that are stored with it are cleared; `notes` gets a sentence that says so. Raises ValueError
     that names the flag if there is no such tokenizer, or if its size or the ids of the extra tokens are not those of
-    the config.
+    the config; with local_only NotHere for one that is not on this machine.
     """
     if folder is not None and (Path(folder) / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
@@ -38,7 +44,7 @@ def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None, notes: list[
     elif cfg.lm_tokenizer == easy_vqa.NAME:
         tokenizer = easy_vqa.tokenizer()
     else:
-        tokenizer = _pretrained_tokenizer(str(cfg.lm_tokenizer))
+        tokenizer = _pretrained_tokenizer(str(cfg.lm_tokenizer), local_only)
     _add_extra_tokens(tokenizer, cfg)
     tokenizer.chat_template = cfg.lm_chat_template
     if cleared := _clear_cuts(tokenizer):
@@ -64,7 +70,7 @@ def _clear_cuts(tokenizer: Tokenizer) -> str:
     return " and ".join(found)
 
 
-def _pretrained_tokenizer(name: str) -> Any:
+def _pretrained_tokenizer(name: str, local_only: bool) -> Any:
     from transformers import AutoTokenizer
 
     if name.endswith(".gguf"):
@@ -75,6 +81,8 @@ def _pretrained_tokenizer(name: str) -> Any:
     except (OSError, ValueError, ImportError) as error:  # ImportError: an absent package for another kind of tokenizer
         if Path(name).exists():
             raise ValueError(f"--lm_tokenizer {name}: {error}") from error
+    if local_only:
+        raise NotHere(f"--lm_tokenizer {name}: not on this machine")
     require_hub(f"--lm_tokenizer {name}", f"a local folder or {easy_vqa.NAME}")
     try:
         return AutoTokenizer.from_pretrained(name)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from data.datasets import VQADataset
 from data.drops import count_drops, where_of
 from data.templates import Frame, TemplateRefused, after_answer, end_of_answer, marks, messages_of, render
-from data.text import SPEAKERS, Tokenizer, encode_conversation, encode_prompt, knows_every_word, unknown_words
+from data.text import (
+    SPEAKERS,
+    Tokenizer,
+    encode_conversation,
+    encode_prompt,
+    get_tokenizer,
+    knows_every_word,
+    unknown_words,
+)
 from data.values import shortened
 from models.config import VLMConfig
 
@@ -30,6 +39,13 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: VLMConfig) -> list[str]:
             "block?); each answer is trained after the prompt, as it is asked for at generation"
         ]
     return []
+
+
+def load_tokenizer(cfg: VLMConfig, folder: Path | None, local_only: bool = False) -> tuple[Tokenizer, list[str]]:
+    """(the tokenizer, checked, notes on it); errors as of get_tokenizer and check_tokenizer."""
+    notes: list[str] = []
+    tokenizer = get_tokenizer(cfg, folder, notes, local_only)
+    return tokenizer, notes + check_tokenizer(tokenizer, cfg)
 
 
 def _token_problem(tokenizer: Tokenizer, cfg: VLMConfig) -> str | None:

@@ -72,7 +72,7 @@ class VLMConfig(Checked):
     )
     lm_tokenizer: str | None = doc("hub id, local folder or easy-vqa (embedded); by default lm_model_type's", None)
     lm_chat_template: str = doc("Jinja chat template", CHATML)
-    lm_eos_token_id: int | None = doc("generation stops at this token; by default the tokenizer's <|im_end|>", None)
+    lm_eos_token_id: int | None = doc("generation stops at this token; by default that which ends an answer", None)
 
     mp_pixel_shuffle_factor: int = doc(
         "side of the square of patches that becomes one image token", 4, gt=0, section="Projector, images and tokens"

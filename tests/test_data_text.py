@@ -162,7 +162,7 @@ def test_what_the_assistant_says_is_found_by_rendering_once(template, tokenizers
     rendered = []
     monkeypatch.setattr(templates, "render", lambda *given, **flags: rendered.append(1) or RENDER(*given, **flags))
     encode_conversation(tokenizer, [turn("what is the shape?", "red")] * 20, "")
-    assert len(rendered) == (21 if template == "shouts" else 1)
+    assert len(rendered) == (22 if template == "shouts" else 1)
 
 
 def test_image_string_of_grids():

@@ -1,11 +1,15 @@
 """The model of a run, and the plan of a run that --dry_run prints."""
 
+import contextlib
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import torch
 
+from data.text import NotHere
+from data.tokenizer_checks import load_tokenizer
 from models.backbones import configure_from_backbones
 from models.config import VLMConfig
 from models.hub import checkpoint_folder
@@ -77,7 +81,11 @@ def dry_run(settings: Settings, processes: int) -> int:
     """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
     from training.plan import make_plan, plan_lines
 
-    take_over_sizes(settings, local_only=True)
+    checkpoint = take_over_sizes(settings, local_only=True)
+    with contextlib.suppress(NotHere):  # the hub is not asked
+        folder = None if "lm_tokenizer" in settings.given else checkpoint
+        for note in load_tokenizer(settings.vlm, folder, local_only=True)[1]:
+            print(f"NOTE {note}", file=sys.stderr)
     limit_tiles(settings, processes)
     with torch.device("meta"):
         model = VisionLanguageModel(settings.vlm)
