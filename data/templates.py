@@ -242,11 +242,12 @@ def messages_text(
     parts, starts, done, length = [], [], 0, 0  # `done` characters of the text are in the parts, which have `length`
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True, tools=tools)
-        same = _same(prompt, text)
-        if same < len(prompt) and prompt[same:] not in added:
+        ends = (end for end in ("", *added) if prompt.endswith(end) and text.startswith(prompt.removesuffix(end)))
+        if (end := next(ends, None)) is None:
             raise TemplateRefused("what stands before an answer is not how the conversation begins")
-        parts += [text[done:same], prompt[same:]]
-        length += len(parts[-2]) + len(parts[-1])
+        same = len(prompt) - len(end)
+        parts += [text[done:same], end]
+        length += same - done + len(end)
         done = same
         starts.append(length)
     return _ended(tokenizer, "".join([*parts, text[done:]]), starts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,20 @@ def _pretrained_tokenizer(name: str, local_only: bool) -> Any:
     if name.endswith(".gguf"):
         convert = f"python scripts/convert_gguf.py {name} FOLDER"
         raise ValueError(f"--lm_tokenizer {name}: must be a folder; convert the file with: {convert}")
+    if local_only and not Path(name).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached: Any = None
+        with contextlib.suppress(ValueError):  # a path is no hub id
+            cached = try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(cached, str):
+            raise NotHere(f"--lm_tokenizer {name}: not on this machine")
+        name = str(Path(cached).parent)  # as a name it would be asked for
     try:  # the cache first: a known tokenizer needs no network
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:  # ImportError: an absent package for another kind of tokenizer
         if Path(name).exists():
             raise ValueError(f"--lm_tokenizer {name}: {error}") from error
-    if local_only:
-        raise NotHere(f"--lm_tokenizer {name}: not on this machine")
     require_hub(f"--lm_tokenizer {name}", f"a local folder or {easy_vqa.NAME}")
     try:
         return AutoTokenizer.from_pretrained(name)

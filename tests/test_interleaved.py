@@ -67,8 +67,8 @@ def letters():
     special = "|".join(("user", "assistant", "system", ".", "\n"))
     made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(special), "isolated")
     made.backend_tokenizer.decoder = decoders.Fuse()
-    patch.setattr(easy_vqa, "tokenizer", lambda: made.__class__(tokenizer_object=made.backend_tokenizer,
-                                                                unk_token="<unk>", pad_token="<|endoftext|>"))  # fmt: skip
+    tokens = {"unk_token": "<unk>", "pad_token": "<|endoftext|>"}
+    patch.setattr(easy_vqa, "tokenizer", lambda: type(made)(tokenizer_object=made.backend_tokenizer, **tokens))
     patch.setattr("test_interleaved.VLM", tiny_vlm(**SMALL, lm_base_vocab_size=len(made)))
     yield
     patch.undo()
