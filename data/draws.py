@@ -16,11 +16,16 @@ def answer_rarity(rows: Any) -> dict[tuple[str, str], float]:
     if not hasattr(rows, "__len__"):
         raise ValueError("--balance_answers True: must be off for a streamed data set, whose answers are not known yet")
     turns = (turn for row in rows for turn in row["texts"])
-    pairs = Counter(((turn["user"] or "").strip(), (turn["assistant"] or "").strip()) for turn in turns)
+    pairs = Counter(map(_texts, turns))
     questions: Counter = Counter()
     for (question, _), count in pairs.items():
         questions[question] += count
     return {(question, answer): questions[question] / count for (question, answer), count in pairs.items()}
+
+
+def _texts(turn: dict) -> tuple[str, str]:
+    """The question and the answer of a turn, by which it is told from others."""
+    return (turn["user"] or "").strip(), (turn["assistant"] or "").strip()
 
 
 def turn_weights(
@@ -30,7 +35,7 @@ def turn_weights(
 
     rarity: what a turn's share of its source's weight is proportional to; None: equal shares.
     """
-    shares = [rarity[turn["user"], turn["assistant"]] if rarity else 1.0 for turn in turns]
+    shares = [rarity[_texts(turn)] if rarity else 1.0 for turn in turns]
     totals: dict[str | None, float] = defaultdict(float)
     for turn, share in zip(turns, shares, strict=True):
         totals[turn.get("source")] += share

@@ -238,6 +238,20 @@ def test_pictures_that_no_turn_shows_take_no_place():
     assert all(p.grad is None or not p.grad.any() for p in net.MP.parameters())
 
 
+def test_what_stands_for_a_picture_is_never_learned():
+    data = dataset([row_of(LONG)], VLM, tiny_train(train_on="all"), train=False)
+    [(ids, labels)] = data[0, 0].conversations
+    is_text = ids[1:] < VLM.image_token_id
+    assert labels[:-1].tolist() == torch.where(is_text, ids[1:], -100).tolist()
+    assert (~is_text).sum() == 7 * 4 + 3 + 4  # slots, whole images, tiles
+
+
+def test_answers_are_balanced_where_a_text_ends_before_its_picture():
+    record = llava("AB", "a: <image> b: <image>", "no", "why?", "so")
+    config = tiny_train(turns_per_image=1, balance_answers=True)
+    assert len(dataset([row_of(record)], VLM, config)[0, 0].conversations) == 1
+
+
 def test_generate_puts_pictures_into_the_prompt(tmp_path, capsys, monkeypatch):
     sizes = {"lm_base_vocab_size": VLM.lm_base_vocab_size, "lm_tokenizer": easy_vqa.NAME}
     make_model(**sizes).save_pretrained(tmp_path)
