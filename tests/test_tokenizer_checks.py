@@ -1,8 +1,12 @@
 """What can be wrong with a tokenizer and its chat template is told before any work, with the flag and what to do."""
 
 import json
+import random
+import re
+from pathlib import Path
 
 import pytest
+from test_data_formats import changed
 from tiny.data import dataset, encoded, picture, row, tiny_train, tiny_vlm, turn
 from tiny.templates import FAMILIES, IM, IM_TOKENS, tokenizer_of
 
@@ -11,6 +15,7 @@ from data.text import NotHere, encode_conversation, get_tokenizer
 from data.tokenizer_checks import check_tokenizer, load_tokenizer
 from models.config import CHATML
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "data.md"
 BOS = ["<s>", *IM_TOKENS]
 
 
@@ -309,6 +314,35 @@ def called(**call) -> list[dict]:
 def test_tools_that_can_mean_nothing_are_bad_rows(tmp_path, messages, reason):
     [found] = read(tmp_path, {"messages": messages})
     assert found["bad"] == reason
+
+
+def test_the_page_s_row_with_tools_is_learned_as_it_says(tmp_path):
+    [record] = re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "cat.jpg").write_bytes(encoded(picture()))
+    data = dataset(read(tmp_path, json.loads(record)), config(tmp_path / "tokenizer", TOOLS + PROMPT), train=False)
+    [(_, labels)] = data[0, 0].conversations
+    learned = data.tokenizer.decode(labels[labels != -100])
+    assert learned == '<call>zoom {"by": 2}</call><|im_end|>A bell.<|im_end|>'
+
+
+def test_any_value_at_any_place_of_a_row_is_used_or_counted(tmp_path):
+    """Also where tools are called and pictures stand among words."""
+    rng = random.Random(0)
+    placed = {"images": ["a.png", "a.png"], "messages": [
+        {"role": "user", "content": "is <image> red?"}, {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [{"type": "text", "text": "or "}, {"type": "image", "image": "a.png"}, "?"]},
+        {"role": "assistant", "content": "<image> yes"}]}  # fmt: skip
+    records = [changed(rng.choice([LOOKED, LOOKED, placed]), rng) for _ in range(1500)]
+    rows = read(tmp_path, *records)
+    data = dataset(rows, config(tmp_path / "tokenizer", TOOLS + PROMPT), train=False)
+    used = 0
+    for i in range(len(rows)):
+        sample = data.prepare((0, i))
+        assert bool(sample.conversations) or sample.dropped
+        used += bool(sample.conversations)
+        asked = data.questions(i)
+        assert bool(asked.prompts) or asked.dropped
+    assert 100 < used < 1400
 
 
 def test_no_tool_text_forges_a_token(tmp_path):
