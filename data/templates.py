@@ -151,7 +151,6 @@ class Frame:
         """turns: of the longest conversation that it serves. with_system: of those that begin with a system text."""
         contents, system = marks(2 * turns), SYSTEM_MARK if with_system else ""
         text = render(tokenizer, messages_of(contents, system))
-        self.turns = turns
         self.head = ""  # what stands before the system text
         if system:
             self.head, _, text = text.partition(system)
