@@ -58,7 +58,7 @@ REFUSED = {
     "a space at the end of the prompt": (
         body("{{ m.role }}:{% if m.role == 'assistant' %} {% endif %}{{ m.content }}<|im_end|>")
         + "{% if add_generation_prompt %}assistant: {% endif %}",
-        "ends within a token of the answer",
+        "ends within a token of the conversation",
     ),
     "BOS twice": ("{{ bos_token }}{{ bos_token }}" + body(IM) + PROMPT, "begins with '<s>' twice"),
 }  # fmt: skip
