@@ -116,9 +116,9 @@ def _label_problem(tokenizer: Tokenizer) -> str | None:
     prompt = encode_prompt(tokenizer, ASKED[0]["user"], "")
     if ids[: len(prompt)] != prompt or labels[len(prompt) - 1] != ids[len(prompt)]:
         return (
-            "its generation prompt ends within a token of the conversation, as with a space or a second line break at the "
-            "end: an answer would be generated after other tokens than it is trained after; let the prompt end earlier, "
-            "and the answer begin with that space"
+            "its generation prompt ends within a token of the conversation, as with a space or a second line break "
+            "at the end: an answer would be generated after other tokens than it is trained after; let the prompt end "
+            "earlier, and the answer begin with that space"
         )
     if labels.count(tokenizer.eos_token_id) != len(ASKED):
         return f"the end of an answer, {tokenizer.eos_token!r}, would not be learned; it must follow each answer"
