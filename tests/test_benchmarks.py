@@ -235,6 +235,10 @@ class VisionLanguageModel(torch.nn.Module):
     def forward(self, input_ids, images, attention_mask=None, targets=None):
         self.seen.append((input_ids, images, attention_mask, targets))
         return None, self.decoder(input_ids).square().mean()
+
+    def generate(self, input_ids, images, max_new_tokens, greedy):
+        for _ in range(max_new_tokens):
+            self.decoder(input_ids)
 """
 
 
@@ -247,11 +251,13 @@ def their_clone(tmp_path):
     return tmp_path
 
 
-def test_beside_nanovlm(their_clone, capsys):
-    bench_nanovlm.main(flags("--nanovlm", str(their_clone), "--rounds=3", "--warmup_steps=1"))
+@pytest.mark.parametrize(("more", "lines"), [((), ["a step"]), (("--new_tokens=3",), ["first token", "later tokens"])])
+def test_beside_nanovlm(their_clone, capsys, more, lines):
+    bench_nanovlm.main(flags("--nanovlm", str(their_clone), "--rounds=3", "--warmup_steps=1", *more))
     found = values_of(capsys.readouterr().out)
-    assert {"this", "nanoVLM", "ratio"} <= set(found)
-    assert number(found["ratio"]) == pytest.approx(number(found["this"]) / number(found["nanoVLM"]), rel=0.9)
+    for line in lines:
+        ours, theirs, ratio = (float(n) for n in re.findall(r"(?:this|nanoVLM|ratio) ([\d.e+-]+)", found[line]))
+        assert ours > 0 and ratio == pytest.approx(ours / theirs, rel=0.9)  # noqa: PT018
 
 
 def test_nanovlm_trains_on_the_same_batch_and_our_modules_stay(their_clone, bench):
