@@ -11,8 +11,7 @@ import yaml
 
 from data import easy_vqa
 from data.drops import REASONS_TO_SHOW
-from data.formats import count_formats
-from data.pipeline import Data, some_rows
+from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME
@@ -70,8 +69,7 @@ def open_report(
     log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
-    is_table = hasattr(data.train_rows, "__len__")
-    formats = ", ".join(name for name, _ in count_formats(some_rows(data.train_rows)).most_common()) if is_table else ""
+    formats = ", ".join(format_names(data.train_rows))
     log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
     if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
         log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
