@@ -16,9 +16,11 @@ from data.web_images import NOT_FETCHED, WebImage
 from models.config import TrainConfig
 
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
-FORMAT_KEYS = [{key for alternatives in needs for key in alternatives} for _, needs, _ in FORMATS]
+SAME_KEYS = [set(alternatives) for _, needs, _ in FORMATS for alternatives in needs]
+FORMAT_KEYS = [set().union(*needs) - set(IMAGE_KEYS) for _, needs, _ in FORMATS]
+TEXT_KEYS = set().union(*FORMAT_KEYS)
 # What --columns may map a column to.
-KNOWN_KEYS = sorted({*set().union(*FORMAT_KEYS), *IMAGE_KEYS, "source", *(f"{kind}_ratings" for kind in RATINGS)})
+KNOWN_KEYS = sorted({*TEXT_KEYS, *IMAGE_KEYS, "source", *(f"{kind}_ratings" for kind in RATINGS)})
 SKIPPED = "skipped by --row_function"  # it returned None, which is no mistake
 FUNCTION_FAILED = "--row_function failed"
 NO_ROW = "--row_function returned no row"
@@ -74,18 +76,17 @@ class RowOptions:
 def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     """The record with the columns under the keys they are mapped to; one that it does not have is left out.
 
-    A mapped key counts before all others that say the same: keys that mean the same (caption, text), and those of
-    formats to which no mapped key belongs, are left out.
+    A mapped key counts before all others that say the same: those that mean the same (caption, text), and those of
+    formats that have nothing in common with the mapped keys, are left out.
     """
     mine = {key: record[column] for key, column in columns.items() if column in record}
     if not mine:
         return record
-    hidden = {*columns.values()}
-    said = set(mine) - set(IMAGE_KEYS)
-    for keys, (_, needs, _) in zip(FORMAT_KEYS, FORMATS, strict=True):
-        hidden |= keys - set(IMAGE_KEYS) if said & set().union(*FORMAT_KEYS) and not keys & said else set()
-        for alternatives in needs:
-            hidden |= set(alternatives) if set(alternatives) & set(mine) else set()
+    hidden = {*columns.values(), *(key for same in SAME_KEYS if same & set(mine) for key in same)}
+    if said := set(mine) & TEXT_KEYS:
+        for _ in FORMAT_KEYS:  # questions belong to answers, and these to choices
+            said |= set().union(*(keys for keys in FORMAT_KEYS if keys & said))
+        hidden |= TEXT_KEYS - said
     return {key: value for key, value in record.items() if key not in hidden} | mine
 
 

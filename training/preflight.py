@@ -13,20 +13,8 @@ from training.trackers import check_tracker
 
 HUB_TIMEOUT_S = 2.5
 FILE_ENDINGS = (
-    ".parquet",
-    ".jsonl",
-    ".json",
-    ".arrow",
-    ".csv",
-    ".tsv",
-    ".yaml",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".gz",
-    ".zst",
-    ".gguf",
-)
+    ".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".tgz", ".gz", ".zst", ".gguf",
+)  # fmt: skip
 
 
 class Source(NamedTuple):
