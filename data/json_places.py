@@ -119,6 +119,7 @@ class Window:
 
         Raises ValueError where there is none.
         """
+        ended = False  # nothing of the file is left to read
         while True:
             problem = f"no {' or '.join(ends)} follows"
             at = self.place
@@ -130,7 +131,7 @@ class Window:
                 if behind and behind in ends:
                     self.place = at
                     return True
-                broken = bool(behind)
+                broken = bool(behind) and (ended or at < len(self.text) - 16)  # else it may be a part of a number
             except json.JSONDecodeError as error:
                 problem, at = error.msg, error.pos
                 broken = not problem.startswith("Unterminated") and at < len(self.text) - 16
@@ -141,6 +142,7 @@ class Window:
                     f"is not a JSON array at byte {self.base + at:,}: {problem}. In a .jsonl file, one row per line, "
                     "such a row would be the only one that is lost"
                 )
-            if not self.grow():
+            if ended:
                 self.place = len(self.text)
                 return False
+            ended = not self.grow()

@@ -23,8 +23,10 @@ from data.web_images import SCHEMES, WebImage
 IMAGE_KEYS = ("images", "image", "file_name")
 SHOWN_LETTERS = 80  # of a value, in a message
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-# How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64; no path begins like one of them and is as long.
-BASE64_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+# How PNG, JPEG, GIF, WebP, BMP, TIFF, HEIC and AVIF begin in base64; no path begins like one of them and is as long.
+BASE64_IMAGE = re.compile(
+    r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA[A-Za-z0-9+/]{2}Z0eX)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
+)
 
 
 class Number(str):

@@ -84,7 +84,7 @@ def test_columns_of_ones_own_in_every_container(tmp_path, kind):
     ],
 )
 def test_a_mapped_column_counts_before_all_others(tmp_path, columns, record, wanted):
-    more = {column: "x" for column in columns.values()} | {"question": "q", "answer": "a"}
+    more = dict.fromkeys(columns.values(), "x") | {"question": "q", "answer": "a"}
     row, _ = rows_of(write(tmp_path, [record, more]), columns=columns)
     if wanted is None:
         assert row["format"] == "multiple choice"

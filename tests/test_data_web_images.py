@@ -218,7 +218,7 @@ def test_one_private_address_of_a_name_is_enough(server, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", two)
     monkeypatch.setattr(web_images, "is_public", is_public)
-    with pytest.raises(FetchError, match="127.0.0.1, which is no public address"):
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1, which is no public address"):
         fetched("http://example.org/a.png")
 
 
