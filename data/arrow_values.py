@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from data.values import Number
 
 
@@ -21,6 +19,8 @@ def exact_floats(record: dict[str, Any], schema: Any) -> dict[str, Any]:
 
 def _exact(value: Any, kind: Any) -> Any:
     if isinstance(value, float):
+        import numpy as np
+
         dtype = {"float": np.float32, "halffloat": np.float16}.get(str(kind))
         return Number(dtype(value)) if dtype and np.isfinite(value) else value
     if isinstance(value, list) and hasattr(kind, "value_type"):
