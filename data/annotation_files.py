@@ -42,7 +42,10 @@ class AnnotationFile:
         """None where the file is none of those that this module knows."""
         if file_type(path) != ".json":
             return None
-        read_path = unpacked(path) if is_packed(path) else path
+        try:
+            read_path = unpacked(path) if is_packed(path) else path
+        except ValueError:  # who reads it as rows says what is wrong
+            return None
         with read_path.open("rb") as file:
             file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)
             members = member_places(file)

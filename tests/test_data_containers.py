@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 import tarfile
 from io import BytesIO
 from itertools import islice
@@ -263,3 +264,43 @@ def test_a_stream_resumes_and_is_shared_by_ranks(tmp_path):
     names = [name for rank in (0, 1) for ids, *_ in seen(rows, 2, rank=rank, world_size=2) for name in ids]
     assert len(names) == len(set(names)) > 5
     assert sum(dropped.get("no such file", 0) for _, dropped, _ in whole[:6]) >= 2
+
+
+# Packed files
+
+
+@pytest.mark.parametrize("name", ["rows.tar.zst", "rows.tgz", "ROWS.JSONL.ZST", "rows.csv.zst", "rows.json.zst"])
+def test_packed_files_are_known_by_their_endings(tmp_path, name):
+    zstandard = pytest.importorskip("zstandard")
+    kind = name.lower().removesuffix(".zst")
+    records = KINDS["question"][0]
+    if "csv" in kind:
+        data = b"image,question,answer\n0.png,what is the shape?,red\n"
+    elif kind.endswith((".tar", ".tgz")):
+        data = write_tar(tmp_path, records, "w:gz" if kind.endswith("tgz") else "w", "x").read_bytes()
+    else:
+        data = line(records[0]) if "jsonl" in kind else b"[" + line(records[0]) + b"]"
+    if name.lower().endswith(".zst"):
+        half = len(data) // 2
+        data = zstandard.compress(data[:half]) + zstandard.compress(data[half:])  # two frames
+    (tmp_path / name).write_bytes(data)
+    rows = load_rows(str(tmp_path / name))
+    assert [[(one["user"], one["assistant"]) for one in rows[i]["texts"]] for i in range(len(rows))] == [RED]
+    assert len(rows[0]["images"]) == 1
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / name).write_bytes(data)
+    assert len(load_rows(str(tmp_path / "only"))) == 1
+    (tmp_path / "only" / name).write_bytes(data[:-5])
+    with pytest.raises(ValueError, match=rf"--train_dataset_path .*{name}: cannot be read: is not a whole"):
+        load_rows(str(tmp_path / "only"))
+
+
+def test_without_the_package_zst_files_are_refused_by_its_name(tmp_path, monkeypatch):
+    path = write_zstd(tmp_path, KINDS["question"][0])
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match=r"rows.jsonl.zst: cannot be read: .* install the package zstandard"):
+        load_rows(str(path))
+    path.write_bytes(b"no zst")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is not a whole Zstandard file"):
+        load_rows(str(path))

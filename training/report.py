@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from data import easy_vqa
-from data.drops import REASONS_TO_SHOW
+from data.drops import REASONS_TO_SHOW, TRUNCATED, USED
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
@@ -234,8 +234,9 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         speed += f", {percent(summary['data_wait_time_s'] / summary['train_time_s'])} of the steps' time for data"
         lines.append(f"speed                 {speed}")
     for split, counts in summary["dropped"].items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        lines.append(f"dropped, {split + ':':<13}{reasons}")
+        for word, what in (("dropped", [r for r in counts if not r.startswith(USED)]), ("used", [TRUNCATED])):
+            reasons = ", ".join(f"{counts[reason]} {reason.removeprefix(USED)}" for reason in what if reason in counts)
+            lines += [f"{f'{word}, {split}:':<22}{reasons}"] if reasons else []
         first = list(summary["first_dropped"].get(split, {}).items())[:REASONS_TO_SHOW]
         lines += [f"{'':<22}{reason}, first in {found}" for reason, found in first]
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
