@@ -14,16 +14,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.formats import NOT_UTF8
 from data.json_places import member_places
 from data.packed_files import file_type, is_packed, unpacked
 from data.text_files import json_object
-from data.values import BadRow, shown
+from data.values import BadRow, shortened, shown
 
 CHUNK_BYTES = 8 * 2**20
 TRIED_IMAGES = 100  # to find the folder that holds them
@@ -80,12 +81,16 @@ class AnnotationFile:
         start, end = self.members[member][number : number + 2].tolist()
         with self.read_path.open("rb") as file:
             file.seek(start)
-            return json_object(file.read(end - start).decode("utf-8", "replace"), alone=False)
+            data = file.read(end - start)
+        try:
+            return json_object(data.decode("utf-8"), alone=False)
+        except UnicodeDecodeError as error:
+            raise BadRow(NOT_UTF8, f"{error.reason}: {shortened(data.decode('utf-8', 'backslashreplace'))}") from None
 
-    def whole_numbers(self, member: str, key: str) -> np.ndarray:
-        """int64 [elements]: what stands under a key of each; -1 where that is no whole number."""
-        found = np.full(self.count(member), -1, dtype=np.int64)
-        for number, text in enumerate(self._texts(member)):
+    def whole_numbers(self, member: str, key: str, first: int | None = None) -> np.ndarray:
+        """int64 [elements]: what stands under a key of each; -1 where that is no whole number. first: of so many."""
+        found = np.full(min(self.count(member), first or self.count(member)), -1, dtype=np.int64)
+        for number, text in enumerate(islice(self._texts(member), len(found))):
             try:
                 value = json.loads(text.rstrip(b", \t\r\n"))[key]
             except (ValueError, TypeError, KeyError):
@@ -114,7 +119,7 @@ class Questions:
         self.ids = ids[self.order]
         subset = str(questions.members.get("data_subtype") or "")
         subset = re.sub(r"^test-dev", "test", subset)
-        image_ids = questions.whole_numbers("questions", "image_id")[:TRIED_IMAGES].tolist()
+        image_ids = questions.whole_numbers("questions", "image_id", TRIED_IMAGES).tolist()
         folders = _folders(questions.path.parent, image_root, subset)
         names = (f"COCO_{subset}_{{:012d}}.jpg", "{:012d}.jpg")
         self.folder, self.name = _found(folders, names, image_ids)

@@ -13,9 +13,8 @@ FILE_TYPES = (".parquet", *TYPES, ".tar")
 ARROW = ".arrow"  # what save_to_disk writes
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets: no rows
 SPLIT_WORDS = {"train": "train", "test": "test", "val": "validation", "validation": "validation", "dev": "validation"}
-COCO_SPLIT = re.compile(
-    r"(?:^|[-_.])(train|val|test)(?:-dev)?20\d\d(?=$|[-_.])"
-)  # in the names of its annotation files
+# The split in the name of an annotation file of COCO or VQAv2.
+COCO_SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:-dev)?20\d\d(?=$|[-_.])")
 
 
 def is_saved(folder: Path) -> bool:

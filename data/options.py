@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.conversations import FORMATS
-from data.values import IMAGE_KEYS, BadRow, kind_of, plain_numbers, shown
+from data.values import IMAGE_KEYS, BadRow, kind_of, plain_numbers, shortened, shown
 from data.web_images import NOT_FETCHED, WebImage
 from models.config import TrainConfig
 
@@ -153,7 +153,7 @@ def _said(error: Exception, path: Path) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
     lines += [error.lineno] if isinstance(error, SyntaxError) else []
     where = f" (line {lines[-1]} of {path.name})" if lines else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}: {shortened(str(error))}{where}"
 
 
 AS_THEY_ARE = RowOptions()

@@ -76,10 +76,15 @@ def fetched(url: str) -> Path:
     except FetchError as error:
         FAILED[url] = error
         raise
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{key}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:  # a full disk
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise FetchError(f"{url}: cannot be written to {path.parent}: {error.strerror}") from None
     return path
 
 

@@ -164,6 +164,14 @@ def test_wrong_elements_are_bad_rows_and_wrong_files_errors(tmp_path):
         rows_of(tmp_path / "b")
 
 
+def test_an_element_that_is_not_utf8_is_one_bad_row(tmp_path):
+    path = write(tmp_path / "captions.json", captions())
+    path.write_bytes(path.read_bytes().replace(b"A shape 1.", b"A sh\xe9pe.", 1))
+    rows = rows_of(path)
+    assert [str(row.get("bad")) for row in rows] == ["None", "None", "not UTF-8", "None"]
+    assert "A sh\\xe9pe." in rows[2]["bad"].first
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 10**6])
 def test_members_of_an_object_whatever_is_read_at_once(tmp_path, monkeypatch, chunk):
     from data import json_places

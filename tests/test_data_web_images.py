@@ -168,6 +168,13 @@ def test_what_cannot_be_fetched_has_its_reason_and_is_not_asked_for_again(server
     assert not list(cache_folder().rglob("*"))
 
 
+def test_a_cache_that_cannot_be_written_is_named(server, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(web_images, "cache_folder", lambda: tmp_path / "file")
+    with pytest.raises(FetchError, match=r"a.png: cannot be written to .*file"):
+        fetched(f"{server.url}/a.png")
+
+
 def test_a_busy_server_is_asked_again(server):
     assert fetched(f"{server.url}/busy").read_bytes() == PNG
     assert server.asked == ["/busy"] * 3
