@@ -192,6 +192,20 @@ def test_a_function_makes_rows_or_skips_them_or_fails_at_one(tmp_path, functions
     assert [row["id"].rpartition("#")[2] for row in rows] == list("01234")
 
 
+def test_a_function_and_columns_hold_for_streams(functions):
+    import datasets
+
+    from data.formats import Part
+
+    table = datasets.Dataset.from_list([{"nr": n, "frage": "?"} for n in range(3)])
+    for options, wanted in (
+        (RowOptions({"n": "nr"}, functions("same")), [[("?", str(n))] for n in range(3)]),
+        (RowOptions({"question": "frage", "answer": "nr"}), [[("?", str(n))] for n in range(3)]),
+    ):
+        part = Part("stream", table.to_iterable_dataset(num_shards=2).with_format("arrow"), options=options)
+        assert said(list(RowStream([part]))) == wanted
+
+
 def test_a_number_that_a_function_passes_on_keeps_its_letters(tmp_path, functions):
     letters = ["3", "3.0", "1e3", "-0", "12345678901234567890123", "0.10", "9" * 5000]
     (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"n": {one}}}' for one in letters))
