@@ -25,6 +25,7 @@ import contextlib
 
 import torch
 
+from data.options import RowOptions
 from data.pipeline import Data, identify, load_data
 from data.rows import load_rows
 from eval.evaluation import Evaluator
@@ -83,7 +84,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     # The data, and the model on its device
     rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
-                     skip_bad_subsets=cfg.skip_bad_subsets)  # fmt: skip
+                     skip_bad_subsets=cfg.skip_bad_subsets, options=RowOptions.of(cfg))  # fmt: skip
     start.check_same_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start)
     tokenizer_folder = None if "lm_tokenizer" in settings.given else checkpoint  # None: that of the flag

@@ -25,6 +25,7 @@ from data.drops import (
     TOO_LONG,
     TOO_MANY_IMAGES,
     TOO_MANY_TILES,
+    TRUNCATED,
     UNKNOWN_WORD,
     RowDropped,
     drops_of,
@@ -157,7 +158,8 @@ class VQADataset:
         if not prepared.images:
             return prepared
         try:
-            return replace(prepared, images=[], tiles=self._tiles(prepared.images, prepared.id))
+            tiles, truncated = self._tiles(prepared.images, prepared.id)
+            return replace(prepared, images=[], tiles=tiles, dropped=prepared.dropped | truncated)
         except RowDropped as dropped:
             return PreparedSample([], prepared.id, {dropped.reason: 1})
 
@@ -188,7 +190,7 @@ class VQADataset:
         try:
             turns, dropped = self._usable_turns(row)
             grids = self._grids(row)
-            images = self._tiles(row["images"], where_of(row))
+            images, truncated = self._tiles(row["images"], where_of(row))
         except RowDropped as bad:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
         found = Questions(images, [], [], [], row["id"])
@@ -202,7 +204,7 @@ class VQADataset:
             found.prompts.append(prompt)
             found.answers.append(answer)
             found.sources.append(turn.get("source"))
-        return replace(found, dropped=drops_of(dropped, bool(found.prompts), row))
+        return replace(found, dropped=drops_of(dropped, bool(found.prompts), row) | truncated)
 
     def _encode_row(self, row: dict) -> PreparedSample:
         """All that is the same at each visit of a row."""
@@ -330,15 +332,19 @@ class VQADataset:
             raise RowDropped(Reason(TOO_MANY_TILES, where_of(row)))
         return grids
 
-    def _tiles(self, images: list, where: str) -> torch.Tensor | None:
-        """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises RowDropped."""
+    def _tiles(self, images: list, where: str) -> tuple[torch.Tensor | None, dict[str, int]]:
+        """(uint8 [n, 3, S, S], the tiles of all images of a row, or None without any; how many images broke off and
+        were used, as drops are counted). Raises RowDropped."""
+        before = self.image_processor.truncated
         try:
             tiles = [self.image_processor(image)[0] for image in images]
         except ImageDecodeError as error:
             raise RowDropped(image_reason(error, where)) from None
+        more = self.image_processor.truncated - before
+        truncated = {TRUNCATED: more} if more else {}
         if len(tiles) == 1:
-            return tiles[0]  # copying a large image takes a third of what decoding it takes
-        return torch.cat(tiles) if tiles else None
+            return tiles[0], truncated  # copying a large image takes a third of what decoding it takes
+        return torch.cat(tiles) if tiles else None, truncated
 
     def _mirror(self, images: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         mirror, count = self.image_processor.mirror, self.image_processor.count

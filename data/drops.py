@@ -7,11 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from data.formats import Row
-from data.images import ImageDecodeError, NoSuchFileError
+from data.images import ImageDecodeError
 from data.values import Reason
 
-NO_SUCH_FILE = "no such file"
-NOT_DECODED = "image does not decode"
 TOO_MANY_IMAGES = "too many images"
 TOO_MANY_TILES = "too many tiles"
 NO_TEXT = "no text"
@@ -23,6 +21,8 @@ NO_LABEL = "no label"
 UNKNOWN_WORD = "word not in the vocabulary"
 BAD_SUBSET = "subset that cannot be loaded"
 TURN = "turn: "  # stands before the reason where a turn was dropped and its row kept
+USED = "used: "  # stands before the count of what is not whole and was used all the same
+TRUNCATED = f"{USED}truncated image"
 REASONS_TO_SHOW = 5  # with the first row of each
 
 
@@ -30,11 +30,15 @@ class DropCounter(Counter):
     """How many rows (and turns of rows that were kept) could not be used, by reason; a row counts at each visit."""
 
     def summary(self) -> str:
-        """As "dropped 3 rows (2 too long, 1 no text) and 1 turn (1 rating)"."""
-        rows = {reason: count for reason, count in self.most_common() if not reason.startswith(TURN)}
-        turns = {reason.removeprefix(TURN): count for reason, count in self.most_common() if reason not in rows}
+        """As "dropped 3 rows (2 too long, 1 no text) and 1 turn (1 rating); used 1 truncated image"."""
+        rows = {reason: count for reason, count in self.most_common() if not reason.startswith((TURN, USED))}
+        turns, used = (
+            {reason.removeprefix(kind): count for reason, count in self.most_common() if reason.startswith(kind)}
+            for kind in (TURN, USED)
+        )
         listed = [_listed(rows, "row"), _listed(turns, "turn")]
-        return "dropped " + (" and ".join(filter(None, listed)) or "nothing")
+        said = "dropped " + (" and ".join(filter(None, listed)) or "nothing")
+        return "; used ".join([said, *(f"{count} {what}{'s' * (count != 1)}" for what, count in used.items())])
 
     def examples(self) -> dict[str, str]:
         """Where the first row of each reason stands, and what was found in it."""
@@ -80,7 +84,7 @@ def where_of(row: Row) -> str:
 
 def image_reason(error: ImageDecodeError, where: str) -> Reason:
     """Why an image of the row that stands there cannot be used."""
-    return Reason(NO_SUCH_FILE if isinstance(error, NoSuchFileError) else NOT_DECODED, f"{where}: {error}")
+    return Reason(error.kind, f"{where}: {error}")
 
 
 def drops_of(turns: Counter, kept: bool, row: Row) -> dict[str, int]:

@@ -19,9 +19,10 @@ from data import easy_vqa
 from data.collators import TrainCollator
 from data.datasets import VQADataset
 from data.drops import BAD_SUBSET, DropCounter
-from data.formats import Row, Rows
+from data.formats import Row, Rows, count_formats
 from data.images import ImageProcessor
 from data.loader import epoch_order, shares_rows, train_batches
+from data.options import RowOptions
 from data.readers import start_of
 from data.rows import load_rows, split_rows
 from data.streams import RowStream
@@ -162,6 +163,13 @@ def some_rows(rows: Rows | RowStream) -> Iterator[Row]:
     return (rows[place] for place in places.tolist())
 
 
+def format_names(rows: Rows | RowStream) -> list[str]:
+    """The formats of the rows, the most frequent first: of some rows, or as the columns of a stream tell."""
+    if isinstance(rows, RowStream):
+        return list(dict.fromkeys(part.format for part in rows.parts if part.format))
+    return [name for name, _ in count_formats(some_rows(rows)).most_common()]
+
+
 def identify(rows: Rows | RowStream) -> dict[str, str]:
     """What tells loaded rows from others, as far as it is cheap: their "size" in words, and the "hash" of ids and texts
     of some of them. Of a stream the shards are known: their number, and the names that they are read by.
@@ -194,12 +202,13 @@ def load_data(
     train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
     test_rows = None
     if cfg.test_dataset_path:
-        test_rows = load_rows(cfg.test_dataset_path, split="test", flag="test_dataset_path")
+        test_rows = load_rows(cfg.test_dataset_path, split="test", flag="test_dataset_path", options=RowOptions.of(cfg))
     elif cfg.train_dataset_path == easy_vqa.NAME:
         test_rows = easy_vqa.rows("test", cfg.train_dataset_name)
 
     def dataset(rows: Any, train: bool) -> VQADataset:
-        return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
+        images = ImageProcessor(vlm, cfg.truncated_images == "use")
+        return VQADataset(rows, tokenizer, images, vlm, cfg, train=train, cache=cfg.cache_rows)
 
     test_dataset = dataset(test_rows, train=False) if test_rows is not None else None
     datasets = dataset(train_rows, train=True), dataset(val_rows, train=False), test_dataset

@@ -24,6 +24,20 @@ class TrainConfig(Checked):
         "configurations (subsets) of the data set, for easy-vqa kinds of question: all, or several names", ["all"]
     )
     test_dataset_path: str | None = doc("rows for the exact match at the end; easy-vqa brings its own test split", None)
+    columns: dict[str, str] = doc(
+        "columns of one's own under the keys of docs/data.md, as question=frage,answer=antwort,image=bild", {}
+    )
+    row_function: str | None = doc(
+        "file.py:name, a function that gets each row as a dict and returns one of docs/data.md, or None to skip it",
+        None,
+    )
+    image_root: str | None = doc("folder of relative image paths; by default that of the file with the rows", None)
+    fetch_images: bool = doc("fetch images of http and https URLs into the cache of datasets", False)
+    truncated_images: str = doc(
+        "an image whose file breaks off: drop its row, or use what is there and count it",
+        "drop",
+        choices=("drop", "use"),
+    )
     stream_dataset: bool = doc("stream a hub data set instead of downloading it", True)
     val_size: int | float = doc(
         "validation rows, held out from the training rows: a count, or below 1 a share of them", 50_000, ge=0
@@ -40,7 +54,7 @@ class TrainConfig(Checked):
         choices=("answers", "last_answer", "all"),
     )
     source_weights: dict[str, float] = doc(
-        "with turns_per_image: how often to draw the `source`s of a row's turns, as JSON; 1 for those not named",
+        "with turns_per_image: how often to draw the `source`s of a row's turns, as a=2,b=0.5; 1 for those not named",
         {},
         gt=0,
     )
@@ -50,7 +64,7 @@ class TrainConfig(Checked):
     )
     flip_images: bool = doc("mirror half of the training images left to right", False)
     mixture_weights: dict[str, float] = doc(
-        "how often the rows of a subset come in an epoch, as JSON; 1 for the subsets not named", {}, gt=0
+        "how often the rows of a subset come in an epoch, as a=2,b=0.5; 1 for the subsets not named", {}, gt=0
     )
     skip_bad_subsets: bool = doc("skip subsets that cannot be loaded, and name them; off: they are an error", False)
     packing: bool = doc(

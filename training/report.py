@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from data import easy_vqa
-from data.drops import REASONS_TO_SHOW
-from data.formats import count_formats
-from data.pipeline import Data, some_rows
+from data.drops import REASONS_TO_SHOW, TRUNCATED, USED
+from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME
@@ -70,8 +69,7 @@ def open_report(
     log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
-    is_table = hasattr(data.train_rows, "__len__")
-    formats = ", ".join(name for name, _ in count_formats(some_rows(data.train_rows)).most_common()) if is_table else ""
+    formats = ", ".join(format_names(data.train_rows))
     log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
     if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
         log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
@@ -236,8 +234,9 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         speed += f", {percent(summary['data_wait_time_s'] / summary['train_time_s'])} of the steps' time for data"
         lines.append(f"speed                 {speed}")
     for split, counts in summary["dropped"].items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        lines.append(f"dropped, {split + ':':<13}{reasons}")
+        for word, what in (("dropped", [r for r in counts if not r.startswith(USED)]), ("used", [TRUNCATED])):
+            reasons = ", ".join(f"{counts[reason]} {reason.removeprefix(USED)}" for reason in what if reason in counts)
+            lines += [f"{f'{word}, {split}:':<22}{reasons}"] if reasons else []
         first = list(summary["first_dropped"].get(split, {}).items())[:REASONS_TO_SHOW]
         lines += [f"{'':<22}{reason}, first in {found}" for reason, found in first]
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
