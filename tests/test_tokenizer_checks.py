@@ -317,7 +317,8 @@ def test_tools_that_can_mean_nothing_are_bad_rows(tmp_path, messages, reason):
 
 
 def test_the_page_s_row_with_tools_is_learned_as_it_says(tmp_path):
-    [record] = re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [record] = [block for block in blocks if '"tools"' in block]
     (tmp_path / "cat.jpg").write_bytes(encoded(picture()))
     data = dataset(read(tmp_path, json.loads(record)), config(tmp_path / "tokenizer", TOOLS + PROMPT), train=False)
     [(_, labels)] = data[0, 0].conversations
