@@ -271,7 +271,8 @@ def test_and_report(
             failed = f"the report could not be written: {error}"
     parallel.close()
     if failed:
-        print(f"train.py: error: {failed}", file=sys.stderr)
+        if parallel.is_main:
+            print(f"train.py: error: {failed}", file=sys.stderr)
         return 1
     return {"interrupted": 128 + stop.signal, "non_finite_loss": 1}.get(stop_reason, 0)
 

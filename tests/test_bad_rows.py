@@ -131,7 +131,7 @@ def test_a_resume_counts_a_bad_row_once(tmp_path, packing):
 def test_the_bad_rows_of_two_processes_are_each_recorded_once(tmp_path):
     data = write(tmp_path / "rows", 40, missing={3, 8, 17, 26, 31})
     flags = {"batch_size": 2, "max_training_steps": 12, "gradient_accumulation_steps": 2, "eval_interval": 12}
-    flags |= {"test_dataset_path": data, "max_bad_rows": 0.5, "num_workers": 0, "checkpoint_interval": 5}
+    flags |= {"test_dataset_path": data, "max_bad_rows": 0.5, "num_workers": 0, "split_by": "row"}
 
     def together(**more) -> tuple[int, str]:
         words = arguments(data, tmp_path, "two", **flags, **more)
@@ -144,10 +144,10 @@ def test_the_bad_rows_of_two_processes_are_each_recorded_once(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "two" / "dropped.jsonl").read_text().splitlines()]
     rows = [line["row"] for line in lines if line["split"] != "test"]
     assert sorted(rows) == [f"rows/rows.jsonl#{i}" for i in (17, 26, 3, 31, 8)]
-    flags |= {"run_name": "few", "max_bad_rows": 2}
+    flags |= {"run_name": "few", "max_bad_rows": 1}
     code, said = together()
     assert code != 0
-    assert said.count("--max_bad_rows 2") == 1  # rank 0 says it
+    assert said.count("--max_bad_rows 1:") == 1  # rank 0 says it
     summary = json.loads((tmp_path / "out" / "few" / "summary.json").read_text())
     assert summary["stop_reason"] == "bad_rows"
     assert (tmp_path / "out" / "few" / "checkpoints" / "last").exists()
