@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.datasets import Questions, Sample
-from data.drops import count_drops
+from data.drops import count_drops, drop_records
 from models.config import VLMConfig
 
 
@@ -73,13 +73,13 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
-        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; image_keys: for
-        each of the N images its row, whether it is mirrored, and its place in the row.
-        If every row was dropped, input_ids is None and the batch has only ids and dropped besides.
+        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
+        the rows in it; image_keys: for each of the N images its row, whether it is mirrored, and its place in the row.
+        If every row was dropped, input_ids is None and the batch has only ids, dropped and drop_records besides.
         """
-        dropped = count_drops(samples)
+        dropped, records = count_drops(samples), drop_records(samples)
         samples = [sample for sample in samples if sample.conversations]
-        rest = {"ids": [sample.id for sample in samples], "dropped": dict(dropped)}
+        rest = {"ids": [sample.id for sample in samples], "dropped": dict(dropped), "drop_records": records}
         if not samples:
             return {"input_ids": None} | rest
         conversations = [conversation for sample in samples for conversation in sample.conversations]

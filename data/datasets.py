@@ -36,8 +36,8 @@ from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
 from data.places import with_images
 from data.templates import TemplateRefused, knows_tools
-from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call
-from data.values import Reason
+from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
+from data.values import Reason, shown
 from models.config import TrainConfig, VLMConfig
 
 NO_TOOLS = "tools unknown to the chat template"
@@ -221,12 +221,14 @@ class VQADataset:
             try:
                 ids, labels = self._conversation(group, image_texts, row)
             except TemplateRefused as error:
-                dropped[Reason(REFUSED, f"{where_of(row)}: {error}")] += len(group)
+                dropped[Reason(REFUSED, where_of(row), f"{error}")] += len(group)
                 continue
             if len(ids) > self.cfg.max_sample_length:
-                dropped[TOO_LONG] += len(group)
+                dropped[Reason(TOO_LONG, where_of(row), f"{len(ids)} tokens")] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
-                dropped[UNKNOWN_WORD] += len(group)
+                spoken = " ".join(turn[speaker] for turn in group for speaker in ("user", "assistant"))
+                words = unknown_words(self.tokenizer, spoken)
+                dropped[Reason(UNKNOWN_WORD, where_of(row), shown(words))] += len(group)
             elif bool((labels == -100).all()):
                 dropped[NO_LABEL] += len(group)
             else:
@@ -287,11 +289,11 @@ class VQADataset:
         if "bad" in row:
             raise RowDropped(row["bad"])
         if why := self._forged(row.get("system") or ""):
-            raise RowDropped(Reason(why, f"{where_of(row)}: the system text"))
+            raise RowDropped(Reason(why, where_of(row), "the system text"))
         if (row.get("tools") or any("steps" in turn for turn in row["texts"])) and not knows_tools(self.tokenizer):
-            raise RowDropped(Reason(NO_TOOLS, f"{where_of(row)}: see --lm_chat_template"))
+            raise RowDropped(Reason(NO_TOOLS, where_of(row), "see --lm_chat_template"))
         if row.get("tools") and (why := self._forged(json.dumps(row["tools"], ensure_ascii=False))):
-            raise RowDropped(Reason(why, f"{where_of(row)}: the tools"))
+            raise RowDropped(Reason(why, where_of(row), "the tools"))
         rated = filter_turns(row, self.cfg)["texts"]
         dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
         turns = []
@@ -323,7 +325,7 @@ class VQADataset:
     def _grids(self, row: dict) -> list[tuple[int, int]]:
         """The grids of a row's images, from their headers. Raises RowDropped."""
         if (count := len(row["images"])) > (limit := self.cfg.max_images_per_example):
-            raise RowDropped(Reason(TOO_MANY_IMAGES, f"{where_of(row)}: {count}, --max_images_per_example {limit}"))
+            raise RowDropped(Reason(TOO_MANY_IMAGES, where_of(row), f"{count}, --max_images_per_example {limit}"))
         try:
             grids = [self.image_processor.grid(image) for image in row["images"]]
         except ImageDecodeError as error:

@@ -128,7 +128,7 @@ class Part:
 
     @staticmethod
     def _bad_row(row_id: str, bad: BadRow, where: str) -> Row:
-        return {"images": [], "texts": [], "id": row_id, "bad": Reason(bad.kind, f"{where}: {bad.found}")}
+        return {"images": [], "texts": [], "id": row_id, "bad": Reason(bad.kind, where, bad.found)}
 
     @cached_property
     def _class_names(self) -> dict[str, list[str]]:

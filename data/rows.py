@@ -68,14 +68,14 @@ def split_rows(rows: Rows | RowStream, val_size: float, seed: int) -> tuple[Any,
     most all but one. Raises ValueError where no row would remain for training, and for a share of unknown rows.
     """
     if isinstance(rows, RowStream):
-        held_out = _held_out(val_size, rows.about_rows() if 0 < val_size < 1 else None)
+        held_out = held_out_rows(val_size, rows.about_rows() if 0 < val_size < 1 else None)
         return rows.skip(held_out), rows.take(held_out)
-    held_out = _held_out(val_size, len(rows))
+    held_out = held_out_rows(val_size, len(rows))
     order = np.random.default_rng(seed).permutation(len(rows))
     return RowSubset(rows, order[held_out:]), RowSubset(rows, order[:held_out])
 
 
-def _held_out(val_size: float, num_rows: int | None) -> int:
+def held_out_rows(val_size: float, num_rows: int | None) -> int:
     """The number of validation rows among num_rows, which is None where it is not known."""
     if not 0 < val_size < 1:
         if num_rows is not None and val_size >= num_rows:
@@ -129,9 +129,13 @@ class TableRows:
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        part, number = self.place(index)
+        return part[number]
+
+    def place(self, index: int) -> tuple[Part, int]:
+        """(part, number in it) of a row."""
         which = bisect_right(self.ends, index)
-        number = index - (self.ends[which - 1] if which else 0)
-        return self.parts[which][number]
+        return self.parts[which], index - (self.ends[which - 1] if which else 0)
 
     def by_subset(self) -> dict[str, np.ndarray]:
         """Name of each subset -> the indices of its rows, int64."""

@@ -12,6 +12,7 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,6 +83,20 @@ class TextFile:
 
     def record(self, number: int) -> dict[str, Any]:
         """Raises BadRow."""
+        return self.parsed(self.text(number))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records in their order, {} for one that cannot be read: many times as fast as one by one."""
+        with self.path.open("rb") as file:
+            file.seek(int(self.starts[0]))
+            for start, end in pairwise(self.starts.tolist()):
+                try:
+                    yield self.parsed(file.read(end - start).decode("utf-8"))
+                except (BadRow, UnicodeDecodeError):
+                    yield {}
+
+    def parsed(self, text: str) -> dict[str, Any]:
+        """The record of its text. Raises BadRow."""
         raise AssertionError("a subclass reads")
 
     def place(self, number: int) -> str:
@@ -92,8 +107,8 @@ class TextFile:
 class JsonArray(TextFile):
     """The elements of one JSON array."""
 
-    def record(self, number: int) -> dict[str, Any]:
-        return json_object(self.text(number), alone=False)
+    def parsed(self, text: str) -> dict[str, Any]:
+        return json_object(text, alone=False)
 
 
 class JsonLines(TextFile):
@@ -104,8 +119,8 @@ class JsonLines(TextFile):
         super().__init__(path, starts)
         self.blank = blank
 
-    def record(self, number: int) -> dict[str, Any]:
-        return json_object(self.text(number))
+    def parsed(self, text: str) -> dict[str, Any]:
+        return json_object(text)
 
     def place(self, number: int) -> str:
         return f"line {number + 1 + bisect_right(self.blank, number)}"
@@ -160,8 +175,7 @@ class CsvFile(TextFile):
         super().__init__(path, starts)
         self.lines, self.columns, self.delimiter = lines, columns, delimiter
 
-    def record(self, number: int) -> dict[str, Any]:
-        text = self.text(number)
+    def parsed(self, text: str) -> dict[str, Any]:
         try:
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True))
         except csv.Error as error:

@@ -63,14 +63,20 @@ def plain_numbers(value: Any) -> Any:
 
 
 class Reason(str):
-    """Why rows cannot be used: equal to the plain string, by which they are counted, with the first row as `first`."""
+    """Why a row cannot be used: equal to the plain string, by which rows are counted; with one row as an example."""
 
-    first: str
+    where: str  # the row's file and line, in words
+    found: str  # what stands there, shortened
 
-    def __new__(cls, kind: str, first: str = "") -> Reason:
+    def __new__(cls, kind: str, where: str = "", found: str = "") -> Reason:
         made = super().__new__(cls, kind)
-        made.first = first
+        made.where, made.found = where, found
         return made
+
+    @property
+    def first(self) -> str:
+        """Where the row stands and what was found in it: under a reason that is counted, the first row's."""
+        return f"{self.where}: {self.found}" if self.found else self.where
 
 
 class BadRow(ValueError):

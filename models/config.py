@@ -212,7 +212,7 @@ def check_settings(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> 
     if train.enable_grades and grades.metric == "rollback":
         if not train.average_weights:
             found.append(problem("average_weights", train.average_weights, "given (0.99) with --metric rollback"))
-        if train.val_size == 0:
+        if not train.validates:
             found.append(problem("val_size", train.val_size, "> 0 with --metric rollback, which needs held-out rows"))
     if grades.on_converged == "cooldown" and train.lr_schedule not in ("constant", "wsd"):
         found.append(problem("on_converged", "cooldown", "stop unless --lr_schedule is constant or wsd"))

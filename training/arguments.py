@@ -113,7 +113,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
 def end(problems: Iterable[str]) -> NoReturn:
     """End the program with a line for each problem; a usage text of a hundred flags would hide them."""
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        print("\n".join(f"train.py: error: {problem}" for problem in problems), file=sys.stderr)
+        program = "inspect_data.py" if Path(sys.argv[0]).name == "inspect_data.py" else "train.py"
+        print("\n".join(f"{program}: error: {problem}" for problem in problems), file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,15 +1,11 @@
-"""The model of a run, and the plan of a run that --dry_run prints."""
+"""The model of a run."""
 
-import contextlib
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import torch
 
-from data.text import NotHere
-from data.tokenizer_checks import load_tokenizer
 from models.backbones import configure_from_backbones
 from models.config import VLMConfig
 from models.hub import checkpoint_folder
@@ -75,21 +71,3 @@ def limit_tiles(settings: Settings, processes: int = 1) -> None:
     device = setup.pick_device()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     settings.train.max_tiles_per_batch = fitting_tiles(settings, device, memory, processes)
-
-
-def dry_run(settings: Settings, processes: int) -> int:
-    """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
-    from training.plan import make_plan, plan_lines
-
-    checkpoint = take_over_sizes(settings, local_only=True)
-    with contextlib.suppress(NotHere):  # the hub is not asked
-        folder = None if "lm_tokenizer" in settings.given else checkpoint
-        for note in load_tokenizer(settings.vlm, folder, local_only=True)[1]:
-            print(f"NOTE {note}", file=sys.stderr)
-    limit_tiles(settings, processes)
-    with torch.device("meta"):
-        model = VisionLanguageModel(settings.vlm)
-        if settings.train.lora_rank:
-            inject_lora(model, settings.train)
-    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
-    return 0

@@ -97,7 +97,7 @@ def sources(settings: Settings) -> Iterator[Source]:
     """The data and the pretrained weights that the run reads; those of a checkpoint that it continues are its own."""
     vlm, cfg = settings.vlm, settings.train
     if not cfg.dry_run:
-        for flag in ("train_dataset_path", "test_dataset_path"):
+        for flag in ("train_dataset_path", "val_dataset_path", "test_dataset_path"):
             if (path := getattr(cfg, flag)) not in (None, easy_vqa.NAME):
                 yield Source(flag, path, "datasets")
     if cfg.resume is not None and (cfg.resume != "auto" or run_folder(settings).exists()):

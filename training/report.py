@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from data import easy_vqa
-from data.drops import REASONS_TO_SHOW, TRUNCATED, USED
+from data.drops import DROPPED, REASONS_TO_SHOW, TRUNCATED, USED
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
@@ -25,6 +25,7 @@ from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.memory import peak_memory_bytes, reserved_memory_bytes
 from training.meter import Meter
+from training.parallel import Parallel
 from training.resume import RunStart
 from training.state import END_REASONS, LoopState
 from training.trackers import make_tracker
@@ -69,8 +70,8 @@ def open_report(
     log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
-    formats = ", ".join(format_names(data.train_rows))
-    log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
+    formats, split = ", ".join(format_names(data.train_rows)), data.split and f"; split {data.split}"
+    log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else "") + split)
     if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
         log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
     if monitor is not None:
@@ -85,11 +86,13 @@ def log_progress(
     log: RunLog,
     state: LoopState,
     meter: Meter,
+    data: Data,
     optimizer: torch.optim.Optimizer,
     monitor: GradESMonitor | None,
     cache: FeatureCache | None = None,
 ) -> None:
     """Record and show the steps since the last time; waits for the device."""
+    log_drops(log, data, meter.parallel)
     values = meter.report() | {"train/lr": max(group["lr"] for group in optimizer.param_groups)}
     shown = {
         "loss": f"{values['train/loss']:.3f}",
@@ -108,6 +111,12 @@ def log_progress(
         values["train/feature_cache_hit_share"] = cache.hits / cache.lookups  # of the whole run
     log.record(state.step, values)
     log.show(state.step, **shown)
+
+
+def log_drops(log: RunLog, data: Data, parallel: Parallel) -> None:
+    """Write to dropped.jsonl the rows that could not be used since the last time. Every rank must call it."""
+    for records in parallel.gather(data.take_records()):
+        log.record_drops(records)
 
 
 def write_report(
@@ -241,6 +250,8 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         lines += [f"{'':<22}{reason}, first in {found}" for reason, found in first]
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
     asked = shlex.quote(str(folder))
+    if summary["dropped"]:
+        lines.append(f"written               {folder / DROPPED}: each row that was dropped, with file and line")
     if summary["stop_reason"] == "interrupted":
         lines.append(f"continue              with the same command and --resume {asked}")
     if summary["stop_reason"] != "non_finite_loss":
