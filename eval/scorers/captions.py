@@ -12,9 +12,7 @@ _SMALL, _TINY = 1e-9, 1e-15  # against division by zero, as BLEU's script has th
 
 def n_grams(words: Tokens) -> Counter:
     """How often each n-gram of 1 to MAX_N words occurs."""
-    return Counter(
-        tuple(words[start : start + n]) for n in range(1, MAX_N + 1) for start in range(len(words) - n + 1)
-    )
+    return Counter(tuple(words[start : start + n]) for n in range(1, MAX_N + 1) for start in range(len(words) - n + 1))
 
 
 def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -46,7 +44,8 @@ def _similarity(mine: tuple, other: tuple) -> float:
     total = 0.0
     for n in range(MAX_N):
         dot = sum(
-            min(weight, weights_2[n].get(gram, 0.0)) * weights_2[n].get(gram, 0.0) for gram, weight in weights[n].items()
+            min(weight, weights_2[n].get(gram, 0.0)) * weights_2[n].get(gram, 0.0)
+            for gram, weight in weights[n].items()
         )
         total += dot / (norms[n] * norms_2[n]) if norms[n] and norms_2[n] else dot
     return total / MAX_N * math.exp(-((length - length_2) ** 2) / (2 * SIGMA**2))
@@ -55,7 +54,8 @@ def _similarity(mine: tuple, other: tuple) -> float:
 def bleu_counts(caption: Tokens, references: Sequence[Tokens]) -> list[int]:
     """[right n-grams for n = 1 to MAX_N, n-grams for n = 1 to MAX_N, length, length of the closest reference]: sums of
     these over a set give its BLEU."""
-    counts, most = n_grams(caption), Counter()
+    counts = n_grams(caption)
+    most: Counter = Counter()
     for reference in references:
         most |= n_grams(reference)
     right, length = [0] * MAX_N, len(caption)

@@ -9,6 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 from eval.scorers.judged import Judged, judged
+from eval.scorers.vqa import NUMBER_WORDS
 
 _BEST = [f"{kind} is" for kind in ("answer", "correct answer", "best answer", "correct option", "best option")]
 _BEST += ["choice is", "correct choice is"]
@@ -108,15 +109,12 @@ def first_character(answer: str, letter: str) -> Judged:
 def realworldqa_until_2026_04(answer: str, truth: str, question: str) -> Judged:
     """RealWorldQA in lmms-eval until 2026-04-11: number words become digits, the text of a choice (lines "A. text" of
     the question) found in the answer becomes its letter; then the whole answer counts, without case and punctuation."""
-    digits = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+    digits = {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
     text = re.sub(r"[^\w\s]", "", digits.get(answer.lower(), answer)).strip()
     choices = [choice.strip() for _, choice in re.findall(r"\b([A-Z])\.\s+([^\n]*)", question)]
     letters = {choice: string.ascii_uppercase[number] for number, choice in enumerate(choices)}
     match = re.search("|".join(map(re.escape, choices)), text)
     return same_words(letters.get(match.group(), text) if match else text, truth)
-
-
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def realworldqa_since_2026_04(answer: str, truth: str) -> Judged:

@@ -58,7 +58,7 @@ def open_answers(answer: str) -> list[str | float]:
 
 
 def _forms(text: str) -> list[str | float]:
-    """A number rounded to 2 decimals, else the text in lower case; a single letter needs a space on one of its sides."""
+    """A number rounded to 2 decimals, else the text in lower case; a single letter needs a space beside it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -9,10 +9,10 @@ import re
 # What pycocoevalcap leaves out of the tokens. Java's brackets are lower case by then, and stay.
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
-_ABBREVIATIONS = (
-    "mr mrs ms dr prof st rev gen col capt lt sgt gov sen rep jr sr co corp inc ltd bros dept univ etc vs fig al "
-    "jan feb mar apr jun jul aug sep sept oct nov dec mt ft ave blvd rd approx e.g i.e a.m p.m"
-).split()
+_ABBREVIATIONS = """
+    mr mrs ms dr prof st rev gen col capt lt sgt gov sen rep jr sr co corp inc ltd bros dept univ etc vs fig al
+    jan feb mar apr jun jul aug sep sept oct nov dec mt ft ave blvd rd approx e.g i.e a.m p.m
+""".split()  # noqa: SIM905
 _TWO_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me"}
 _TWO_WORDS |= {"lemme": "lem me"}
 _TOKEN = re.compile(

@@ -1,4 +1,4 @@
-"""Texts and numbers: exact match, contains, within 5 %, ANLS; GQA, ChartQA, DocVQA, InfoVQA, OCRBench, one's own rows."""
+"""Texts and numbers: ChartQA, DocVQA, InfoVQA, OCRBench, GQA's own rule, one's own rows."""
 
 import re
 from collections.abc import Sequence
@@ -28,16 +28,23 @@ def contains(answer: str, truths: Sequence[str]) -> Judged:
     return judged(any(one and re.search(rf"(?<!\w){re.escape(one)}(?!\w)", found) for one in wanted), found)
 
 
+_NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_ONLY_NUMBER = re.compile(rf"\s*[$€£]?\s*({_NUMBER})\s*(?:%|[^\W\d]+)?\s*\.?\s*")
+
+
 def first_number(text: str) -> float | None:
-    """The first number of a text; commas between groups of three digits do not count, nor does what follows it."""
-    match = re.search(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+", text)
+    """The first number of a text; commas between groups of three digits do not count."""
+    match = re.search(_NUMBER, text)
     return float(match.group().replace(",", "")) if match else None
 
 
 def number_within(answer: str, truths: Sequence[str], tolerance: float = TOLERANCE) -> Judged:
-    """The first number of the answer is within 5 % of a truth that begins with one; a truth of 0 must be met exactly."""
+    """The first number of the answer is within 5 % of a truth that is one, with a currency, a unit or % at most; a
+    truth of 0 must be met exactly. Where no truth is a number, exact match (same_text)."""
+    numbers = [float(match[1].replace(",", "")) for truth in truths if (match := _ONLY_NUMBER.fullmatch(truth))]
+    if not numbers:
+        return same_text(answer, truths)
     found = first_number(answer)
-    numbers = [number for truth in truths if (number := first_number(truth)) is not None]
     is_near = found is not None and any(abs(found - number) <= tolerance * abs(number) for number in numbers)
     return judged(is_near, None if found is None else f"{found:g}")
 
@@ -114,8 +121,10 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000:
 
 
 def named_choice(answer: str, truths: Sequence[str], letters: Sequence[str]) -> Judged:
-    """Choice among one's own rows: the answer is the text of the right choice, or the letter that find_letter reads is
-    the right one. truths: the letter and the text."""
+    """Choice among one's own rows: the answer is the letter or the text of the right choice, or the letter that
+    find_letter reads is the right one. truths: the letter and the text. Without letters, exact match (same_text)."""
+    if not letters:
+        return same_text(answer, truths)
     if same_text(answer, truths).score:
         return judged(True, truths[0])
     found = find_letter(answer, letters)

@@ -19,13 +19,13 @@ def pope_official(answer: str, truth: str) -> Judged:
 
 def hallusion_yes(answer: str, truth: str) -> Judged:
     """HallusionBench without a judge model, in lmms-eval (hb_aggregation_result_intern): yes where "yes" stands
-    anywhere in the answer, in any case, else no. truth: "1" is yes."""
+    anywhere in the answer, in any case, else no."""
     found = "yes" if "yes" in answer.lower() else "no"
-    return judged((found == "yes") == (truth == "1"), found)
+    return judged(found == truth, found)
 
 
 def hallusion_word(answer: str, truth: str) -> Judged:
     """A stricter rule of this project: the first word that is yes or no counts; an answer with neither is wrong."""
     words = ("".join(letter if letter.isalnum() else " " for letter in answer.lower())).split()
     found = next((word for word in words if word in ("yes", "no")), None)
-    return judged(found is not None and (found == "yes") == (truth == "1"), found)
+    return judged(found == truth, found)
