@@ -110,7 +110,7 @@ def evaluate(given: argparse.Namespace) -> None:
         summaries[one.task.name] = summary
     if given.output:
         write_results(given.output, run, [one.task for one in benchmarks], rows, summaries)
-    print(markdown({**run, "tasks": summaries}))
+    print(markdown({**run, "tasks": summaries}, short=True))
 
 
 def _earlier(answers: Path) -> dict[str, Any]:

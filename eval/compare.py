@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.output import percent
+from eval.output import is_detail, percent
 from eval.own_rows import own_task
 from eval.rules import Task
 from eval.statistics import SIGNIFICANT, Z_95, paired
@@ -42,7 +42,9 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 def compare(first: Evaluation, second: Evaluation) -> dict[str, Any]:
     """{task: {"rows", "notes", "rules": {rule: {metric: {"first", "second", and what eval.statistics.paired gives}}}}}
-    of the tasks and rules that both have, over the questions that both answered. Raises ValueError without any."""
+    of the tasks and rules that both have, over the questions that both answered. Raises ValueError without any.
+
+    Numbers of small parts (eval.output.is_detail) are left out: too few rows, and too many tests."""
     both = [name for name in first.rows if name in second.rows]
     if not both:
         raise ValueError(
@@ -86,6 +88,8 @@ def _compare_rule(
 ) -> dict[str, Any]:
     found = {}
     for one, other in zip(*(task.metrics(rows, rule) for rows in pairs), strict=True):
+        if is_detail(one.name):
+            continue
         values = [float(metric.value(metric.parts.sum(0, keepdims=True))[0]) for metric in (one, other)]
         found[one.name] = {"first": values[0], "second": values[1], **paired(one, other, clusters)}
     return found
@@ -100,6 +104,10 @@ def verdict(one: Mapping[str, Any]) -> str:
     return f"no difference shown; one below {percent(Z_95 * one['stderr'])} points would not be"
 
 
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
 def compared(found: Mapping[str, Any], first: Path, second: Path) -> str:
     """The comparison as a Markdown text."""
     parts = [f"A: {first}\nB: {second}\n", "In percent; ± is one standard error of the difference B - A.\n"]
@@ -111,7 +119,7 @@ def compared(found: Mapping[str, Any], first: Path, second: Path) -> str:
             parts += [
                 f"| {rule} | {metric} | {percent(one['first'])} | {percent(one['second'])} | "
                 f"{100 * one['difference']:+.2f} | {percent(one['stderr'])} | "
-                f"{'–' if one['p'] is None else format(one['p'], '.4f')} | {one['test'] or '–'} |"
+                f"{_p(one['p'])} | {one['test'] or '–'} |"
                 for metric, one in numbers.items()
             ]
         parts.append("")

@@ -41,8 +41,15 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """Every number with its rule, error and chance, and below each task its prompt, decoding and data."""
+def is_detail(metric: str) -> bool:
+    """Whether it is the number of a small part of a benchmark."""
+    return "/" in metric and not metric.startswith(("category/", "domain/", "split/", "data_type/", "source/"))
+
+
+def markdown(results: Mapping[str, Any], short: bool = False) -> str:
+    """Every number with its rule, error and chance, and below each task its prompt, decoding and data.
+
+    short: without the numbers of parts, as "subject/Art", but for those of "category"."""
     parts = [f"# Evaluation of {results.get('model') or 'given answers'}\n", "In percent; ± is one standard error.\n"]
     for name, task in results["tasks"].items():
         data, decoding = task["data"], task.get("decoding") or UNKNOWN
@@ -57,6 +64,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                 f"| {rule} | {metric} | {percent(one['value'])} | {percent(one['stderr'])} | {one['rows']} | "
                 f"{percent(one['chance'])} |"
                 for metric, one in found["metrics"].items()
+                if not (short and is_detail(metric))
             ]
         parts.append("")
         for rule, found in task["rules"].items():
@@ -69,8 +77,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def lmms_eval_layout(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
-    """What lmms-eval writes as <time>_results.json. The first rule of a task stands under lmms-eval's own filter, each
-    other rule as a filter of its name."""
+    """What lmms-eval writes as <time>_results.json. The first rule of a task stands under lmms-eval's names; those of
+    the others end with the rule, since readers such as nanoVLM's drop what follows the comma."""
     layout: dict[str, Any] = {key: {} for key in ("results", "configs", "versions", "n-shot", "higher_is_better")}
     layout |= {"n-samples": {}, "group_subtasks": {}}
     for task in tasks:
@@ -78,12 +86,11 @@ def lmms_eval_layout(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[
         numbers: dict[str, Any] = {"alias": task.name}
         names = task.lmms_metrics or {task.main: task.main}
         for number, (rule, found) in enumerate(summary["rules"].items()):
-            label = rule.replace(",", " ") if number else task.lmms_filter
             for ours, theirs in _named(found["metrics"], names).items():
-                one = found["metrics"][ours]
-                error = one["stderr"]
-                numbers[f"{theirs},{label}"] = one["value"] * task.lmms_scale if one["value"] is not None else "N/A"
-                numbers[f"{theirs}_stderr,{label}"] = "N/A" if error is None else error * task.lmms_scale
+                value, error = (found["metrics"][ours][key] for key in ("value", "stderr"))
+                name = f"{theirs} [{rule.replace(',', ' ')}]" if number else theirs
+                numbers[f"{name},{task.lmms_filter}"] = "N/A" if value is None else value * task.lmms_scale
+                numbers[f"{name}_stderr,{task.lmms_filter}"] = "N/A" if error is None else error * task.lmms_scale
         layout["results"][task.name] = numbers
         layout["configs"][task.name] = {
             "task": task.name, "dataset_path": task.hub_id, "dataset_name": task.config, "test_split": task.split,

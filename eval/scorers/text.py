@@ -22,12 +22,14 @@ def identical(answer: str, truth: str) -> Judged:
 
 
 def contains(answer: str, truths: Sequence[str]) -> Judged:
-    """One of the truths stands in the answer as words, in normal form (see same_text)."""
+    """One of the truths stands in the answer as words, in normal form (see same_text); a number not within another:
+    3 is neither in 13 nor in 3.5 nor in -3."""
     found = normalise(answer)
-    wanted = [normalise(truth) for truth in truths]
-    return judged(any(one and re.search(rf"(?<!\w){re.escape(one)}(?!\w)", found) for one in wanted), found)
+    wanted = [one for truth in truths if (one := normalise(truth))]
+    return judged(any(re.search(_BEFORE + re.escape(one) + _AFTER, found) for one in wanted), found)
 
 
+_BEFORE, _AFTER = r"(?<!\w)(?<!\d[.,])(?<!^-)(?<!\W-)", r"(?!\w)(?![.,]\d)"
 _NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _ONLY_NUMBER = re.compile(rf"\s*[$€£]?\s*({_NUMBER})\s*(?:%|[^\W\d]+)?\s*\.?\s*")
 
