@@ -13,15 +13,12 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from eval.prompts import STYLES
-
-# Task name and its questions -> id -> answer: given ones, or those that a model makes.
-Answers = Callable[[Any], dict[str, str]]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,26 +70,43 @@ def list_tasks() -> str:
 
 
 def open_benchmarks(given: argparse.Namespace) -> list[Any]:
-    """The benchmarks that --tasks names, or the rows of one's own. Raises ValueError, OSError."""
+    """The benchmarks that --tasks names, rows of one's own among them. Raises ValueError, OSError."""
     from eval.benchmarks import open_benchmark
     from eval.own_rows import open_own_rows
-    from eval.tasks import TASKS, named
+    from eval.tasks import TASKS
 
-    if given.tasks not in TASKS and Path(given.tasks).expanduser().exists():
-        return [open_own_rows(str(Path(given.tasks).expanduser()), given.limit)]
+    names = list(dict.fromkeys(name.strip() for name in given.tasks.split(",") if name.strip()))
     root = given.data_root and given.data_root.expanduser()
-    return [open_benchmark(task, root, given.limit, given.prompt_style) for task in named(given.tasks)]
+    found: dict[str, Any] = {}
+    for name in names:
+        if name in TASKS:
+            alone = sum(other in TASKS for other in names) == 1
+            one: Any = open_benchmark(TASKS[name], root, given.limit, given.prompt_style, alone=alone)
+        elif (path := Path(name).expanduser()).exists():
+            one = open_own_rows(path, given.limit)
+        else:
+            raise ValueError(f"--tasks {name}: no such task, file or folder; the tasks are {', '.join(TASKS)}")
+        if one.task.name in found:
+            raise ValueError(f"--tasks {given.tasks}: two of them are called {one.task.name}; rename a file")
+        found[one.task.name] = one
+    return list(found.values())
+
+
+def pairs_of(given: argparse.Namespace, benchmarks: list[Any]) -> dict[str, Iterable[tuple[str, str]]]:
+    """Task name -> (id, answer) of its questions, from --answers. Raises ValueError, OSError."""
+    from eval.answers import read_answers
+
+    return dict(read_answers(given.answers, [one.task.name for one in benchmarks]))
 
 
 def evaluate(given: argparse.Namespace) -> None:
-    """Score --answers and write --output."""
-    from eval.answers import match, read_answers
+    """Score the answers, print the main numbers, and write --output."""
+    from eval.answers import match
     from eval.output import markdown, write_results
     from eval.results import score
 
     benchmarks = open_benchmarks(given)
-    answers = read_answers(given.answers, [one.task.name for one in benchmarks])
-    earlier = _earlier(given.answers)
+    answers, earlier = pairs_of(given, benchmarks), _earlier(given.answers)
     run = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -103,11 +117,10 @@ def evaluate(given: argparse.Namespace) -> None:
     for one in benchmarks:
         scored, summary = score(one, match(answers[one.task.name], one, given.missing))
         before = earlier.get("tasks", {}).get(one.task.name, {})
-        summary["decoding"] = before.get("decoding")
-        if before:
-            summary["prompt"] = before["prompt"]
         rows += scored
-        summaries[one.task.name] = summary
+        summaries[one.task.name] = (
+            summary | {"decoding": None} | {key: before[key] for key in ("prompt", "decoding") if key in before}
+        )
     if given.output:
         write_results(given.output, run, [one.task for one in benchmarks], rows, summaries)
     print(markdown({**run, "tasks": summaries}, short=True))

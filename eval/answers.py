@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _pair(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     return str(row["id"]), row["answer"]
 
 
-def match(given: Sequence[tuple[str, str]], benchmark: Benchmark, missing: str = "error") -> dict[str, str]:
+def match(given: Iterable[tuple[str, str]], benchmark: Benchmark, missing: str = "error") -> dict[str, str]:
     """Id -> answer, for ids of the benchmark. missing, for questions without an answer: "error"; "wrong", an empty
     answer; or "skip", which leaves them out. Raises ValueError that names the ids that are missing, there twice or
     unknown."""

@@ -76,14 +76,24 @@ def _images(value: Any, folder: Path | None) -> list[Any]:
 
 
 def open_benchmark(
-    task: Task, data_root: Path | None, limit: int | None, style: str, with_images: bool = False
+    task: Task,
+    data_root: Path | None,
+    limit: int | None,
+    style: str,
+    with_images: bool = False,
+    alone: bool = True,
 ) -> Benchmark:
     """The task's questions, the first `limit` of them, in a prompt style of eval.prompts.
 
     data_root: a folder that holds the data or a subfolder with it, named after the task or its id on the hub; None: the
-    hub. with_images: a model is to answer. Raises ValueError, FileNotFoundError or ConnectionError in one sentence.
+    hub. with_images: a model is to answer. alone: there is no other task, so that data_root may hold the data itself.
+    Raises ValueError, FileNotFoundError or ConnectionError in one sentence.
     """
+    if data_root and not data_root.exists():
+        raise FileNotFoundError(f"--data_root {data_root}: no such folder")
     names = (task.name, task.hub_id, task.hub_id.split("/")[1])
+    if data_root and not alone and not any((data_root / name).is_dir() for name in names):
+        raise FileNotFoundError(f"--data_root {data_root}: holds no folder {names[0]}, nor {' or '.join(names[1:])}")
     table = open_table(data_root, names, task.hub_id, task.config, task.split)
     columns, there = _needed(task, with_images), table.columns
     if missing := [column for column in columns if column not in there]:

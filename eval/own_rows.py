@@ -53,14 +53,12 @@ class OwnRows(Benchmark):
         return super().describe() | {"not_usable": self.not_usable}
 
 
-def open_own_rows(path: str, limit: int | None) -> OwnRows:
-    """The questions of a file or folder, of its first `limit` rows. Raises ValueError or FileNotFoundError."""
-    rows = load_rows(path, split="test", flag="tasks") if Path(path).exists() else None
-    if rows is None:
-        raise FileNotFoundError(f"--tasks {path}: no such task, file or folder; evaluate.py --list names the tasks")
+def open_own_rows(path: Path, limit: int | None) -> OwnRows:
+    """The questions of a file or folder, of its first `limit` rows. Raises ValueError."""
+    rows = load_rows(str(path), split="test", flag="tasks")
     assert isinstance(rows, TableRows)
     found = OwnRows(
-        own_task(re.sub(r"\W+", "_", Path(path).stem) or "rows"), [], Table(path, ()), "", "as written", rows=rows
+        own_task(re.sub(r"\W+", "_", path.stem) or "rows"), [], Table(str(path), ()), "", "as written", rows=rows
     )
     bad: Counter[str] = Counter()
     first: dict[str, str] = {}

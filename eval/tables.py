@@ -72,13 +72,11 @@ class Table:
 
 def open_table(root: Path | None, names: Sequence[str], hub_id: str, config: str | None, split: str) -> Table:
     """The table of a split: of the first of root's subfolders `names` that there is, of root itself, or of the hub
-    where root is None. Raises ValueError, FileNotFoundError or ConnectionError with what there is instead."""
+    where root is None. root: exists. Raises ValueError, FileNotFoundError or ConnectionError with what there is."""
     if root is None:
         return _hub_table(hub_id, config, split)
     if root.is_file():
         return _file_table([root], root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data_root {root}: no such folder")
     folder = next((root / name for name in names if (root / name).is_dir()), root)
     if config and (folder / config).is_dir():
         folder = folder / config

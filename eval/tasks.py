@@ -34,7 +34,7 @@ def _mmmu(as_lmms_eval: bool) -> Rule:
 
     if as_lmms_eval:
         return Rule(LMMS, "no letter: 1 / choices, the mean of its random draw; no open answer is right", each(judge))
-    return Rule("MMMU", "no letter: wrong; open answers as MMMU's eval_utils.py", each(judge))
+    return Rule("open answers counted", "no letter: wrong; open answers by MMMU's eval_utils.py", each(judge))
 
 
 def _mmbench(answer: str, truth: Mapping[str, Any], _: str) -> Judged:
@@ -169,11 +169,3 @@ TASKS: dict[str, Task] = {
              "set", chance=0.5, published_rows=951, lmms_metrics={"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc"}),
     )
 }  # fmt: skip
-
-
-def named(names: str) -> list[Task]:
-    """The tasks of a comma-separated list. Raises ValueError that names what there is."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in TASKS]:
-        raise ValueError(f"--tasks {', '.join(unknown)}: no such task; there are {', '.join(TASKS)}")
-    return [TASKS[name] for name in dict.fromkeys(wanted)]

@@ -88,7 +88,8 @@ def test_realworldqa(answer, truth, since, until):
      ("10:30", "10:30", "10:30"), ("$5.00", "$5.00", "$5.00"), ("3,000", "3000", "3000"), ("a/b", "b", "b"),
      ("couldnt've", "couldn't've", "couldn't've"), ("yall'd've", "y'all'd've", "y'all'd've"), ("Im", "im", "im"),
      ("none", "0", "0"), ("somebody'd", "somebodyd", "somebodyd"), ("dog's", "dog's", "dog 's"),
-     ("x - y", "x y", "x y"), ("A. B. C", "b c", "b c"), ("T-Shirt", "t shirt", "t shirt"), ("2.5.", "2.5", "2.5"), ('"stop"', "stop", "stop"),
+     ("x - y", "x y", "x y"), ("A. B. C", "b c", "b c"),
+     ("T-Shirt", "t shirt", "t shirt"), ("2.5.", "2.5", "2.5"), ('"stop"', "stop", "stop"),
      ("." * 34, "..", "..")],
 )  # fmt: skip
 def test_vqa_normal_form(text, of_vqav2, of_textvqa):

@@ -309,7 +309,7 @@ def test_ones_own_rows(tmp_path, capsys):
     ]
     path = tmp_path / "my.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    benchmark = open_own_rows(str(path), None)
+    benchmark = open_own_rows(path, None)
     assert [one.id for one in benchmark.questions] == ["x", "y", "z", "my.jsonl#3/0", "my.jsonl#3/1"]
     given = ["A kitten.", "It is 21", "(B)", "B.", "x"]
     _, summary = score(benchmark, dict(zip([one.id for one in benchmark.questions], given, strict=True)))
@@ -364,8 +364,9 @@ def test_the_list_needs_no_heavy_package():
         ([], "--tasks"),
         (["--tasks", "mmstar"], "--answers"),
         (["--tasks", "mmstar", "--answers", "a.jsonl", "--limit", "0"], "--limit 0"),
-        (["--tasks", "mmstarr", "--answers", "a.jsonl"], "no such task; there are mmstar"),
+        (["--tasks", "mmstarr", "--answers", "a.jsonl"], "no such task, file or folder; the tasks are mmstar"),
         (["--tasks", "mmstar", "--answers", "a.jsonl", "--data_root", "nowhere"], "--data_root nowhere"),
+        (["--tasks", "mmstar,pope", "--answers", "a.jsonl", "--data_root", "docs"], "docs: holds no folder mmstar"),
     ],
 )
 def test_wrong_flags_are_one_sentence(arguments, words):
