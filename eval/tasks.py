@@ -65,7 +65,7 @@ def _soft(form: vqa.Form) -> tuple[Rule, ...]:
 SINCE, UNTIL = f"{LMMS} since 2026-04", f"{LMMS} until 2026-04"
 MMSTAR = (
     _one(SINCE, "ranked search for an upper-case letter (0.7.2)", choice.letter_anywhere),
-    _one(UNTIL, "first letter of the answer, in any case: the rule of all published nanoVLM and GradES numbers",
+    _one(UNTIL, "first letter of the answer, in any case: the rule behind the GradES paper's numbers",
          choice.first_letter),
     _one("nanoVLM v0.1", "the letter stands anywhere as a word; made for 5 sampled tokens", choice.letter_as_word,
          strip=False),

@@ -344,6 +344,11 @@ def test_prompt_styles(tmp_path):
     assert mmbench.prompt.startswith("what? There are several options:\nA. cat\nB. dog\n\nAnswer with")
 
 
+def test_the_page_names_every_task():
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [task for task in TASKS if f"`{task}`" not in page] == []
+
+
 def test_the_list_is_quick_and_has_every_task():
     started = time.monotonic()
     done = subprocess.run([sys.executable, "evaluate.py", "--list"], cwd=ROOT, capture_output=True, text=True)
