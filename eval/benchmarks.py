@@ -104,13 +104,13 @@ def open_benchmark(
     benchmark = Benchmark(task, [], table, task.split, style)
     seen: Counter[str] = Counter()
     digests = hashlib.sha256()
-    hashes = not _has_cluster(task, there)
+    hashes, has_images = not (task.cluster and task.cluster in there), False
     wanted = {*there} - (set() if hashes else set(task.images))
     for number, record in enumerate(table.records(sorted(wanted), limit)):
         item = _read(task, record, f"{table.source}, row {number}")
         digest = _digest(record, task, table.folder) if hashes else None
-        if hashes:
-            digests.update((digest or "").encode())
+        has_images = has_images or digest is not None
+        digests.update((digest or "").encode())
         row_id = "/".join(str(record[column]) for column in task.id_columns) or str(number)
         seen[row_id] += 1
         unique = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"  # some benchmarks repeat an id
@@ -119,7 +119,7 @@ def open_benchmark(
         benchmark.questions.append(Question(unique, number, item, prompt, prefix, str(cluster)))
     if not benchmark.questions:
         raise ValueError(f"{table.source}: holds no rows")
-    benchmark.image_fingerprint = digests.hexdigest() if hashes else None
+    benchmark.image_fingerprint = digests.hexdigest() if has_images else None
     _find_images(benchmark, data_root, names, there)
     return benchmark
 
@@ -127,10 +127,6 @@ def open_benchmark(
 def _needed(task: Task, with_images: bool) -> list[str]:
     """The columns without which answers cannot be scored, and those of images where a model answers."""
     return [column for column in task.columns if with_images or column not in (*task.images, task.image_key)]
-
-
-def _has_cluster(task: Task, columns: list[str]) -> bool:
-    return task.cluster is not None and task.cluster in columns
 
 
 def _read(task: Task, record: Mapping[str, Any], where: str) -> Item:

@@ -82,8 +82,18 @@ def open_own_rows(path: Path, limit: int | None) -> OwnRows:
 
 def own_task(name: str) -> Task:
     """The task of one's own rows, by this name in results."""
-    scored = metrics.means("source")
-    return Task(name, "", None, "", (), _no_records, RULES, scored, "accuracy", MAX_NEW_TOKENS, chance="choices")
+    return Task(
+        name=name,
+        hub_id="",
+        split="",
+        columns=(),
+        read=_no_records,
+        rules=RULES,
+        metrics=metrics.means("source"),
+        main="accuracy",
+        max_new_tokens=MAX_NEW_TOKENS,
+        chance="choices",
+    )
 
 
 def _no_records(record: Any) -> Item:

@@ -78,7 +78,6 @@ class Task:
 
     name: str
     hub_id: str
-    config: str | None
     split: str
     columns: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Item]
@@ -86,6 +85,7 @@ class Task:
     metrics: Metrics
     main: str
     max_new_tokens: int
+    config: str | None = None
     id_columns: tuple[str, ...] = ()
     cluster: str | None = None
     images: tuple[str, ...] = ("image",)

@@ -2,8 +2,8 @@
 
 Needs a clone of github EvolvingLMMs-Lab/lmms-eval and, in an environment of its own, what its scorers import:
 
-    uv run --no-project --with pycocoevalcap,loguru,pandas,requests,pillow,pyyaml,sacrebleu,tqdm python scripts/check_scorers.py \\
-        --lmms_eval CLONE [--texts SENTENCES.txt]
+    uv run --no-project --with pycocoevalcap,loguru,pandas,requests,pillow,pyyaml,sacrebleu,tqdm \\
+        python scripts/check_scorers.py --lmms_eval CLONE [--texts SENTENCES.txt]
 
 --texts: captions, one a line, to compare the tokens with those of Stanford's PTBTokenizer, which needs Java. Prints a
 line for each rule: answers compared, and how many scores differ by more than 1e-6.
