@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder for results.json, answers.jsonl and results.md")
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
-    parser.add_argument("--prompt_style", choices=STYLES, default="lmms-eval", help="whose prompts")
+    parser.add_argument("--prompt_style", choices=STYLES, help="whose prompts the answers are to")
     given = parser.parse_args(argv)
     if given.list or given.compare:
         return given
@@ -70,8 +70,9 @@ def list_tasks() -> str:
     return "\n".join(lines)
 
 
-def open_benchmarks(given: argparse.Namespace) -> list[Any]:
-    """The benchmarks that --tasks names, rows of one's own among them. Raises ValueError, OSError."""
+def open_benchmarks(given: argparse.Namespace, earlier: dict[str, Any]) -> list[Any]:
+    """The benchmarks that --tasks names, rows of one's own among them, asked as `earlier` says, the results.json of the
+    answers, unless --prompt_style does. Raises ValueError, OSError."""
     from eval.benchmarks import open_benchmark
     from eval.own_rows import open_own_rows
     from eval.tasks import TASKS
@@ -82,7 +83,8 @@ def open_benchmarks(given: argparse.Namespace) -> list[Any]:
     for name in names:
         if name in TASKS:
             alone = sum(other in TASKS for other in names) == 1
-            one: Any = open_benchmark(TASKS[name], root, given.limit, given.prompt_style, alone=alone)
+            style = given.prompt_style or earlier.get("tasks", {}).get(name, {}).get("prompt", {}).get("style")
+            one: Any = open_benchmark(TASKS[name], root, given.limit, style, alone=alone)
         elif (path := Path(name).expanduser()).exists():
             one = open_own_rows(path, given.limit)
         else:
@@ -106,8 +108,9 @@ def evaluate(given: argparse.Namespace) -> None:
     from eval.output import markdown, write_results
     from eval.results import score
 
-    benchmarks = open_benchmarks(given)
-    answers, earlier = pairs_of(given, benchmarks), _earlier(given.answers)
+    earlier = _earlier(given.answers)
+    benchmarks = open_benchmarks(given, earlier)
+    answers = pairs_of(given, benchmarks)
     run = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -117,11 +120,9 @@ def evaluate(given: argparse.Namespace) -> None:
     rows, summaries = [], {}
     for one in benchmarks:
         scored, summary = score(one, match(answers[one.task.name], one, given.missing))
-        before = earlier.get("tasks", {}).get(one.task.name, {})
         rows += scored
-        summaries[one.task.name] = (
-            summary | {"decoding": None} | {key: before[key] for key in ("prompt", "decoding") if key in before}
-        )
+        before = earlier.get("tasks", {}).get(one.task.name, {})
+        summaries[one.task.name] = summary | {"decoding": before.get("decoding")}
     if given.output:
         write_results(given.output, run, [one.task for one in benchmarks], rows, summaries)
     print(markdown({**run, "tasks": summaries}, short=True))

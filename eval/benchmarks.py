@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.values import BadRow, image_of
-from eval.prompts import styled
+from eval.prompts import STYLES, styled
 from eval.rules import Item, Question, Task
 from eval.tables import Table, open_table
 
@@ -20,6 +20,7 @@ from eval.tables import Table, open_table
 class Benchmark:
     """The questions of a task. table: its rows; image_table: the rows that images are in, by id, where that is another.
 
+    prompt_style: None where the answers were made elsewhere, so that the prompt is not known.
     fingerprint: SHA-256 of the ids, questions and truths of all questions; image_fingerprint: of the images' bytes,
     None where they were not read, because a column says which rows share one.
     """
@@ -28,7 +29,7 @@ class Benchmark:
     questions: list[Question]
     table: Table
     split: str
-    prompt_style: str
+    prompt_style: str | None
     image_fingerprint: str | None = None
     image_table: Table | None = None
     image_numbers: dict[str, int] = field(default_factory=dict)
@@ -79,11 +80,11 @@ def open_benchmark(
     task: Task,
     data_root: Path | None,
     limit: int | None,
-    style: str,
+    style: str | None,
     with_images: bool = False,
     alone: bool = True,
 ) -> Benchmark:
-    """The task's questions, the first `limit` of them, in a prompt style of eval.prompts.
+    """The task's questions, the first `limit` of them, in a prompt style of eval.prompts; None: it is not known.
 
     data_root: a folder that holds the data or a subfolder with it, named after the task or its id on the hub; None: the
     hub. with_images: a model is to answer. alone: there is no other task, so that data_root may hold the data itself.
@@ -114,8 +115,9 @@ def open_benchmark(
         row_id = "/".join(str(record[column]) for column in task.id_columns) or str(number)
         seen[row_id] += 1
         unique = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"  # some benchmarks repeat an id
-        cluster = item.categories.get(task.cluster or "") or record.get(task.cluster or "") or digest or unique
-        prompt, prefix = styled(task.name, item, style)
+        named = item.categories.get(task.cluster or "") or record.get(task.cluster or "")
+        cluster = (digest or unique) if named is None else named  # an id may be 0
+        prompt, prefix = styled(task.name, item, style or STYLES[0])
         benchmark.questions.append(Question(unique, number, item, prompt, prefix, str(cluster)))
     if not benchmark.questions:
         raise ValueError(f"{table.source}: holds no rows")

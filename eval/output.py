@@ -72,7 +72,7 @@ def markdown(results: Mapping[str, Any], short: bool = False) -> str:
             always = f'; always "{constant["answer"]}": {percent(constant["value"])}' if constant else ""
             parts.append(f"- {rule}: {found['source']}{always}")
         parts.append(f"- data: {rows}, {data['source']} {data['split']}, SHA-256 {data['fingerprint'][:16]}")
-        parts.append(f"- prompt style: {task['prompt']['style']}; decoding: {decoding}\n")
+        parts.append(f"- prompt style: {task['prompt']['style'] or UNKNOWN}; decoding: {decoding}\n")
     return "\n".join(parts)
 
 
@@ -123,7 +123,7 @@ def _samples(rows: Sequence[dict], task: str) -> list[dict[str, Any]]:
             "doc_id": number,
             "target": json.dumps(row["truth"], ensure_ascii=False),
             "filtered_resps": [row["answer"]],
-            "input": row["prompt"],
+            "input": row["prompt"] or row["question"],
             "doc_hash": hashlib.sha256(row["id"].encode()).hexdigest(),
         }
         for number, row in enumerate(of_task)

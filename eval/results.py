@@ -19,23 +19,25 @@ def score(benchmark: Benchmark, answers: Mapping[str, str]) -> tuple[list[dict],
     """
     questions = [question for question in benchmark.questions if question.id in answers]
     texts, items = [answers[question.id] for question in questions], [question.item for question in questions]
-    rows = [_row(benchmark.task, question, text) for question, text in zip(questions, texts, strict=True)]
+    rows = [_row(benchmark, question, text) for question, text in zip(questions, texts, strict=True)]
     for rule in benchmark.task.rules:
         for row, judged in zip(rows, rule.judge(texts, items), strict=True):
             row["rules"][rule.name] = {"parsed": judged.parsed, "score": judged.score}
     summary = {
         "main": benchmark.task.main,
         "rows": len(rows),
-        "prompt": {"style": benchmark.prompt_style, "first": questions[0].prompt if questions else None},
+        "prompt": {"style": benchmark.prompt_style, "first": rows[0]["prompt"] if rows else None},
         "data": benchmark.describe(),
         "rules": {rule.name: numbers(benchmark.task, rule, rows, items) for rule in benchmark.task.rules},
     }
     return rows, summary
 
 
-def _row(task: Task, question: Question, answer: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"task": task.name, "id": question.id, "prompt": question.prompt}
-    if question.answer_prefix:
+def _row(benchmark: Benchmark, question: Question, answer: str) -> dict[str, Any]:
+    """A row without scores; its prompt is None where it is not known."""
+    row: dict[str, Any] = {"task": benchmark.task.name, "id": question.id, "question": question.item.question}
+    row["prompt"] = question.prompt if benchmark.prompt_style else None
+    if benchmark.prompt_style and question.answer_prefix:
         row["answer_prefix"] = question.answer_prefix
     row |= {"answer": answer, "truth": question.item.truth, "categories": question.item.categories}
     return row | {"cluster": question.cluster, "rules": {}}

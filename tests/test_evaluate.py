@@ -76,6 +76,49 @@ def test_the_table_has_a_record_here_for_every_task():
         assert set(task.columns) <= {*RECORDS[task.name](0), *task.images}, task.name
 
 
+@pytest.mark.parametrize(
+    ("task", "clusters"),
+    [("mmstar", 8), ("gqa", 4), ("vqav2_val", 4), ("ok_vqa_val2014", 4), ("ai2d", 4), ("mmbench_en_dev", 4),
+     ("pope", 2), ("hallusion_bench_image", 2)],
+)  # fmt: skip
+def test_questions_that_share_an_image_are_known(tmp_path, task, clusters):
+    """By a column, by the bytes of the image, or as parts of a set."""
+    assert len({one.cluster for one in opened(saved(tmp_path, task), task).questions}) == clusters
+
+
+def numbers_of(folder, task, answers):
+    """Metric -> its numbers by the first rule, for answers in the order of the questions."""
+    benchmark = opened(saved(folder, task, len(answers)), task)
+    _, summary = score(benchmark, dict(zip([one.id for one in benchmark.questions], answers, strict=True)))
+    return summary["rules"][TASKS[task].rules[0].name]["metrics"]
+
+
+def test_a_question_of_mmbench_is_right_if_all_its_rotations_are(tmp_path):
+    found = numbers_of(tmp_path, "mmbench_en_dev", ["A", "B", "A", "A", "B", "B", "A", "B"])
+    assert [found[name]["value"] for name in ("accuracy", "accuracy_of_rows")] == [0.5, 0.75]
+    assert [found[name]["chance"] for name in ("accuracy", "accuracy_of_rows")] == [0.25, 0.5]
+
+
+def test_an_answer_to_pope_that_is_neither_is_in_accuracy_alone(tmp_path):
+    """Truths of the rows: yes yes no no yes yes no no."""
+    found = numbers_of(tmp_path, "pope", ["yes", "maybe", "yes", "no", "no", "yes", "no", "no."])
+    expected = {"accuracy": 4 / 8, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_share": 3 / 8}
+    assert {name: found[name]["value"] for name in expected} == pytest.approx(expected)
+    assert found["neither_share"]["value"] == 2 / 8
+    assert (found["accuracy"]["chance"], found["f1"]["chance"]) == (0.5, None)
+
+
+def test_hallusion_counts_questions_and_figures_whole(tmp_path):
+    """Four questions of a set: question 0 and 1 of figures 0 and 1, no and yes."""
+    found = numbers_of(tmp_path, "hallusion_bench_image", ["no", "yes", "no", "no", "no", "yes", "no", "yes"])
+    assert [found[name]["value"] for name in ("aAcc", "qAcc", "fAcc")] == [7 / 8, 3 / 4, 3 / 4]
+
+
+@pytest.mark.parametrize(("task", "chance"), [("ai2d", 1 / 4), ("scienceqa", 1 / 2), ("mmmu_val", 7 / 8 / 3)])
+def test_chance_is_one_over_the_choices(tmp_path, task, chance):
+    assert numbers_of(tmp_path, task, ["A"] * 8)["accuracy"]["chance"] == pytest.approx(chance)
+
+
 @pytest.mark.parametrize("task", ["mmstar", "mmmu_val", "seedbench", "scienceqa"])
 def test_images_are_those_of_the_record(tmp_path, task):
     benchmark = opened(saved(tmp_path, task), task, with_images=True)
@@ -169,7 +212,8 @@ def test_a_record_that_is_none_of_the_benchmark_is_named(tmp_path):
 def test_the_output_folder(tmp_path, capsys):
     data, ids = saved(tmp_path / "data", "mmstar"), range(8)
     answers = write_answers(tmp_path / "mine.jsonl", [(i, "ABCD"[i % 4] if i < 6 else "no idea") for i in ids])
-    run("--tasks", "mmstar", "--data_root", data, "--answers", answers, "--output", tmp_path / "out")
+    run("--tasks", "mmstar", "--data_root", data, "--answers", answers, "--output", tmp_path / "out",
+        "--prompt_style", "lmms-eval")  # fmt: skip
     shown = capsys.readouterr().out
     assert "| lmms-eval since 2026-04 | average | 75.00 |" in shown
     assert "8 rows of 1500 published" in shown
@@ -192,7 +236,8 @@ def test_the_output_folder(tmp_path, capsys):
     layout = json.loads(next((tmp_path / "out/lmms_eval").glob("*_results.json")).read_text())
     read = {key.split(",")[0]: value for key, value in layout["results"]["mmstar"].items()}
     assert read["average"] == read["math"] == 0.75
-    assert len(read) == len(layout["results"]["mmstar"])
+    assert len(read) == len(layout["results"]["mmstar"]) == 1 + 3 * 2 * 3  # alias; rules, value and error, 3 numbers
+    assert read["average [lmms-eval until 2026-04]"] == 0.75
     samples = next((tmp_path / "out/lmms_eval").glob("*_samples_mmstar.jsonl")).read_text().splitlines()
     assert json.loads(samples[1])["filtered_resps"] == ["B"]
 
@@ -204,6 +249,8 @@ def test_answers_can_be_scored_again(tmp_path, capsys):
     run("--tasks", "mmstar", "--data_root", data, "--answers", answers, "--output", tmp_path / "one")
     results = json.loads((tmp_path / "one/results.json").read_text())
     results["model"], results["tasks"]["mmstar"]["decoding"] = "runs/x", {"greedy": True}
+    assert results["tasks"]["mmstar"]["prompt"] == {"style": None, "first": None}
+    results["tasks"]["mmstar"]["prompt"]["style"] = "nanovlm"
     (tmp_path / "one/results.json").write_text(json.dumps(results))
     samples = next((tmp_path / "one/lmms_eval").glob("*samples*"))
     for name, given in (("two", tmp_path / "one/answers.jsonl"), ("three", samples)):
@@ -211,6 +258,8 @@ def test_answers_can_be_scored_again(tmp_path, capsys):
     again = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "three")]
     assert [one["model"] for one in again] == ["runs/x", None]
     assert [one["tasks"]["mmstar"]["decoding"] for one in again] == [{"greedy": True}, None]
+    assert [one["tasks"]["mmstar"]["prompt"]["style"] for one in again] == ["nanovlm", None]
+    assert "Answer with the letter directly" in (tmp_path / "two/answers.jsonl").read_text()
     for one in again:
         assert one["tasks"]["mmstar"]["rules"] == results["tasks"]["mmstar"]["rules"]
 
