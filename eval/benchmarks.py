@@ -57,6 +57,10 @@ class Benchmark:
         chosen = columns if question.item.images is None else question.item.images
         return [image for column in chosen for image in _images(record.get(column), table.folder)]
 
+    def turn(self, question: Question) -> dict[str, Any]:
+        """The question with the places of its images: see data.places."""
+        return {"user": question.prompt}
+
     def describe(self) -> dict[str, Any]:
         """Where the data is from, for the results."""
         return {

@@ -33,7 +33,7 @@ def write_results(
     write_json(other / f"{stamp}_results.json", lmms_eval_layout(results, tasks))
     for task in tasks:
         samples = (json.dumps(one, ensure_ascii=False) + "\n" for one in _samples(rows, task.name))
-        write_text(other / f"{stamp}_samples_{task.name}.jsonl", "".join(samples))
+        write_text(other / f"{stamp}_samples_{task.name.replace('/', '_')}.jsonl", "".join(samples))
     write_json(folder / "results.json", results)  # last: where it stands, the others do too
 
 
@@ -50,7 +50,10 @@ def markdown(results: Mapping[str, Any], short: bool = False) -> str:
     """Every number with its rule, error and chance, and below each task its prompt, decoding and data.
 
     short: without the numbers of parts, as "subject/Art", but for those of "category"."""
-    parts = [f"# Evaluation of {results.get('model') or 'given answers'}\n", "In percent; ± is one standard error.\n"]
+    model = results.get("model") or "given answers"
+    if isinstance(model, Mapping):
+        model = f"{model['checkpoint']} ({model['parameters']:,} parameters, {model['dtype']})"
+    parts = [f"# Evaluation of {model}\n", "In percent; ± is one standard error.\n"]
     for name, task in results["tasks"].items():
         data, decoding = task["data"], task.get("decoding") or UNKNOWN
         if isinstance(decoding, Mapping):

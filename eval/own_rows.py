@@ -49,6 +49,9 @@ class OwnRows(Benchmark):
     def images(self, question: Question) -> list[Any]:
         return self.rows[question.number]["images"]
 
+    def turn(self, question: Question) -> dict[str, Any]:
+        return question.turn or super().turn(question)
+
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"not_usable": self.not_usable}
 
@@ -135,5 +138,5 @@ def _questions(row: Row, row_id: str, number: int) -> list[Question]:
             turn["user"], turn["user"], truth, groups, len(truth.get("letters", ())) or None, system=row.get("system")
         )
         one = row_id if len(turns) == 1 else f"{row_id}/{place}"
-        found.append(Question(one, number, item, turn["user"], "", row_id))
+        found.append(Question(one, number, item, turn["user"], "", row_id, turn))
     return found

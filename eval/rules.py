@@ -30,7 +30,7 @@ class Item:
 @dataclass(frozen=True)
 class Question:
     """One row of a benchmark. cluster: rows with the same one share an image; answer_prefix: what the prompt style puts
-    at the start of the answer; number: the row in its table, from 0."""
+    at the start of the answer; number: the row in its table, from 0; turn: of one's own rows, as data.formats says."""
 
     id: str
     number: int
@@ -38,6 +38,7 @@ class Question:
     prompt: str
     answer_prefix: str
     cluster: str
+    turn: dict[str, Any] | None = None
 
 
 Judge = Callable[[str, Mapping[str, Any], str], Judged]  # answer, truth, question
