@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "scripts")
+ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "evaluate", "scripts")
 MAY_IMPORT = {
     "grades": {"grades"},
     "models": {"models", "grades.config", "grades.fields", "grades.files"},
     "data": {"data", "models.config", "models.train_config"},
     "training": {"training", "models", "grades", "data"},
-    "eval": {"eval", "models", "data"},
+    "eval": {"eval", "models", "data", "grades.files"},
 }
 HEAVY = ["transformers", "matplotlib", "PIL", "datasets", "wandb", "peft", "accelerate", "yaml", "tqdm", "models"]
 
