@@ -6,6 +6,7 @@ from data.drops import DROPPED
 from models.config import TrainConfig
 
 FIRST_ROWS = 1000  # of which max_bad_rows is a share
+FEW = 4  # bad rows that are no share: of eight rows one is 12 %
 
 
 class BadRowLimit:
@@ -36,7 +37,7 @@ class BadRowLimit:
             what = f"{bad} of {rows:,} training rows" if bad else f"{bad_val} of the validation rows"
             self.exceeded = f"--strict: {what} cannot be used; {DROPPED} names them"
         elif not self.has_judged:
-            if bad > (limit * max(rows, self.rows_to_judge) if limit < 1 else limit):
+            if bad > (max(FEW, limit * max(rows, self.rows_to_judge)) if 0 < limit < 1 else limit):
                 self.exceeded = (
                     f"--max_bad_rows {limit:g}: {bad:,} of the first {rows:,} rows cannot be used; {DROPPED} names "
                     "them, a larger --max_bad_rows allows them"

@@ -179,8 +179,10 @@ def test_the_file_holds_so_many_of_each_reason_and_none_twice(tmp_path):
         (0.1, 10**6, [(32, 20), (500, 100)], False),  # 100 of the first 1,000 are allowed
         (0.1, 10**6, [(32, 20), (500, 101)], True),
         (0.1, 10**6, [(1001, 90), (5000, 5000)], False),  # the first ones have been judged
-        (0.1, 20, [(20, 2)], False),
-        (0.1, 20, [(19, 3)], True),
+        (0.1, 20, [(20, 4)], False),  # a few rows
+        (0.1, 20, [(19, 5)], True),
+        (0.1, 60, [(60, 6)], False),
+        (0.1, 60, [(60, 7)], True),
         (5, 100, [(100, 5), (200, 10)], False),  # a count is of one epoch
         (5, 100, [(50, 6)], True),
         (0, 100, [(50, 1)], True),
