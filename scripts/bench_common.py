@@ -14,6 +14,7 @@ from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings, parse_arguments
+from training.build import compile_model
 from training.flops import model_cost
 from training.memory import peak_memory_bytes
 from training.step import clip_gradients, forward_backward
@@ -61,8 +62,7 @@ class Bench:
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
         setup.spare_memory(self.model, self.cfg)
-        if self.cfg.compile:
-            setup.compile_blocks(self.model)
+        compile_model(self.model, settings, self.device)
         batch = random_batch(arguments, settings, self.device)
         self.micro_batches = [batch] * self.cfg.gradient_accumulation_steps
 

@@ -73,6 +73,17 @@ def limit_tiles(settings: Settings, processes: int = 1) -> None:
     settings.train.max_tiles_per_batch = fitting_tiles(settings, device, memory, processes)
 
 
+def compile_model(model: VisionLanguageModel, settings: Settings, device: torch.device) -> bool:
+    """Compile the model where the run does; on CUDA its inputs are padded to few sizes. Returns whether it does."""
+    if not setup.compiles(settings, device):
+        return False
+    from training.plan import META, full_batch
+
+    most = len(full_batch(settings, META)["images"]) if device.type == "cuda" else None
+    setup.compile_blocks(model, most)
+    return True
+
+
 def dry_run(settings: Settings, processes: int) -> int:
     """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
     from training.plan import make_plan, plan_lines

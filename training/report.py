@@ -67,13 +67,14 @@ def open_report(
     for note in start.notes:
         log.say(note)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
+    compiled = ", compiled" if setup.compiles(settings, device) else ""
+    log.say(f"{parameters:,} parameters on {device.type}{compiled}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
     is_table = hasattr(data.train_rows, "__len__")
     formats = ", ".join(name for name, _ in count_formats(some_rows(data.train_rows)).most_common()) if is_table else ""
     log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
-    if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
+    if device.type == "cuda" and (cfg.packing or cfg.compile == "auto") and not has_compiler():
         log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
     if monitor is not None:
         towers = [component.tower for component in monitor.components]
