@@ -53,7 +53,8 @@ def test_padding_changes_neither_loss_nor_gradients():
     seen = []
     padded.vision_encoder.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[0]))
     padded.decoder.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
-    for number in range(6):
+    between = [n for n in range(60) if bucket(count := len(micro_batch(n, plain.cfg)["images"])) != count]
+    for number in [0, 1, *between[:3]]:
         batch = micro_batch(number, plain.cfg)
         losses = [forward_backward(model, [batch], CPU, contextlib.nullcontext()) for model in (plain, padded)]
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
@@ -61,7 +62,7 @@ def test_padding_changes_neither_loss_nor_gradients():
             assert (ours.grad - theirs.grad).abs().max() <= 1e-6 * max(1.0, ours.grad.abs().max().item()), name
         sizes = len(batch["images"]), batch["input_ids"].shape[1]
         assert tuple(seen[-2:]) == (bucket(sizes[0], MOST), bucket(sizes[1]))
-    assert any(size != bucket(size) for size in (len(micro_batch(n, plain.cfg)["images"]) for n in range(6)))
+    assert len(between) >= 3
 
 
 def test_evaluation_is_not_padded():
@@ -105,7 +106,7 @@ def test_two_hundred_micro_batches_have_few_shapes_and_compile_twice(monkeypatch
     [
         ("", CPU, True, False), ("", CUDA, True, True), ("", CUDA, False, False), ("--no_compile", CUDA, True, False),
         ("--compile", CPU, False, True), ("--compile", CUDA, True, True), ("--compile auto", CUDA, True, True),
-        ("--enable_grades --metric weight_change --unfreeze_factor 2", CUDA, True, False),
+        ("--enable_grades --metric gradient_norm --unfreeze_factor 2", CUDA, True, False),
     ],
 )  # fmt: skip
 def test_auto_compiles_on_cuda_where_that_is_possible(words, device, has_compiler, expected, monkeypatch):

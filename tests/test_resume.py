@@ -31,7 +31,7 @@ def run(data, tmp_path, monkeypatch):
     """
     monkeypatch.setattr("grades.plots.draw", lambda history: [])
     monkeypatch.setattr(train, "set_learning_rate", train.set_learning_rate)  # put back at the end
-    mean_loss = Evaluator.loss
+    measures = {name: getattr(Evaluator, name) for name in ("loss", "loss_and_answers")}
 
     def start(name: str, stop: int = 0, kill: int = 0, cut: int = 0, **flags) -> int | None:
         def before(step):
@@ -41,15 +41,19 @@ def run(data, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             now.append(step)
 
-        def loss(evaluator):
-            if now and now[-1] == cut:
-                now.append(0)  # one signal; of averaged weights the loss is evaluated too
-                os.kill(os.getpid(), signal.SIGTERM)
-            return mean_loss(evaluator)
+        def cut_short(measure):
+            def measured(evaluator):
+                if now and now[-1] == cut:
+                    now.append(0)  # one signal; of averaged weights the loss is evaluated too
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return measure(evaluator)
+
+            return measured
 
         now: list = []
         before_steps(before)
-        monkeypatch.setattr(Evaluator, "loss", loss)
+        for method, measure in measures.items():
+            monkeypatch.setattr(Evaluator, method, cut_short(measure))
         given = {"max_training_steps": STEPS, "eval_interval": 4, "keep_checkpoints": 9} | flags
         try:
             return train.main(parse_arguments(arguments(data, tmp_path, name, **given)))
