@@ -5,13 +5,13 @@ import torch
 SIZES_PER_DOUBLING = 8
 
 
-def bucket(count: int, most: int | None = None) -> int:
+def bucket(count: int, most: int | None = None, per_doubling: int = SIZES_PER_DOUBLING) -> int:
     """The next of few sizes from `count` on: all up to 16, then eight in each doubling
     (18, 20, ..., 32, 36, ..., 64, 72, ...).
 
     At most an eighth is added. most: the largest size that is needed, which ends the buckets; more is left as it is.
     """
-    step = max(1, (1 << (count - 1).bit_length()) // (2 * SIZES_PER_DOUBLING))
+    step = max(1, (1 << (count - 1).bit_length()) // (2 * per_doubling))
     size = -(-count // step) * step
     return size if most is None else max(count, min(size, most))
 

@@ -20,6 +20,10 @@ from training.memory import peak_memory_bytes
 from training.step import clip_gradients, forward_backward
 
 
+# A micro-batch as packing makes it: (rows, tokens a row, images or tiles a row, documents a row).
+SHAPES = {"222m": (16, 1024, 6, 6), "450m": (2, 4096, 50, 4)}
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags of random_batch; `parse` takes train.py's flags besides."""
     made = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="Takes train.py's flags too.")

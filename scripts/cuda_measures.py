@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from scripts import bench_data, bench_freeze, bench_monitor, bench_step
+from scripts.bench_common import SHAPES
 from scripts.cuda_cases import Case, run_section, tell
 
-# A micro-batch as packing makes it: (rows, tokens a row, images or tiles a row, documents a row).
-SHAPES = {"222m": (16, 1024, 6, 6), "450m": (2, 4096, 50, 4)}
 MEMORY_BATCHES = (1, 16, 32, 64, 128, 256)  # with 128 tokens a row, as nanoVLM publishes it
 
 
@@ -64,7 +63,7 @@ def measure_step(case: Case, size: str, compiled: bool) -> None:
         f"--documents={min(documents, 2) if case.tiny else documents}",
     ]
     flags += ["--packing", f"--steps={1 if case.tiny else 10}", f"--warmup_steps={1 if case.tiny else 3}"]
-    text = printed(bench_step.main, [*flags, *(["--compile"] if compiled else [])])
+    text = printed(bench_step.main, [*flags, "--compile" if compiled else "--no_compile"])
     tell("step", f"{size}{', compiled' if compiled else ''}", step=numbers_of(text))
 
 
@@ -106,9 +105,9 @@ def measure_monitor(case: Case) -> None:
     bench_monitor.main(flags)
 
 
-def measure_freeze(case: Case) -> None:
-    """What a step takes with parts frozen."""
-    flags = flags_of(case, "222m", *SHAPES["222m"][:3])
+def measure_freeze(case: Case, compiled: bool) -> None:
+    """What a step takes with parts frozen, and compiled, what a round of freezing costs."""
+    flags = [*flags_of(case, "222m", *SHAPES["222m"][:3]), "--compile" if compiled else "--no_compile"]
     bench_freeze.main([*flags, *(["--rounds=1", "--steps=1", "--no_peaks"] if case.tiny else [])])
 
 
@@ -140,7 +139,8 @@ if __name__ == "__main__":
                 "step_450m": lambda case: measure_step(case, "450m", False),
                 "step_450m_compiled": lambda case: measure_step(case, "450m", True),
                 "monitor": measure_monitor,
-                "freeze": measure_freeze,
+                "freeze": lambda case: measure_freeze(case, False),
+                "freeze_compiled": lambda case: measure_freeze(case, True),
                 "memory": measure_memory,
                 "switches_222m": lambda case: measure_switches(case, "222m"),
                 "switches_450m": lambda case: measure_switches(case, "450m"),
