@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -19,7 +19,6 @@ from data.packing import PackedCollator, PackedReaders
 from data.readers import StreamReaders, as_it_is
 from data.streams import RowStream
 from models.config import TrainConfig
-
 
 # (the arguments of generate, answers, of which each in a tuple counts, their sources, row ids)
 PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]
@@ -176,7 +175,11 @@ class _InOrder(Dataset):
 
 def _in_order(dataset: VQADataset, workers: int, what: str) -> Iterator[Any]:
     if isinstance(dataset.rows, RowStream):
-        of_row = {"samples": dataset.sample, "questions": dataset.questions_of, "both": dataset.both_of}
+        of_row: dict[str, Callable[[dict], Any]] = {
+            "samples": dataset.sample,
+            "questions": dataset.questions_of,
+            "both": dataset.both_of,
+        }
         return map(of_row[what], dataset.rows)
     rows = _InOrder(dataset, what)
     if dataset.prepared is not None or workers == 0:  # a worker's cache would be lost with it

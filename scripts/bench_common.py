@@ -19,7 +19,6 @@ from training.flops import model_cost
 from training.memory import peak_memory_bytes
 from training.step import clip_gradients, forward_backward
 
-
 # A micro-batch as packing makes it: (rows, tokens a row, images or tiles a row, documents a row).
 SHAPES = {"222m": (16, 1024, 6, 6), "450m": (2, 4096, 50, 4)}
 

@@ -51,11 +51,11 @@ def planned(*given: str) -> tuple[float, float, int]:
 
 
 def memory() -> Table:
-    """Memory by recipe, its largest micro-batch."""
+    """Memory by recipe, its largest micro-batch, with GradES."""
     rows = []
     for recipe in MEMORY_RECIPES:
         for flags in (["--no_activation_checkpointing"], ["--activation_checkpointing"]):
-            whole, activations, images = planned(recipe, *flags)
+            whole, activations, images = planned(recipe, "--enable_grades", *flags)
             given = settings_of(recipe).train.activation_checkpointing == (flags[0] == "--activation_checkpointing")
             how = "checkpointed" if "--activation" in flags[0] else "kept"
             cells = [str(images), how + (" (the recipe)" if given else "")]
@@ -117,7 +117,10 @@ def kernels() -> Table:
 
 
 def loss() -> Table:
-    """The loss: products of the head, and the most that it holds at a time, beside hidden states and weights."""
+    """The loss: products of the head, and the most that it holds at a time beside hidden states and weights.
+
+    Worked out from the operators' sources, not counted.
+    """
     rows = []
     for size in SHAPES:
         model, batch = micro_batch(size)
@@ -172,8 +175,8 @@ def seen_counts() -> Iterator[tuple[str, list[int]]]:
     for size, largest in (("450m", (2000, 1500)), ("222m", (640, 480))):
         settings = settings_of(f"nanovlm_{size}", *words, "--num_workers=0")
         rows = bench_data.random_rows(argparse.Namespace(random_rows=4000, image_size=largest))
-        batches = bench_data.packed_images(settings, rows, MICRO_BATCHES)
-        yield f"{size.upper()}, photos up to {largest[0]} x {largest[1]}: images", batches
+        counts = bench_data.packed_images(settings, rows, MICRO_BATCHES)
+        yield f"{size.upper()}, photos up to {largest[0]} x {largest[1]}: images", counts
     settings = settings_of("quickstart")
     dataset = bench_data.make_dataset(settings, None)
     collator = bench_data.TrainCollator(dataset.tokenizer.pad_token_id, settings.vlm)
@@ -184,8 +187,7 @@ def seen_counts() -> Iterator[tuple[str, list[int]]]:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
-    table.__name__: table
-    for table in (memory, memory_by_batch, flops, kernels, loss, handed_over, choices, padding)
+    table.__name__: table for table in (memory, memory_by_batch, flops, kernels, loss, handed_over, choices, padding)
 }
 
 

@@ -1,4 +1,4 @@
-"""Kernels and bytes of a pass on one GPU, counted on the meta device; and which kernel SDPA takes, on fake CUDA tensors.
+"""Kernels and bytes of a pass on one GPU, counted on the meta device; and SDPA's kernel for fake CUDA tensors.
 
 For count_cuda.py. Eager: a kernel for each operator that is no view. Attention and norms are the fused ones that CUDA
 has; the copies of weights that autocast makes are counted, the optimizer is not.
@@ -19,7 +19,16 @@ from models.vision_language_model import VisionLanguageModel
 from training.activations import FusedAttention
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
-NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
+NO_KERNEL = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+}
 
 
 def _bytes(values: Any) -> int:

@@ -128,6 +128,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_compile_auto_resumes_what_was_saved_with_either_and_a_change_that_was_asked_for_is_refused(run, capsys):
+    flags = {"max_training_steps": 4}
+    assert run("run", stop=2, **flags, compile="off") == 143
+    assert run("run", stop=3, **flags, resume="auto", compile="auto") == 143
+    assert run("run", **flags, resume="auto", compile="off") == 0
+    assert run("other", stop=2, **flags, compile="off") == 143
+    assert run("other", **flags, resume="auto", compile="on") == 2
+    assert "--compile True: the run that is resumed has False" in line("has False", capsys)
+
+
 def test_other_settings_are_named_and_refused(run, tmp_path, capsys):
     folder, short = tmp_path / "out" / "run", {"max_training_steps": 4, "resume": "auto"}
     assert run("run", stop=2, **short) == 143
