@@ -65,7 +65,7 @@ class Bench:
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
         setup.spare_memory(self.model, self.cfg)
-        compile_model(self.model, settings, self.device)
+        self.is_compiled = compile_model(self.model, settings, self.device)
         batch = random_batch(arguments, settings, self.device)
         self.micro_batches = [batch] * self.cfg.gradient_accumulation_steps
 
@@ -114,6 +114,7 @@ class Bench:
         count, (rows, length) = len(self.micro_batches), self.micro_batches[0]["input_ids"].shape
         images = len(self.micro_batches[0]["images"])
         where = f"on {self.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        where += ", compiled" if self.is_compiled else ""
         return [
             f"{self.settings.recipe.stem} {where}",
             f"parameters           {sum(p.numel() for p in self.model.parameters()):,}",

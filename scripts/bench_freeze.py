@@ -32,7 +32,6 @@ from grades import find_components
 from grades.freezing import Freezer, release
 from scripts.bench_common import Bench, make_parser, parse
 from scripts.runs import markdown_table
-from training import setup
 from training.activations import saved_bytes
 from training.arguments import Settings
 
@@ -143,19 +142,18 @@ def main(argv: list[str] | None = None) -> None:
             counts.append((bench.flops(), training_bytes(bench) / 2**20, activation_bytes(bench) / 2**20))
     rounds = time_states(bench, STATES, arguments.rounds, arguments.steps)
     rows = []
-    compiled = setup.compiles(settings, bench.device)
     for state, times, (flops, *memory_mib), peak, first in zip(STATES, rounds, counts, peaks, first_s, strict=True):
         time_share = statistics.median(ours / full for ours, full in zip(times, rounds[0], strict=True))
         flop_share = flops / counts[0][0]
         cells = [f"{statistics.median(times):.4f}", f"{time_share:.3f}", f"{flops / 1e12:.4f}", f"{flop_share:.3f}"]
         cells += [f"{(1 - time_share) / (1 - flop_share):.0%}" if flop_share < 1 else "–"]
         cells += [f"{mib:,.2f}" for mib in memory_mib] + ["–" if peak is None else f"{peak:.2f}"]
-        if compiled:
+        if bench.is_compiled:
             cells += [f"{first:.2f}", pays_after(first, statistics.median(times), statistics.median(rounds[0]))]
         rows.append([state.name, *cells])
     header = ["frozen", "step (s)", "time of full", "TFLOP", "FLOPs of full", "time / FLOPs saved"]
     header += ["gradients + optimizer (MiB)", "saved for backward (MiB)", "peak (GiB)"]
-    header += ["first step (s)", "pays after (steps)"] if compiled else []
+    header += ["first step (s)", "pays after (steps)"] if bench.is_compiled else []
     print("\n".join([*bench.describe(), "", markdown_table(header, rows)]))
 
 

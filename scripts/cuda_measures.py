@@ -50,6 +50,7 @@ def flags_of(case: Case, size: str, rows: int, length: int, images: int) -> list
         rows, length, images = 2, 128, 2
     shape = {"batch_size": rows, "sequence_length": length, "images_per_row": images, "turns_per_image": 1}
     fixed = {"config": f"configs/{recipe}.yaml", "gradient_accumulation_steps": 1, "device": case.device.type}
+    fixed["compile"] = "off"  # a flag after it turns it on
     if case.tiny:  # GradES's default there is rollback, and its rows are not packed
         fixed |= {"cache_rows": "false", "compute_interval": 20}
     return [f"--{name}={value}" for name, value in (fixed | shape).items()]
@@ -63,7 +64,7 @@ def measure_step(case: Case, size: str, compiled: bool) -> None:
         f"--documents={min(documents, 2) if case.tiny else documents}",
     ]
     flags += ["--packing", f"--steps={1 if case.tiny else 10}", f"--warmup_steps={1 if case.tiny else 3}"]
-    text = printed(bench_step.main, [*flags, "--compile" if compiled else "--no_compile"])
+    text = printed(bench_step.main, [*flags, *(["--compile"] if compiled else [])])
     tell("step", f"{size}{', compiled' if compiled else ''}", step=numbers_of(text))
 
 
@@ -107,7 +108,7 @@ def measure_monitor(case: Case) -> None:
 
 def measure_freeze(case: Case, compiled: bool) -> None:
     """What a step takes with parts frozen, and compiled, what a round of freezing costs."""
-    flags = [*flags_of(case, "222m", *SHAPES["222m"][:3]), "--compile" if compiled else "--no_compile"]
+    flags = [*flags_of(case, "222m", *SHAPES["222m"][:3]), *(["--compile"] if compiled else [])]
     bench_freeze.main([*flags, *(["--rounds=1", "--steps=1", "--no_peaks"] if case.tiny else [])])
 
 

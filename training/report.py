@@ -75,7 +75,9 @@ def open_report(
     formats = ", ".join(name for name, _ in count_formats(some_rows(data.train_rows)).most_common()) if is_table else ""
     log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
     if device.type == "cuda" and (cfg.packing or cfg.compile == "auto") and not has_compiler():
-        log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
+        log.say(
+            "NOTE Triton, a C compiler or Python.h is missing: nothing compiles, packed rows are masked; it is slower"
+        )
     if monitor is not None:
         towers = [component.tower for component in monitor.components]
         log.say(

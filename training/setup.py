@@ -138,12 +138,13 @@ def _recomputed(forward: Callable, *inputs: Any) -> Any:
 def compiles(settings: Settings, device: torch.device) -> bool:
     """Whether the run's blocks are compiled: what --compile says; by auto on CUDA, where that is possible.
 
-    Raises ValueError where it is asked for and Triton or a C compiler is missing.
+    Raises ValueError where it is asked for and what it needs is missing.
     """
     asked, probes = settings.train.compile, settings.train.enable_grades and settings.grades.unfreeze_factor is not None
     possible = device.type != "cuda" or has_compiler()
     if asked is True and not possible:
-        raise ValueError("--compile on: must be off or auto, as Triton or a C compiler (gcc) is missing here")
+        missing = "Triton, a C compiler (gcc) or Python's headers (python3-dev) are missing"
+        raise ValueError(f"--compile on: must be off or auto here, as {missing}")
     return asked is True or (asked == "auto" and device.type == "cuda" and possible and not probes)
 
 
