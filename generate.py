@@ -3,6 +3,7 @@
     python generate.py --checkpoint grades_output/<run name> --image shape.png --prompt "what color is the shape?"
 
 --checkpoint is a run folder, a checkpoint folder or a hub id. Without --image the model answers from the text alone.
+Images stand before the prompt, or where it says <image>, as often as there are images.
 """
 
 import argparse
@@ -56,7 +57,9 @@ def main(given: argparse.Namespace) -> None:
     import torch  # takes seconds: after the flags have been checked
 
     from data.images import ImageDecodeError, ImageProcessor
+    from data.places import place_images, with_images
     from data.text import encode_prompt, get_tokenizer, image_string
+    from data.values import BadRow
     from models.vision_language_model import VisionLanguageModel
     from training.setup import autocast, pick_device, prepare_backend
 
@@ -73,8 +76,12 @@ def main(given: argparse.Namespace) -> None:
             processed.append(processor(image))
         except ImageDecodeError as error:
             raise ValueError(f"--image {shlex.quote(str(image))}: {error}") from error
-    text = image_string([grid for _, grid in processed], model.cfg)
-    input_ids = torch.tensor([encode_prompt(tokenizer, given.prompt, text)], device=device)
+    try:
+        [turn] = place_images([{"user": given.prompt, "assistant": None}], None, len(processed))
+    except BadRow as bad:
+        raise ValueError(f"--prompt: {bad.kind}: {bad.found}") from None
+    prompt, _ = with_images(turn, [image_string([grid], model.cfg) for _, grid in processed])
+    input_ids = torch.tensor([encode_prompt(tokenizer, prompt, "")], device=device)
     for _ in range(given.generations):
         with autocast(device, given.dtype):
             new_ids = model.generate(

@@ -25,6 +25,7 @@ import contextlib
 
 import torch
 
+from data.options import RowOptions
 from data.pipeline import Data, identify, load_data
 from data.rows import load_rows
 from eval.evaluation import Evaluator
@@ -33,16 +34,17 @@ from grades.averaging import AveragedWeights
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
-from training.build import build_model, compile_model, dry_run, limit_tiles
+from training.build import build_model, compile_model, limit_tiles
 from training.checkpoint import Checkpointer, MonitorState
 from training.evaluation import EvaluationSchedule
 from training.feature_cache import FeatureCache
 from training.flops import FlopCounter
 from training.logging import NoLog, RunLog
+from training.look import dry_run
 from training.meter import Meter, NonFiniteLossError
 from training.parallel import Parallel
 from training.profiling import StepProfiler
-from training.report import announce, log_progress, open_report, write_report
+from training.report import announce, log_drops, log_progress, open_report, write_report
 from training.resume import RunStart, open_run
 from training.schedule import set_learning_rate
 from training.signals import StopSignal
@@ -84,7 +86,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     # The data, and the model on its device
     rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
-                     skip_bad_subsets=cfg.skip_bad_subsets)  # fmt: skip
+                     skip_bad_subsets=cfg.skip_bad_subsets, options=RowOptions.of(cfg))  # fmt: skip
     start.check_same_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start)
     tokenizer_folder = None if "lm_tokenizer" in settings.given else checkpoint  # None: that of the flag
@@ -131,9 +133,8 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
         except NonFiniteLossError as error:
             log.say(f"stopped: {error}; {checkpoints.last_saved()}")
             stop_reason = "non_finite_loss"
-        return test_and_report(
-            stop_reason, cfg, state, data, model, monitor, meter, evaluations, checkpoints, cache, log, stop, parallel
-        )
+        return test_and_report(stop_reason, cfg, state, data, model, monitor, meter, evaluations, checkpoints,
+                               cache, log, stop, parallel)  # fmt: skip
 
 
 def watch(
@@ -190,7 +191,7 @@ def train(
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
 ) -> str:
-    """The loop. Returns why it ended: one of END_REASONS, or "interrupted"."""
+    """The loop. Returns why it ended: one of END_REASONS, "bad_rows" or "interrupted"."""
     profiler = StepProfiler(cfg.profile if parallel.is_main else 0, checkpoints.folder, device, log.say)
     log.start_bar(state.step)
     meter.start(PROCESS_STARTED)
@@ -199,7 +200,7 @@ def train(
         if evaluations.due(state) and not stop.requested:
             evaluations.run(state)
             checkpoints.mark_best(state)
-        if stop.requested or evaluations.end_reason(state):  # max_training_steps, all frozen, early stopping
+        if stop.requested or data.has_too_many_bad_rows(parallel.sum) or evaluations.end_reason(state):
             break
 
         batches = [next(data) for _ in range(cfg.gradient_accumulation_steps)]
@@ -222,7 +223,7 @@ def train(
         stop.share()  # all ranks learn of a signal
 
         if state.step % cfg.log_interval == 0 or evaluations.due(state):
-            log_progress(log, state, meter, optimizer, monitor, cache)
+            log_progress(log, state, meter, data, optimizer, monitor, cache)
         if evaluations.is_full(state) or (cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0):
             with meter.clock("save"):
                 checkpoints.save(state)
@@ -231,7 +232,7 @@ def train(
     if checkpoints.saved_step != state.step:
         with meter.clock("save"):
             checkpoints.save(state)
-    return "interrupted" if stop.requested else str(evaluations.end_reason(state))
+    return "interrupted" if stop.requested else data.limit.reason or str(evaluations.end_reason(state))
 
 
 def test_and_report(
@@ -259,7 +260,10 @@ def test_and_report(
         stop_reason = "interrupted" if stop.requested else stop_reason
     meter.sum_over_ranks()
     data.sum_over_ranks(parallel.gather)
-    failed = None if checkpoints.error is None else f"the end of the run is not saved: {checkpoints.error}"
+    log_drops(log, data, parallel)
+    failed = data.limit.exceeded if stop_reason == "bad_rows" else None
+    if checkpoints.error is not None:
+        failed = f"the end of the run is not saved: {checkpoints.error}"
     if parallel.is_main:
         try:
             write_report(cfg, checkpoints.folder, stop_reason, scores, state, data, model, monitor, meter, cache, log)
@@ -267,7 +271,8 @@ def test_and_report(
             failed = f"the report could not be written: {error}"
     parallel.close()
     if failed:
-        print(f"train.py: error: {failed}", file=sys.stderr)
+        if parallel.is_main:
+            print(f"train.py: error: {failed}", file=sys.stderr)
         return 1
     return {"interrupted": 128 + stop.signal, "non_finite_loss": 1}.get(stop_reason, 0)
 

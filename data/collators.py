@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.datasets import Questions, Sample
-from data.drops import count_drops
+from data.drops import count_drops, drop_records
 from models.config import VLMConfig
 
 
@@ -49,11 +49,11 @@ class Collator:
         """The model's arguments and num_labels, from ids and targets (int64 [B, T]), which hold the samples'
         conversations one after the other."""
         label_positions = np.flatnonzero(targets != -100)
-        counts = [len(sample.conversations) for sample in samples]
+        ids = [[conversation.numpy() for conversation, _ in sample.conversations] for sample in samples]
         return {
             "input_ids": torch.from_numpy(input_ids),
             "targets": torch.from_numpy(targets),
-            **_image_inputs(input_ids, [sample.images for sample in samples], counts, self.vlm_cfg),
+            **_image_inputs(input_ids, [sample.images for sample in samples], ids, self.vlm_cfg),
             "image_keys": [
                 (sample.id, sample.mirrored, tile)
                 for sample in samples
@@ -73,13 +73,13 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
-        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; image_keys: for
-        each of the N images its row, whether it is mirrored, and its place in the row.
-        If every row was dropped, input_ids is None and the batch has only ids and dropped besides.
+        num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
+        the rows in it; image_keys: for each of the N images its row, whether it is mirrored, and its place in the row.
+        If every row was dropped, input_ids is None and the batch has only ids, dropped and drop_records besides.
         """
-        dropped = count_drops(samples)
+        dropped, records = count_drops(samples), drop_records(samples)
         samples = [sample for sample in samples if sample.conversations]
-        rest = {"ids": [sample.id for sample in samples], "dropped": dict(dropped)}
+        rest = {"ids": [sample.id for sample in samples], "dropped": dict(dropped), "drop_records": records}
         if not samples:
             return {"input_ids": None} | rest
         conversations = [conversation for sample in samples for conversation in sample.conversations]
@@ -104,7 +104,8 @@ class PromptCollator(Collator):
         input_ids: int64 [B, T], padded on the left; attention_mask: int64 [B, T], 0 at padding, None without padding;
         images, image_slots, image_sources as in TrainCollator's batch.
         """
-        prompts = [np.array(prompt) for row in rows for prompt in row.prompts]
+        ids = [[np.array(prompt) for prompt in row.prompts] for row in rows]
+        prompts = [prompt for of_row in ids for prompt in of_row]
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = lengths.max()
         filled = np.arange(longest) >= longest - lengths[:, None]  # [B, T]
@@ -112,7 +113,7 @@ class PromptCollator(Collator):
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
-            **_image_inputs(input_ids, [row.images for row in rows], [len(row.prompts) for row in rows], self.vlm_cfg),
+            **_image_inputs(input_ids, [row.images for row in rows], ids, self.vlm_cfg),
         }
 
 
@@ -124,24 +125,28 @@ def _fill(filled: np.ndarray, values: list[np.ndarray], padding: int) -> np.ndar
 
 
 def _image_inputs(
-    input_ids: np.ndarray, images: list[torch.Tensor | None], counts: list[int], cfg: VLMConfig
+    input_ids: np.ndarray, images: list[torch.Tensor | None], ids: list[list[np.ndarray]], cfg: VLMConfig
 ) -> dict[str, torch.Tensor | None]:
-    """images, image_slots and image_sources of rows with the given images and numbers of conversations.
+    """images, image_slots and image_sources of rows with the given images and conversations.
 
-    image_sources is None where it counts from 0: where no row's images are used more than once.
+    A conversation shows the first of its row's images, as many as it has image tokens for: those that stand up to its
+    last question. image_sources is None where it counts from 0: where each image is used exactly once.
     """
     present = [tiles.numpy() for tiles in images if tiles is not None]
     if not present:
         return {"images": None, "image_slots": None, "image_sources": None}
     image_slots = np.flatnonzero(input_ids == cfg.image_token_id)
     sources, start = [], 0
-    for tiles, count in zip(images, counts, strict=True):
+    for tiles, conversations in zip(images, ids, strict=True):
         stop = start + (0 if tiles is None else len(tiles) * cfg.mp_image_token_length)
-        sources += [np.arange(start, stop)] * count
+        for conversation in conversations:
+            used = start + int(np.count_nonzero(conversation == cfg.image_token_id))
+            assert used <= stop, "a conversation has more image tokens than its row's images"
+            sources.append(np.arange(start, used))
         start = stop
     image_sources = np.concatenate(sources)
     assert len(image_sources) == len(image_slots), "image tokens and images of a row do not match"
-    natural = all(count == 1 for tiles, count in zip(images, counts, strict=True) if tiles is not None)
+    natural = len(image_sources) == start and bool((image_sources == np.arange(start)).all())
     return {
         "images": torch.from_numpy(np.concatenate(present)),
         "image_slots": torch.from_numpy(image_slots),

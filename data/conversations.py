@@ -5,13 +5,14 @@ The order of FORMATS decides where a record has the keys of several. docs/data.m
 
 from __future__ import annotations
 
-import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.places import PLACE, count_places, place_images, unescaped
+from data.tools import calls_of, result_of, tools_of
 from data.values import BadRow, dict_of, image_of, images_of, is_number, kind_of, list_of, shown, source_of, text_of
 
 Record = Mapping[str, Any]
@@ -24,14 +25,14 @@ SPEAKERS = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
+    "tool": "tool",
 }
-PLACE = "<image>"  # in a text, where a picture goes; after a backslash it is text
-PLACES, PLACE_AT_END = re.compile(r"(?<!\\)<image>"), re.compile(r"(?<!\\)<image>$")
+SPOKEN = ("LLaVA conversations", "OpenAI messages")
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 
 def read_record(record: Record, folder: Path | None) -> dict:
-    """{"images", "texts", "format"} of a record, and "system" where it has such a text: see data.formats.
+    """{"images", "texts", "format"} of a record, and "system" and "tools" where it has them: see data.formats.
 
     folder: where relative image paths start. Raises BadRow with what was found.
     """
@@ -42,9 +43,10 @@ def read_record(record: Record, folder: Path | None) -> dict:
         beside = iter(images)
         images = [next(beside, None) if one is None else image_of(one, folder) for one in own]
         images = [one for one in images if one is not None] + list(beside)
-    turns = _place_images(turns, system, len(images))
+    turns = place_images(turns, system, len(images))
     row = {"images": images, "texts": turns, "format": name}
-    return row | {"system": _unescaped(system)} if system else row
+    tools = tools_of(record) if name in SPOKEN else []
+    return row | ({"system": unescaped(system)} if system else {}) | ({"tools": tools} if tools else {})
 
 
 def recognise(record: Record) -> tuple[str, Callable[[Record], Found]]:
@@ -55,41 +57,6 @@ def recognise(record: Record) -> tuple[str, Callable[[Record], Found]]:
             if all(any(key in keys for key in alternatives) for alternatives in needs):
                 return name, read
     raise BadRow("no known format", f"it has the keys {', '.join(map(str, record)) or 'none'}")
-
-
-def _place_images(turns: Turns, system: str | None, images: int) -> Turns:
-    """The turns without <image>: pictures stand before the first question, so that is where it may stand, or at the end
-    of that question, which LLaVA reads the same way. Raises BadRow for any other place or number.
-    """
-    spoken = [turn[speaker] or "" for turn in turns for speaker in ("user", "assistant")]
-    total = sum(len(PLACES.findall(text)) for text in (system or "", *spoken))
-    if total and total != images:
-        found = f"{total} {PLACE} in the text, {images} image{'s' * (images != 1)}"
-        raise BadRow(f"another number of {PLACE} than of images", found)
-    if total:
-        first = _without_places((turns[0]["user"] if turns else None) or "", total)
-        if first is None:
-            where = next(text for text in (system or "", *spoken) if PLACES.search(text))
-            raise BadRow(f"{PLACE} elsewhere than at the start or end of the first question", shown(where))
-        turns = [turns[0] | {"user": first} | ({} if first else {"image_only": True}), *turns[1:]]
-    if any(turn.get("image_only") for turn in turns) and not images:
-        raise BadRow("a caption or label without an image", shown(turns[0]["assistant"]))
-    return [turn | {who: _unescaped(turn[who]) for who in ("user", "assistant")} for turn in turns]
-
-
-def _without_places(text: str, count: int) -> str | None:
-    """The text without the `count` <image> that it begins or ends with; None where they stand elsewhere."""
-    for is_there, cut in ((PLACES.match, str.removeprefix), (PLACE_AT_END.search, str.removesuffix)):
-        rest, found = text.strip(), 0
-        while is_there(rest):
-            rest, found = cut(rest, PLACE).strip(), found + 1
-        if found == count:
-            return rest
-    return None
-
-
-def _unescaped(text: str | None) -> str | None:
-    return text and text.replace(f"\\{PLACE}", PLACE)
 
 
 def _turn(user: str | None, assistant: str | None, source: str | None) -> dict:
@@ -129,28 +96,45 @@ def _conversation(key: str) -> Callable[[Record], Found]:
             role = next((message[name] for name in ("from", "role") if message.get(name) is not None), None)
             speaker = SPEAKERS.get(role) if isinstance(role, str) else None
             if speaker is None:
-                raise BadRow("a role is none of system, user and assistant", shown(role))
+                raise BadRow("a role is none of system, user, assistant and tool", shown(role))
             text, images = _content(message)
             own += images
             if speaker == "system":
                 if turns or system is not None:
                     raise BadRow("a system message elsewhere than at the beginning", shown(text))
                 system = text
-            elif speaker == "user" or not turns or turns[-1]["assistant"] is not None:
-                user, assistant = (text, None) if speaker == "user" else (None, text)
-                turns.append(_turn(user, assistant, source))
             else:
-                turns[-1]["assistant"] = text
+                _say(turns, speaker, text, message, source)
         return turns, system, own
 
     return read
+
+
+def _say(turns: Turns, speaker: str, text: str | None, message: dict, source: str | None) -> None:
+    """Add a message to the turns: a question begins one, an answer ends it, tool calls and results are its steps."""
+    is_open = bool(turns) and turns[-1]["assistant"] is None
+    if speaker == "user":
+        turns.append(_turn(text, None, source))
+    elif speaker == "tool":
+        if not is_open or "steps" not in turns[-1]:
+            raise BadRow("a tool message that follows no tool call", shown(text))
+        turns[-1]["steps"].append(result_of(message, text))
+    elif calls := calls_of(message):
+        if not is_open or turns[-1]["user"] is None:
+            raise BadRow("tool calls that follow no question", shown(message.get("tool_calls")))
+        turns[-1].setdefault("steps", []).append({"role": "assistant", "content": text or "", "tool_calls": calls})
+    elif is_open:
+        turns[-1]["assistant"] = text
+    else:
+        turns.append(_turn(None, text, source))
 
 
 def _content(message: dict) -> tuple[str | None, list]:
     """(a message's text with <image> for each picture in it, these pictures: None for one that stands beside)."""
     content = next((message[name] for name in ("value", "content", "text") if message.get(name) is not None), None)
     if not isinstance(content, list | tuple):
-        return text_of(content, "a message"), []
+        text = text_of(content, "a message")
+        return text, [None] * count_places(text)
     texts, images = [], []
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else dict_of(part, "a part of a message")
@@ -162,6 +146,7 @@ def _content(message: dict) -> tuple[str | None, list]:
             texts.append(PLACE)
         elif kind in TEXT_PARTS:
             texts.append(text_of(part.get("text"), "a part of a message") or "")
+            images += [None] * count_places(texts[-1])
         else:
             raise BadRow("a part of a message is neither text nor image", shown(part))
     return "".join(texts), images

@@ -5,15 +5,17 @@ Shapes: T tokens of a conversation, n images that the vision tower sees (see dat
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from data.draws import answer_rarity, draw_turns, turn_weights
 from data.drops import (
     CONTROL_TOKEN_IN_TEXT,
     IMAGE_TOKEN_IN_TEXT,
@@ -23,20 +25,23 @@ from data.drops import (
     TOO_LONG,
     TOO_MANY_IMAGES,
     TOO_MANY_TILES,
+    TRUNCATED,
     UNKNOWN_WORD,
     RowDropped,
-    count_drops,
     drops_of,
     image_reason,
     where_of,
 )
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
-from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, knows_every_word, unknown_words
-from data.values import Reason
+from data.places import with_images
+from data.templates import TemplateRefused, knows_tools
+from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
+from data.values import Reason, shown
 from models.config import TrainConfig, VLMConfig
 
-WORDS_TO_NAME = 5  # of those that the tokenizer does not know, in a message
+NO_TOOLS = "tools unknown to the chat template"
+REFUSED = "refused by the chat template"
 
 
 @dataclass
@@ -105,7 +110,11 @@ class VQADataset:
         self.cfg = train_cfg
         self.train = train
         self.extra_tokens = _any_of(vlm_cfg.vlm_extra_tokens.values())
-        self.control_tokens = _any_of(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+        added = tokenizer.added_tokens_decoder.items()
+        control = {i: token for i, token in added if token.special or i == tokenizer.eos_token_id}
+        self.control_tokens = _any_of(token.content for token in control.values())
+        # A token that is looked for in the normalized text is found where its letters are written in another way.
+        self.normalized_tokens = {i for i, token in control.items() if token.normalized}
         self.prepared: dict[int, PreparedSample] | None = {} if cache else None  # by index, with tiles
         self.asked: dict[int, Questions] = {}
         self.rarity = answer_rarity(rows) if train and train_cfg.balance_answers else None
@@ -149,7 +158,8 @@ class VQADataset:
         if not prepared.images:
             return prepared
         try:
-            return replace(prepared, images=[], tiles=self._tiles(prepared.images, prepared.id))
+            tiles, truncated = self._tiles(prepared.images, prepared.id)
+            return replace(prepared, images=[], tiles=tiles, dropped=prepared.dropped | truncated)
         except RowDropped as dropped:
             return PreparedSample([], prepared.id, {dropped.reason: 1})
 
@@ -182,14 +192,21 @@ class VQADataset:
         try:
             turns, dropped = self._usable_turns(row)
             grids = self._grids(row)
-            images = self._tiles(row["images"], where_of(row)) if tiles is None else tiles
+            images, truncated = self._tiles(row["images"], where_of(row)) if tiles is None else (tiles, {})
         except RowDropped as bad:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
-        text, system = image_string(grids, self.vlm_cfg), row.get("system") or ""
-        prompts = [self._remembered(encode_prompt, turn["user"], text, system) for turn in turns]
-        answers = [tuple(turn["answers"]) if turn.get("answers") else turn["assistant"] for turn in turns]
-        sources = [turn.get("source") for turn in turns]
-        return Questions(images, prompts, answers, sources, row["id"], drops_of(dropped, bool(turns), row))
+        found = Questions(images, [], [], [], row["id"])
+        for turn in turns:
+            asked = turn | {"user": with_images(turn, self._image_texts(grids))[0]}
+            try:
+                prompt, answer = self._prompt(asked, row), self._answer(asked, row)
+            except TemplateRefused:
+                dropped[REFUSED] += 1
+                continue
+            found.prompts.append(prompt)
+            found.answers.append(answer)
+            found.sources.append(turn.get("source"))
+        return replace(found, dropped=drops_of(dropped, bool(found.prompts), row) | truncated)
 
     def both(self, index: int) -> tuple[Sample, Questions]:
         """dataset[0, index] and questions(index), made with train=False, of images that are decoded once."""
@@ -211,14 +228,19 @@ class VQADataset:
         except RowDropped as bad:
             return PreparedSample([], row["id"], {bad.reason: 1})
         conversations, kept_turns = [], []
-        text, system = image_string(grids, self.vlm_cfg), row.get("system") or ""
+        image_texts = self._image_texts(grids)
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
-            spoken = tuple((turn["user"], turn["assistant"]) for turn in group)
-            ids, labels = self._remembered(_conversation_tensors, spoken, text, system)
+            try:
+                ids, labels = self._conversation(group, image_texts, row)
+            except TemplateRefused as error:
+                dropped[Reason(REFUSED, where_of(row), f"{error}")] += len(group)
+                continue
             if len(ids) > self.cfg.max_sample_length:
-                dropped[TOO_LONG] += len(group)
+                dropped[Reason(TOO_LONG, where_of(row), f"{len(ids)} tokens")] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
-                dropped[UNKNOWN_WORD] += len(group)
+                spoken = " ".join(turn[speaker] for turn in group for speaker in ("user", "assistant"))
+                words = unknown_words(self.tokenizer, spoken)
+                dropped[Reason(UNKNOWN_WORD, where_of(row), shown(words))] += len(group)
             elif bool((labels == -100).all()):
                 dropped[NO_LABEL] += len(group)
             else:
@@ -229,6 +251,42 @@ class VQADataset:
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
         drops = drops_of(dropped, True, row)
         return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
+
+    def _image_texts(self, grids: list[tuple[int, int]]) -> list[str]:
+        """The text that stands for each image of a row."""
+        return [image_string([grid], self.vlm_cfg) for grid in grids]
+
+    def _conversation(self, turns: list[dict], image_texts: list[str], row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, labels) of some turns of the row; images that stand in turns after the last of them are not in it."""
+        asked, images = [], 0
+        for turn in turns:
+            text, images = with_images(turn, image_texts, images)
+            asked.append(turn | {"user": text})
+        system, train_on = row.get("system") or "", self.cfg.train_on
+        if row.get("tools") or any("steps" in turn for turn in asked):
+            found = encode_conversation(self.tokenizer, asked, "", system, train_on, row.get("tools"))
+            ids, labels = map(torch.tensor, found)
+        else:
+            spoken = tuple((turn["user"], turn["assistant"]) for turn in asked)
+            ids, labels = self._remembered(_conversation_tensors, spoken, system, train_on)
+        if train_on == "all":
+            first = self.vlm_cfg.image_token_id
+            labels = labels.masked_fill((labels >= first) & (labels < first + self.vlm_cfg.extra_token_amount), -100)
+        return ids, labels
+
+    def _prompt(self, turn: dict, row: dict) -> list[int]:
+        """The ids of a question, its images in it, and of the tool calls after it, up to what is to be answered."""
+        system, steps, tools = row.get("system") or "", turn.get("steps") or [], row.get("tools")
+        if not steps and not tools:
+            return self._remembered(encode_prompt, turn["user"], "", system)
+        before = steps if turn["assistant"] else steps[:-1]
+        return encode_prompt(self.tokenizer, turn["user"], "", system, before, tools)
+
+    def _answer(self, turn: dict, row: dict) -> str | tuple[str, ...]:
+        """What answers the question, the text of a tool call where that ends the turn; a tuple of all that count."""
+        if not turn["assistant"]:
+            return spoken_call(self.tokenizer, turn | {"assistant": None}, row.get("system") or "", row.get("tools"))
+        return tuple(turn["answers"]) if turn.get("answers") else turn["assistant"]
 
     def _remembered(self, encode: Callable, *texts: Any) -> Any:
         """encode(tokenizer, *texts), kept in memory with `cache`."""
@@ -243,18 +301,24 @@ class VQADataset:
         if "bad" in row:
             raise RowDropped(row["bad"])
         if why := self._forged(row.get("system") or ""):
-            raise RowDropped(Reason(why, f"{where_of(row)}: the system text"))
+            raise RowDropped(Reason(why, where_of(row), "the system text"))
+        if (row.get("tools") or any("steps" in turn for turn in row["texts"])) and not knows_tools(self.tokenizer):
+            raise RowDropped(Reason(NO_TOOLS, where_of(row), "see --lm_chat_template"))
+        if row.get("tools") and (why := self._forged(json.dumps(row["tools"], ensure_ascii=False))):
+            raise RowDropped(Reason(why, where_of(row), "the tools"))
         rated = filter_turns(row, self.cfg)["texts"]
         dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
         turns = []
         for turn in rated:
-            user, assistant = (turn["user"] or "").strip(), (turn["assistant"] or "").strip()
-            if not assistant or not (user or turn.get("image_only")):
+            user, assistant = turn["user"] or "", (turn["assistant"] or "").strip()
+            user = user if turn.get("image_places") else user.strip()  # the places count from where it begins
+            steps = turn.get("steps") or []
+            if not (assistant or (steps and "tool_calls" in steps[-1])) or not (user or turn.get("image_only")):
                 dropped[NO_TEXT] += 1
-            elif why := self._forged(f"{user}\n{assistant}"):
+            elif why := self._forged("\n".join([user, assistant, json.dumps(steps, ensure_ascii=False)])):
                 dropped[why] += 1
             else:
-                turns.append(turn | {"user": user, "assistant": assistant})
+                turns.append(turn | {"user": user, "assistant": assistant or (None if steps else "")})
         if not row["texts"]:
             dropped[NO_TEXT] += 1
         return turns, dropped
@@ -263,12 +327,17 @@ class VQADataset:
         """The reason why the text cannot be used, if it holds a token that only the template may write."""
         if self.extra_tokens.search(text):
             return IMAGE_TOKEN_IN_TEXT
-        return CONTROL_TOKEN_IN_TEXT if self.control_tokens.search(text) else None
+        if self.control_tokens.search(text):
+            return CONTROL_TOKEN_IN_TEXT
+        if self.normalized_tokens:
+            ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            return CONTROL_TOKEN_IN_TEXT if self.normalized_tokens.intersection(ids) else None
+        return None
 
     def _grids(self, row: dict) -> list[tuple[int, int]]:
         """The grids of a row's images, from their headers. Raises RowDropped."""
         if (count := len(row["images"])) > (limit := self.cfg.max_images_per_example):
-            raise RowDropped(Reason(TOO_MANY_IMAGES, f"{where_of(row)}: {count}, --max_images_per_example {limit}"))
+            raise RowDropped(Reason(TOO_MANY_IMAGES, where_of(row), f"{count}, --max_images_per_example {limit}"))
         try:
             grids = [self.image_processor.grid(image) for image in row["images"]]
         except ImageDecodeError as error:
@@ -277,15 +346,19 @@ class VQADataset:
             raise RowDropped(Reason(TOO_MANY_TILES, where_of(row)))
         return grids
 
-    def _tiles(self, images: list, where: str) -> torch.Tensor | None:
-        """uint8 [n, 3, S, S]: the tiles of all images of a row, None without any. Raises RowDropped."""
+    def _tiles(self, images: list, where: str) -> tuple[torch.Tensor | None, dict[str, int]]:
+        """(uint8 [n, 3, S, S], the tiles of all images of a row, or None without any; how many images broke off and
+        were used, as drops are counted). Raises RowDropped."""
+        before = self.image_processor.truncated
         try:
             tiles = [self.image_processor(image)[0] for image in images]
         except ImageDecodeError as error:
             raise RowDropped(image_reason(error, where)) from None
+        more = self.image_processor.truncated - before
+        truncated = {TRUNCATED: more} if more else {}
         if len(tiles) == 1:
-            return tiles[0]  # copying a large image takes a third of what decoding it takes
-        return torch.cat(tiles) if tiles else None
+            return tiles[0], truncated  # copying a large image takes a third of what decoding it takes
+        return torch.cat(tiles) if tiles else None, truncated
 
     def _mirror(self, images: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         mirror, count = self.image_processor.mirror, self.image_processor.count
@@ -300,81 +373,8 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
 
 
 def _conversation_tensors(
-    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], image_text: str, system: str
+    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], system: str, train_on: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     turns = [{"user": user, "assistant": assistant} for user, assistant in spoken]
-    ids, labels = encode_conversation(tokenizer, turns, image_text, system)
+    ids, labels = encode_conversation(tokenizer, turns, "", system, train_on)
     return torch.tensor(ids), torch.tensor(labels)
-
-
-def check_words(dataset: VQADataset, rows: Iterable[dict]) -> str | None:
-    """Check on some rows of the training data that the tokenizer knows their words.
-
-    A row (with turns_per_image a turn) with an unknown word is dropped: from <unk> nothing can be learned. Returns None
-    if every word is known, else a note that names up to WORDS_TO_NAME others with their rows; raises ValueError with
-    the same if none of the rows can be used. For a tokenizer that knows every word no row is read.
-    """
-    if knows_every_word(dataset.tokenizer):
-        return None
-    rows = list(rows)
-    found: dict[str, str] = {}  # the word in lower case -> how to name it
-    for row in rows:
-        for text in (turn[speaker] or "" for turn in row["texts"] for speaker in ("user", "assistant")):
-            for word in unknown_words(dataset.tokenizer, text):
-                found.setdefault(word.lower(), f"{word!r} (row {row['id']})")
-    if not found:
-        return None
-    prepared = [dataset.prepare_row(row) for row in rows]
-    usable = sum(bool(one.conversations) for one in prepared)
-    named = ", ".join([*list(found.values())[:WORDS_TO_NAME], *["..."] * (len(found) > WORDS_TO_NAME)])
-    note = (
-        f"--lm_tokenizer {dataset.vlm_cfg.lm_tokenizer}: does not know {named}; {usable} of {len(rows)} rows that were "
-        f"tried can be used ({count_drops(prepared).summary()}). Take a recipe with SmolLM2's tokenizer, which "
-        "knows every word: --config configs/smollm2_local.yaml"
-    )
-    if not usable:
-        raise ValueError(note)
-    return note
-
-
-def answer_rarity(rows: Any) -> dict[tuple[str, str], float]:
-    """1 / P(answer | question) over the texts of all rows: drawn by it, a question's answers come equally often.
-
-    Then nothing can be learned from the question alone, which is what a model learns first and may stay with.
-    Raises ValueError for a stream.
-    """
-    if not hasattr(rows, "__len__"):
-        raise ValueError("--balance_answers True: must be off for a streamed data set, whose answers are not known yet")
-    turns = (turn for row in rows for turn in row["texts"])
-    pairs = Counter(((turn["user"] or "").strip(), (turn["assistant"] or "").strip()) for turn in turns)
-    questions: Counter = Counter()
-    for (question, _), count in pairs.items():
-        questions[question] += count
-    return {(question, answer): questions[question] / count for (question, answer), count in pairs.items()}
-
-
-def turn_weights(
-    turns: list[dict], source_weights: dict[str, float], rarity: dict[tuple[str, str], float] | None
-) -> list[float]:
-    """How often to draw each turn of a row: the weight of its source (1 where not named), shared among its turns.
-
-    rarity: what a turn's share of its source's weight is proportional to; None: equal shares.
-    """
-    shares = [rarity[turn["user"], turn["assistant"]] if rarity else 1.0 for turn in turns]
-    totals: dict[str | None, float] = defaultdict(float)
-    for turn, share in zip(turns, shares, strict=True):
-        totals[turn.get("source")] += share
-    return [
-        source_weights.get(str(turn.get("source")), 1.0) * share / totals[turn.get("source")]
-        for turn, share in zip(turns, shares, strict=True)
-    ]
-
-
-def draw_turns(weights: list[float], count: int, rng: random.Random) -> list[int]:
-    """`count` indices of `weights`, drawn by them; none is drawn again before all were drawn."""
-    drawn: list[int] = []
-    while len(drawn) < count:
-        # Efraimidis and Spirakis: the largest u^(1/w) are a weighted draw without replacement.
-        keys = [rng.random() ** (1.0 / weight) for weight in weights]
-        drawn += sorted(range(len(weights)), key=keys.__getitem__, reverse=True)
-    return drawn[:count]

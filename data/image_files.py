@@ -11,7 +11,7 @@ from data.formats import NOT_UTF8
 from data.text_files import json_object
 from data.values import BadRow
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -51,7 +51,7 @@ class TarFile:
     """
 
     def __init__(self, path: Path):
-        """Raises ValueError where it is no whole, uncompressed tar file."""
+        """Raises ValueError where it is no whole, unpacked tar file."""
         self.path = path
         self.names: list[str] = []
         self.members: list[tuple[tuple[str, int, int], ...]] = []  # of each sample: (ending, first byte, bytes)
@@ -65,7 +65,7 @@ class TarFile:
                     raise tarfile.ReadError("it breaks off")
         except tarfile.TarError as error:
             last = f", behind sample {self.names[-1]}" if self.names else ""
-            raise ValueError(f"is not a whole tar file{last}: {error}; a compressed one must be unpacked") from None
+            raise ValueError(f"is not a whole tar file{last}: {error}") from None
 
     def _add(self, name: str, offset: int, size: int) -> None:
         folder, slash, base = name.rpartition("/")

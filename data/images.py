@@ -14,12 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from data.web_images import FetchError, WebImage, fetched
 from models.config import VLMConfig
 
-Source = str | Path | bytes | dict[str, Any] | Image.Image  # a dict has "bytes" or "path"
+Source = str | Path | bytes | dict[str, Any] | Image.Image | WebImage  # a dict has "bytes" or "path"
 
+NOT_DECODED = "image does not decode"
+NO_SUCH_FILE = "no such file"
+TOO_MANY_PIXELS = "image has too many pixels"
+CUT_OFF = "image file breaks off"
+# What HEIC and AVIF files are called in their first bytes, and what opens them.
+HEIC, AVIF = ("HEIC", "pillow-heif"), ("AVIF", "pillow>=11.3")
+BRANDS = dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"), HEIC)
+BRANDS |= dict.fromkeys((b"avif", b"avis"), AVIF)
 MAX_PIXELS = 20_000 * 20_000  # of a decoded image; PIL's own limit is lower
 # A JPEG may be decoded, and an image of more than this many pixels is reduced by a whole number, which takes less
 # memory, to a size that is at least REDUCING_GAP times the new one.
@@ -31,31 +40,34 @@ SIDEWAYS = range(5, 9)  # the EXIF orientations that swap width and height
 class ImageDecodeError(ValueError):
     """The file or the bytes of an image cannot be read as an image."""
 
-
-class NoSuchFileError(ImageDecodeError):
-    """There is no file at the path of an image."""
+    def __init__(self, found: str, kind: str = NOT_DECODED):
+        """found: in words; kind: the reason that rows are counted by."""
+        super().__init__(found)
+        self.kind = kind
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """(width, height) of the upright image, from its header alone. Raises ImageDecodeError."""
+    """(width, height) of the upright image, from its header alone. Raises ImageDecodeError, also for more than
+    MAX_PIXELS."""
     with _opened(source) as (image, orientation):
         return image.size[::-1] if orientation in SIDEWAYS else image.size
 
 
-def decode_image(source: Source, size: tuple[int, int] | None = None) -> torch.Tensor:
+def decode_image(source: Source, size: tuple[int, int] | None = None, use_truncated: bool = False) -> torch.Tensor:
     """uint8 [3, height, width]: the upright image in RGB, resized to `size` (width, height) if given.
 
-    Transparent parts become white, more than 8 bits are scaled down. Raises ImageDecodeError, also for more than
-    MAX_PIXELS. Memory: a large JPEG is decoded at a reduced size if `size` allows it. Of any other format PIL holds all
-    pixels: 1 byte each if grey, 2 if one-bit, 4 if RGB, 8 if RGBA, at most 13 in any other mode; 4 more where EXIF says
-    that the image is to be turned.
+    Of several pictures (GIF, TIFF, animated WebP) the first. Transparent parts become white, more than 8 bits are
+    scaled down. use_truncated: where the data of an image ends too early, what is missing is grey or black; otherwise
+    such an image is an ImageDecodeError of kind CUT_OFF. Raises ImageDecodeError.
+
+    Memory: a large JPEG is decoded at a reduced size if `size` allows it. Of any other format PIL holds all pixels:
+    1 byte each if grey, 2 if one-bit, 4 if RGB, 8 if RGBA, at most 13 in any other mode; 4 more where EXIF says that
+    the image is to be turned.
     """
-    with _opened(source) as (image, orientation):
+    with _opened(source, use_truncated) as (image, orientation):
         if size is not None and image is not source:  # a caller's own image keeps its size
             width, height = size[::-1] if orientation in SIDEWAYS else size
             image.draft(None, (int(REDUCING_GAP * width), int(REDUCING_GAP * height)))
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageDecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
         image.load()
         if orientation != 1:
             image = ImageOps.exif_transpose(image)
@@ -69,28 +81,64 @@ def decode_image(source: Source, size: tuple[int, int] | None = None) -> torch.T
 
 
 @contextlib.contextmanager
-def _opened(source: Source) -> Iterator[tuple[Image.Image, int]]:
+def _opened(source: Source, use_truncated: bool = False) -> Iterator[tuple[Image.Image, int]]:
     """The image, of which only the header is read, and the EXIF orientation that is left to apply once it is loaded.
 
-    Whatever a decoder raises becomes an ImageDecodeError. PIL's limit on pixels, which is the process's, is off in here
-    (so only one thread of a process may decode).
+    Whatever a decoder raises becomes an ImageDecodeError. PIL's limit on pixels, which is the process's, is off in
+    here, and so is what it does at an image that breaks off (so only one thread of a process may decode).
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, use_truncated
+    found: Any = None
     try:
-        found: Any = (source.get("bytes") or source["path"]) if isinstance(source, dict) else source
+        found = (source.get("bytes") or source["path"]) if isinstance(source, dict) else source
+        found = fetched(found.url) if isinstance(found, WebImage) else found
         is_open = isinstance(found, Image.Image)
-        image = found if is_open else Image.open(io.BytesIO(found) if isinstance(found, bytes) else found)
+        image = found if is_open else _read_header(io.BytesIO(found) if isinstance(found, bytes) else found)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageDecodeError(
+                f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", TOO_MANY_PIXELS
+            )
         # PIL itself turns a TIFF. Not image.getexif(): for a PNG that decodes the pixels to look behind them.
         exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
         yield image, exif.get(ExifTags.Base.Orientation, 1)
     except ImageDecodeError:
         raise
+    except FetchError as error:
+        raise ImageDecodeError(f"{error}", error.kind) from None
     except (FileNotFoundError, NotADirectoryError):
-        raise NoSuchFileError(f"{found}") from None
+        raise ImageDecodeError(f"{found}", NO_SUCH_FILE) from None
     except Exception as error:  # decoders raise nearly anything at damaged files
+        cut_off = isinstance(error, OSError) and "truncated" in str(error)
+        if cut_off:
+            raise ImageDecodeError(f"{error}; --truncated_images use takes what is there", CUT_OFF) from error
         raise ImageDecodeError(f"{error}") from error
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limits
+
+
+def _read_header(file: Any) -> Image.Image:
+    """Image.open, with HEIC too where pillow-heif is there. Raises ImageDecodeError where a package is absent."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        begin = file.getvalue()[:12] if isinstance(file, io.BytesIO) else _first_bytes(file)
+        name, package = BRANDS.get(begin[8:12] if begin[4:8] == b"ftyp" else b"", ("", ""))
+        if not name:
+            raise
+    try:
+        if name == "AVIF":
+            raise ImportError
+        import pillow_heif
+    except ImportError:
+        raise ImageDecodeError(f"pip install '{package}'", f"{name} image, which needs {package}") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(file)
+
+
+def _first_bytes(path: str | Path) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(12)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -107,11 +155,16 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey scaled to 8 bits: 16 bits by their full range, other integers and floats by the range they keep to."""
+    """Grey scaled to 8 bits: integers by the smallest of 8, 12 and 16 bits that holds the largest of them, floats by 1
+    or by these; what exceeds them by its largest value.
+
+    Cameras, scanners and microscopes store 12 bits in files of 16, which do not say so: scaled by 16 bits such a
+    picture would be almost black.
+    """
     values = np.array(image, dtype=np.float32)
     np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
     largest = values.max(initial=0.0)
-    ranges = {"I": [255.0, 65535.0], "F": [1.0, 255.0, 65535.0]}.get(image.mode, [65535.0])
+    ranges = [1.0] * (image.mode == "F") + [255.0, 4095.0, 65535.0]
     values *= 255.0 / next((white for white in ranges if largest <= white), largest)
     return Image.fromarray(np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8))
 
@@ -126,8 +179,10 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 class ImageProcessor:
     """An image, of any size and mode, as the square images that the vision tower sees."""
 
-    def __init__(self, cfg: VLMConfig):
+    def __init__(self, cfg: VLMConfig, use_truncated: bool = False):
+        """use_truncated: of an image whose data ends too early take what is there, and count it."""
         self.cfg = cfg
+        self.use_truncated, self.truncated = use_truncated, 0  # how many were, so far
         self.side = cfg.vit_img_size
         self.with_global = "global_image_token" in cfg.vlm_extra_tokens
 
@@ -137,7 +192,7 @@ class ImageProcessor:
         A 1x1 grid is the image alone; a larger one is, where the config has a global_image_token, the whole image
         made S x S, and then the tiles row by row. Raises ImageDecodeError.
         """
-        resized = decode_image(source, self.target_size(*image_size(source)))
+        resized = self._decoded(source, self.target_size(*image_size(source)))
         side = self.side
         rows, cols = resized.shape[1] // side, resized.shape[2] // side
         tiles = np.empty((self.count((rows, cols)), 3, side, side), dtype=np.uint8)
@@ -148,6 +203,15 @@ class ImageProcessor:
         cut = resized.numpy().reshape(3, rows, side, cols, side).transpose(1, 3, 0, 2, 4)
         tiles[first:].reshape(rows, cols, 3, side, side)[:] = cut
         return torch.from_numpy(tiles), (rows, cols)
+
+    def _decoded(self, source: Source, size: tuple[int, int]) -> torch.Tensor:
+        try:
+            return decode_image(source, size)
+        except ImageDecodeError as error:
+            if error.kind != CUT_OFF or not self.use_truncated:
+                raise
+        self.truncated += 1
+        return decode_image(source, size, use_truncated=True)
 
     def grid(self, source: Source) -> tuple[int, int]:
         """The grid (rows, columns) of tiles, from the image's header alone. Raises ImageDecodeError."""

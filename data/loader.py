@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import Questions, Sample, VQADataset
-from data.drops import DropCounter, nothing_usable
+from data.drops import DropCounter, drop_records, nothing_usable
 from data.order import EpochIndices, EpochOrder
 from data.packing import PackedCollator, PackedReaders
 from data.readers import StreamReaders, as_it_is
 from data.streams import RowStream
 from models.config import TrainConfig
 
+FRUITLESS_ROWS = 10_000  # bad rows, one after the other, after which the rest of an epoch is not tried
 # (the arguments of generate, answers, of which each in a tuple counts, their sources, row ids)
 PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]
 
@@ -89,16 +90,20 @@ def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, bla
     batches_per_epoch: None of readers, which see to that themselves and whose batches have a position.
     blank: a batch without a row, which takes the place of skipped ones.
     """
-    skipped, epoch = DropCounter(), DropCounter()  # counts since the last batch, and of the epoch
+    skipped, epoch = DropCounter(), DropCounter()  # since the last batch, and of the epoch
     usable = bool(batches_per_epoch and start % batches_per_epoch)  # a run continues after a batch that it has used
     for number, batch in enumerate(loader, start=start + 1):
         skipped.update(batch["dropped"])
+        skipped.note(batch["drop_records"])
         epoch.update(batch["dropped"])
         holds_a_row = batch["input_ids"] is not None
         if holds_a_row or blank is not None:
             filling = {} if holds_a_row or blank is None else blank
-            yield {"position": number} | batch | filling | {"dropped": dict(skipped)}
+            drops = {"dropped": dict(skipped), "drop_records": skipped.records}
+            yield {"position": number} | batch | filling | drops
             skipped, usable = DropCounter(), usable or holds_a_row
+        elif skipped.bad_rows() > FRUITLESS_ROWS:  # an epoch of them may take hours
+            raise nothing_usable(skipped)
         if batches_per_epoch and number % batches_per_epoch == 0:
             if not usable:
                 raise nothing_usable(epoch)
@@ -195,6 +200,7 @@ def _counted(rows: Iterator[Any], dropped: DropCounter | None) -> Iterator[Any]:
     for row in rows:
         if dropped is not None:
             dropped.update(row.dropped)
+            dropped.note(drop_records([row]))
         yield replace(row, dropped={})
 
 

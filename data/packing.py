@@ -21,7 +21,7 @@ import torch
 
 from data.collators import Collator
 from data.datasets import PreparedSample, Sample, VQADataset
-from data.drops import count_drops
+from data.drops import count_drops, drop_records
 from data.order import EpochIndices
 from data.readers import FruitlessCounter, Place, Readers
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
@@ -121,6 +121,7 @@ class PackedCollator(Collator):
             "num_tokens": int((document_ids != PADDING).sum()),
             "ids": [sample.id for sample in used],
             "dropped": dict(count_drops(samples)),
+            "drop_records": drop_records(samples),
         }
 
 
@@ -169,10 +170,13 @@ class PackedReaders(Readers):
         dropped: list[Sample] = []  # since the last row
         for epoch in count(first_epoch):
             for begin, window, rows in self.windows(reader, epoch, (offset, at)):
-                if given == 0:
-                    unusable = (sample for sample in window if not sample.conversations)
-                    dropped += fruitless.see(self.dataset.decode(sample) for sample in unusable)
+                unusable = [self.dataset.decode(sample) for sample in window if not sample.conversations]
+                if not rows:
+                    dropped += fruitless.see(unusable)
                 for number, pieces in islice(enumerate(rows, start=1), given, None):
+                    # Each row of the window brings its share of them: a run counts them as it goes on, not at once.
+                    first, last = (place * len(unusable) // len(rows) for place in (number - 1, number))
+                    dropped += fruitless.see(unusable[first:last])
                     samples = [self._sample(piece) for piece in pieces]
                     dropped += fruitless.see(samples)
                     if used := [sample for sample in samples if sample.conversations]:

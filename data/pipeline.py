@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -16,16 +17,19 @@ from typing import Any
 import numpy as np
 
 from data import easy_vqa
+from data.bad_rows import BadRowLimit
 from data.collators import TrainCollator
-from data.datasets import VQADataset, check_words
-from data.drops import BAD_SUBSET, DropCounter
-from data.formats import Row, Rows
+from data.datasets import VQADataset
+from data.drops import BAD_SUBSET, DropCounter, DropRecord
+from data.formats import Row, Rows, count_formats
 from data.images import ImageProcessor
 from data.loader import epoch_order, shares_rows, train_batches
+from data.options import RowOptions
 from data.readers import start_of
-from data.rows import load_rows, split_rows
+from data.rows import load_rows
+from data.splits import split_by
 from data.streams import RowStream
-from data.text import get_tokenizer
+from data.tokenizer_checks import check_words, load_tokenizer
 from data.values import Reason
 from models.config import TrainConfig, VLMConfig
 
@@ -50,8 +54,14 @@ class Data(Iterator[dict]):
     cfg: TrainConfig
     rank: int = 0
     world_size: int = 1
+    split: str = ""  # how training and validation rows were divided, in words
     dropped: dict[str, DropCounter] = field(default_factory=lambda: defaultdict(DropCounter))
     position: int | dict = 0  # of the last batch that was used: see train_batches
+    rows_seen: int = 0  # training rows that this rank has used or dropped; a row counts at each visit
+
+    def __post_init__(self) -> None:
+        rows = len(self.train_rows) if hasattr(self.train_rows, "__len__") else math.inf
+        self.limit = BadRowLimit(self.cfg, rows)
 
     def start_reading(self) -> None:
         """Begin to read at the position. Raises ValueError where no row can be used."""
@@ -81,6 +91,23 @@ class Data(Iterator[dict]):
         self.position = batches[-1]["position"]
         for batch in batches:
             self.dropped["train"].update(batch["dropped"])
+            self.dropped["train"].note(batch["drop_records"])
+            self.rows_seen += len(set(batch["ids"])) + DropCounter(batch["dropped"]).rows()
+
+    def has_too_many_bad_rows(self, sum_over_ranks: Callable[..., list[float]]) -> bool:
+        """Whether the run is to end, on all ranks alike: `limit.exceeded` says why. sum_over_ranks: of each value."""
+        if not self.limit.is_over:
+            bad, bad_val = (self.dropped.get(split, DropCounter()).bad_rows() for split in ("train", "val"))
+            counts = sum_over_ranks(self.rows_seen, bad, bad_val if self.rank == 0 else 0)
+            self.limit.judge(*map(int, counts))
+        return self.limit.exceeded is not None
+
+    def take_records(self) -> list[dict]:
+        """The rows that could not be used since the last call, for dropped.jsonl."""
+        found = [{"split": split} | one._asdict() for split, counts in self.dropped.items() for one in counts.records]
+        for counts in self.dropped.values():
+            counts.records = []
+        return found
 
     def sum_over_ranks(self, gather: Callable[[dict], list[dict]]) -> None:
         """At the end of the run: let rank 0's counts be those of all ranks. gather: a value of each rank to rank 0."""
@@ -94,6 +121,8 @@ class Data(Iterator[dict]):
             "position": self.position,
             "dropped": {split: counts.plain() for split, counts in self.dropped.items()},
             "first_dropped": {split: counts.examples() for split, counts in self.dropped.items()},
+            "drop_records": [list(record) for record in self.dropped.get("train", DropCounter()).records],
+            "rows_seen": self.rows_seen,
             "batch_size": self.cfg.batch_size,
             "shares_rows": shares_rows(rows, self.cfg),
             "stream": rows.state_dict() if isinstance(rows, RowStream) else None,
@@ -116,6 +145,8 @@ class Data(Iterator[dict]):
             of_ranks = states if self.rank == 0 else []
             counts["train"] = dict(sum((Counter(state["dropped"].get("train", {})) for state in of_ranks), Counter()))
         counts["train"] = counts.get("train", {}) | self.dropped["train"]  # subsets that cannot be loaded now
+        own = [states[self.rank]] if same_ranks else states if self.rank == 0 else []
+        self.rows_seen = sum(state.get("rows_seen", 0) for state in own)
         self.dropped.clear()
         first = states[0].get("first_dropped", {})
         for split, of_split in counts.items():
@@ -123,6 +154,7 @@ class Data(Iterator[dict]):
             self.dropped[split] = DropCounter(
                 {Reason(name, examples[name]) if name in examples else name: n for name, n in of_split.items()}
             )
+        self.dropped["train"].note(DropRecord(*record) for state in own for record in state.get("drop_records", ()))
 
     def _position(self, states: list[dict]) -> int | dict:
         saved, cfg = [state["position"] for state in states], self.cfg
@@ -162,6 +194,13 @@ def some_rows(rows: Rows | RowStream) -> Iterator[Row]:
     return (rows[place] for place in places.tolist())
 
 
+def format_names(rows: Rows | RowStream) -> list[str]:
+    """The formats of the rows, the most frequent first: of some rows, or as the columns of a stream tell."""
+    if isinstance(rows, RowStream):
+        return list(dict.fromkeys(part.format for part in rows.parts if part.format))
+    return [name for name, _ in count_formats(some_rows(rows)).most_common()]
+
+
 def identify(rows: Rows | RowStream) -> dict[str, str]:
     """What tells loaded rows from others, as far as it is cheap: their "size" in words, and the "hash" of ids and texts
     of some of them. Of a stream the shards are known: their number, and the names that they are read by.
@@ -190,22 +229,31 @@ def load_data(
 
     Raises ValueError or OSError where data or tokenizer cannot be used.
     """
-    tokenizer = get_tokenizer(vlm, checkpoint)
-    train_rows, val_rows = split_rows(rows, cfg.val_size, cfg.seed)
+    tokenizer, notes = load_tokenizer(vlm, checkpoint)
+    train_rows, val_rows, split = rows, None, ""
+    if cfg.val_dataset_path:
+        val_rows = load_rows(
+            cfg.val_dataset_path, split="validation", flag="val_dataset_path", options=RowOptions.of(cfg)
+        )
+        split = f"validation rows of {cfg.val_dataset_path}"
+    else:
+        train_rows, val_rows, split = split_by(rows, cfg.split_by, cfg.val_size, cfg.seed)
     test_rows = None
     if cfg.test_dataset_path:
-        test_rows = load_rows(cfg.test_dataset_path, split="test", flag="test_dataset_path")
+        test_rows = load_rows(cfg.test_dataset_path, split="test", flag="test_dataset_path", options=RowOptions.of(cfg))
     elif cfg.train_dataset_path == easy_vqa.NAME:
         test_rows = easy_vqa.rows("test", cfg.train_dataset_name)
 
     def dataset(rows: Any, train: bool) -> VQADataset:
-        return VQADataset(rows, tokenizer, ImageProcessor(vlm), vlm, cfg, train=train, cache=cfg.cache_rows)
+        images = ImageProcessor(vlm, cfg.truncated_images == "use")
+        return VQADataset(rows, tokenizer, images, vlm, cfg, train=train, cache=cfg.cache_rows)
 
     test_dataset = dataset(test_rows, train=False) if test_rows is not None else None
     datasets = dataset(train_rows, train=True), dataset(val_rows, train=False), test_dataset
-    data = Data(tokenizer, train_rows, val_rows, test_rows, *datasets, cfg, rank, world_size)
-    note = check_words(data.train_dataset, some_rows(rows))
-    if note and rank == 0:
+    data = Data(tokenizer, train_rows, val_rows, test_rows, *datasets, cfg, rank, world_size, split)
+    if unknown := check_words(data.train_dataset, some_rows(rows)):
+        notes.append(unknown)
+    for note in notes if rank == 0 else []:
         print(f"NOTE {note}", file=sys.stderr)
     if rank == 0 and (bad_subsets := getattr(rows, "bad_subsets", ())):
         data.dropped["train"][BAD_SUBSET] = len(bad_subsets)

@@ -16,10 +16,9 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from data.formats import Part, Row
+from data.formats import READ_ROWS, Part, Row
 from data.order import check_mixture
 
-READ_ROWS = 16  # rows that are converted at once
 BLOCK_ROWS = 500  # two blocks are in memory: the one that is used and the one that is read
 OPEN_SHARDS = 4
 
@@ -57,7 +56,8 @@ class Shard:
             number = first
             # Not by iterating over the table: in a worker process it would divide its shards among the workers again.
             for records in groups.shard(groups.num_shards, current).iter(READ_ROWS):
-                self.part.check_columns(records.column_names)
+                if not self.part.options.function:
+                    self.part.check_columns(records.column_names)
                 for i in range(max(0, start - number), len(records)):
                     yield (current, first, number + i + 1), records.slice(i, 1)
                 number += len(records)

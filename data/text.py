@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from bisect import bisect_left
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from data import easy_vqa
 from data.hub import require_hub
+from data.templates import (
+    Tokenizer,
+    conversation_text,
+    end_of_answer,
+    messages_of,
+    messages_text,
+    render,
+    takes_system,
+)
 from models.config import VLMConfig
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
-END_OF_TURN = "<|im_end|>"
+SPEAKERS = ("user", "assistant")
 
 
-def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint folder if it holds one, else cfg.lm_tokenizer, with the extra tokens added.
+class NotHere(LookupError):
+    """A tokenizer that only the hub has."""
 
-    Raises ValueError that names the flag if there is no such tokenizer, or if its size or the ids of the extra tokens
-    are not those of the config.
+
+def get_tokenizer(
+    cfg: VLMConfig, folder: str | Path | None = None, notes: list[str] | None = None, local_only: bool = False
+) -> Tokenizer:
+    """The tokenizer of a checkpoint folder if it holds one, else cfg.lm_tokenizer, with the extra tokens added, and
+    with the end of the template's answers as its end token, at which generation stops.
+
+    Truncation and padding that are stored with it are cleared; `notes` gets a sentence that says so. Raises ValueError
+    that names the flag if there is no such tokenizer, or if its size or the ids of the extra tokens are not those of
+    the config; with local_only NotHere for one that is not on this machine.
     """
     if folder is not None and (Path(folder) / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
@@ -33,22 +45,47 @@ def get_tokenizer(cfg: VLMConfig, folder: str | Path | None = None) -> Tokenizer
     elif cfg.lm_tokenizer == easy_vqa.NAME:
         tokenizer = easy_vqa.tokenizer()
     else:
-        tokenizer = _pretrained_tokenizer(str(cfg.lm_tokenizer))
+        tokenizer = _pretrained_tokenizer(str(cfg.lm_tokenizer), local_only)
     _add_extra_tokens(tokenizer, cfg)
     tokenizer.chat_template = cfg.lm_chat_template
-    if END_OF_TURN in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TURN
+    if cleared := _clear_cuts(tokenizer):
+        where = folder if folder is not None else f"--lm_tokenizer {cfg.lm_tokenizer}"
+        (notes if notes is not None else []).append(f"{where}: its stored {cleared} would cut or fill texts; cleared")
+    if end := end_of_answer(tokenizer):
+        tokenizer.eos_token = end
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _pretrained_tokenizer(name: str) -> Any:
+def _clear_cuts(tokenizer: Tokenizer) -> str:
+    """Clear what a tokenizer.json keeps of a call that truncated or padded; returns what it was, in words."""
+    backend = tokenizer.backend_tokenizer
+    found = []
+    if backend.truncation is not None:
+        found.append(f"truncation to {backend.truncation['max_length']} tokens")
+        backend.no_truncation()
+    if backend.padding is not None:
+        found.append("padding")
+        backend.no_padding()
+    return " and ".join(found)
+
+
+def _pretrained_tokenizer(name: str, local_only: bool) -> Any:
     from transformers import AutoTokenizer
 
     if name.endswith(".gguf"):
         convert = f"python scripts/convert_gguf.py {name} FOLDER"
         raise ValueError(f"--lm_tokenizer {name}: must be a folder; convert the file with: {convert}")
+    if local_only and not Path(name).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached: Any = None
+        with contextlib.suppress(ValueError):  # a path is no hub id
+            cached = try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(cached, str):
+            raise NotHere(f"--lm_tokenizer {name}: not on this machine")
+        name = str(Path(cached).parent)  # as a name it would be asked for
     try:  # the cache first: a known tokenizer needs no network
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:  # ImportError: an absent package for another kind of tokenizer
@@ -111,125 +148,75 @@ def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, turns: list[dict], image_text: str, system: str = ""
+    tokenizer: Tokenizer,
+    turns: list[dict],
+    image_text: str,
+    system: str = "",
+    train_on: str = "answers",
+    tools: list[dict] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a conversation; the images stand before the first question. The work grows linearly in turns.
+    """(ids, labels) of a conversation, of which image_text stands before the first question.
 
-    turns: {"user": str, "assistant": str} each. system: a text before them, which is not learned; where the template
-    writes no system turn, it stands before the first question. labels are ids shifted left by one where the assistant
-    speaks, its end-of-turn token included, and -100 elsewhere.
+    turns: {"user": str, "assistant": str} each, with "steps" where tools are called in between: see data.formats.
+    system: a text before them, which is not learned; where the template writes no system turn, it stands before the
+    first question. labels are ids shifted left by one where the assistant speaks, its end-of-turn token included, and
+    -100 elsewhere; train_on: answers, last_answer, or all, which is every token. tools: what a template says of them.
     """
-    contents = [text for turn in turns for text in (turn["user"], turn["assistant"])]
-    contents[0] = image_text + contents[0]
-    system, contents[0] = _system_and_question(tokenizer, system, contents[0])
-    text = _render(tokenizer, _messages(contents, system))
-    frame = _frame(tokenizer, len(turns), bool(system))
-    spans = frame.spans(contents, text, system) or _spoken(tokenizer, contents, system)
+    first = image_text + (turns[0]["user"] or "")
+    system, first = _system_and_question(tokenizer, system, first)
+    turns = [turns[0] | {"user": first}, *turns[1:]]
+    if tools or any(turn.get("steps") for turn in turns):
+        text, spans = messages_text(tokenizer, _messages(turns, system), tools)
+    else:
+        text, spans = conversation_text(tokenizer, [turn[who] for turn in turns for who in SPEAKERS], system)
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids
+    if train_on == "all":
+        return ids, [*ids[1:], -100]
     starts = [start for start, _ in encoding.offsets]
     labels = [-100] * len(ids)
-    for start, end in spans:
-        first, last = max(bisect_left(starts, start), 1), bisect_left(starts, end)
-        labels[first - 1 : last - 1] = ids[first:last]
+    for start, end in spans[-1:] if train_on == "last_answer" else spans:
+        first_id, last = max(bisect_left(starts, start), 1), bisect_left(starts, end)
+        labels[first_id - 1 : last - 1] = ids[first_id:last]
     return ids, labels
 
 
-@functools.cache
-def _takes_system(tokenizer: Tokenizer, template: str) -> bool:
-    """Whether the template, the tokenizer's own, writes system turns; some have none, or raise."""
-    mark = "\ue000system\ue001"
-    try:
-        return mark in _render(tokenizer, _messages(["user", "assistant"], mark))
-    except Exception:  # whatever the template raises
-        return False
+def _messages(turns: list[dict], system: str) -> list[dict]:
+    """All that is said in the turns, one message after the other."""
+    messages = messages_of([], system)
+    for turn in turns:
+        said = [{"role": who, "content": turn[who]} for who in SPEAKERS]
+        messages += [said[0], *turn.get("steps", []), *said[1:][: turn["assistant"] is not None]]
+    return messages
 
 
 def _system_and_question(tokenizer: Tokenizer, system: str, question: str) -> tuple[str, str]:
     """(system, question) as the tokenizer's template can write them."""
-    if not system or _takes_system(tokenizer, str(tokenizer.chat_template)):
+    if not system or takes_system(tokenizer):
         return system, question
     return "", f"{system}\n\n{question}"
 
 
-def _messages(contents: Sequence[str], system: str = "") -> list[dict]:
-    """What user and assistant say in turn, after a system text if there is one, as a chat template takes it."""
-    before = [{"role": "system", "content": system}] if system else []
-    return before + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+def encode_prompt(
+    tokenizer: Tokenizer,
+    question: str,
+    image_text: str,
+    system: str = "",
+    steps: list[dict] | None = None,
+    tools: list[dict] | None = None,
+) -> list[int]:
+    """The ids of a question, after a system text if there is one, up to where the assistant begins to speak.
 
-
-def _spoken(tokenizer: Tokenizer, contents: Sequence[str], system: str = "") -> list[tuple[int, int]]:
-    """The characters (start, end) of the rendered conversation that the assistant says, with the end of its turn.
-
-    Renders the conversation anew for every turn.
+    steps: tool calls and results after the question. tools: what a template says of them.
     """
-    spans = []
-    for i in range(1, len(contents), 2):
-        start = len(_render(tokenizer, _messages(contents[:i], system), add_generation_prompt=True))
-        text = _render(tokenizer, _messages(contents[: i + 1], system))
-        spans.append((start, len(text.rstrip())))  # without the template's line break after it
-    return spans
-
-
-class Frame:
-    """What a chat template writes around the contents of a conversation, found by rendering one of placeholders."""
-
-    def __init__(self, tokenizer: Tokenizer, turns: int, with_system: bool):
-        """turns: of the longest conversation that it serves. with_system: of those that begin with a system text."""
-        marks = [f"\ue000{i}\ue001" for i in range(2 * turns)]
-        system = "\ue000system\ue001" if with_system else ""
-        text = _render(tokenizer, _messages(marks, system))
-        spoken = _spoken(tokenizer, marks, system)
-        self.head = ""  # what stands before the system text
-        if system:
-            self.head, _, text = text.partition(system)
-        self.pieces: list[str] = []  # what stands before each content
-        for mark in marks:
-            piece, found, text = text.partition(mark)
-            if not found or mark in text:
-                self.pieces, spoken = [], []  # the template changes contents: it has no frame
-                break
-            self.pieces.append(piece)
-        # Where the assistant's speech starts, counted back from its content, and ends, counted on from it.
-        place, self.leads, self.trails = len(self.head + system), [], []
-        for i, (start, end) in enumerate(spoken):
-            place += len(self.pieces[2 * i]) + len(marks[2 * i]) + len(self.pieces[2 * i + 1])
-            self.leads.append(place - start)
-            place += len(marks[2 * i + 1])
-            self.trails.append(end - place)
-
-    def spans(self, contents: Sequence[str], text: str, system: str = "") -> list[tuple[int, int]] | None:
-        """As `_spoken`; None where the text, the rendered conversation, is not the contents within this frame."""
-        parts, spans, length = [self.head, system], [], len(self.head + system)
-        for i, content in enumerate(contents[: len(self.pieces)]):
-            parts += [self.pieces[i], content]
-            length += len(self.pieces[i]) + len(content)
-            if i % 2:
-                spans.append((length - len(content) - self.leads[i // 2], length + self.trails[i // 2]))
-        whole = "".join(parts)
-        return spans if self.pieces and text.startswith(whole) and not text[spans[-1][1] :].strip() else None
-
-
-@functools.cache
-def _frames(tokenizer: Tokenizer) -> dict[tuple[str, int, bool], Frame]:
-    return {}
-
-
-def _frame(tokenizer: Tokenizer, turns: int, with_system: bool) -> Frame:
-    """The frame of conversations of up to the next power of two turns, made once."""
-    size = 1 << (turns - 1).bit_length()
-    known, key = _frames(tokenizer), (str(tokenizer.chat_template), size, with_system)
-    if key not in known:
-        known[key] = Frame(tokenizer, size, with_system)
-    return known[key]
-
-
-def encode_prompt(tokenizer: Tokenizer, question: str, image_text: str, system: str = "") -> list[int]:
-    """The ids of a question, after a system text if there is one, up to where the assistant begins to speak."""
     system, question = _system_and_question(tokenizer, system, image_text + question)
-    text = _render(tokenizer, _messages([question], system), add_generation_prompt=True)
+    messages = [*messages_of([question], system), *(steps or [])]
+    text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+def spoken_call(tokenizer: Tokenizer, turn: dict, system: str, tools: list[dict] | None) -> str:
+    """What the assistant writes to call a tool, where that ends the turn: the text that an answer is compared with."""
+    text, spans = messages_text(tokenizer, _messages([turn], system), tools)
+    start, end = spans[-1]
+    return text[start:end].removesuffix(str(tokenizer.eos_token)).strip()

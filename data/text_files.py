@@ -7,22 +7,20 @@ type is inferred: what stands in one record changes no other, and a record that 
 from __future__ import annotations
 
 import csv
-import gzip
-import hashlib
 import io
 import json
-import os
-import shutil
-import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from data.formats import NOT_UTF8
+from data.json_places import array_starts, with_end
+from data.packed_files import file_type, is_packed, unpacked
 from data.values import BadRow, Number, kind_of, shortened, shown
 
 CHUNK_BYTES = 8 * 2**20
@@ -33,56 +31,28 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 csv.field_size_limit(64 * 2**20)
 
 DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, strict=False)
-SKIMMER = json.JSONDecoder(parse_int=len, parse_float=len, strict=False)  # to find an end: it makes no numbers
 
 
 def open_text_file(path: Path) -> TextFile:
-    """The table of a file of one of TYPES, or with .gz behind it. Raises ValueError where it is none, OSError."""
-    if path.suffix == ".gz":
-        path = _unpacked(path)
+    """The table of a file of one of TYPES, or packed with .gz or .zst. Raises ValueError where it is none, OSError."""
+    kind = file_type(path)
+    path = unpacked(path) if is_packed(path) else path
     with path.open("rb") as file:
         begin = file.read(4)
         if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError("is UTF-16: save it as UTF-8")
         start = len(MARK) if begin.startswith(MARK) else 0
         file.seek(start)
-        if path.suffix in DELIMITERS:
-            return _open_csv(path, file, start)
+        if kind in DELIMITERS:
+            return _open_csv(path, kind, file, start)
         first = next((byte for byte in iter(lambda: file.read(1), b"") if byte.strip()), b"")
         if first == b"[":
-            return JsonArray(path, _array_starts(file))
+            return JsonArray(path, array_starts(file))
         file.seek(start)
         lines = JsonLines(path, *_line_starts(file))
-    if path.suffix == ".json" and len(lines) and lines.data(0).strip() == b"{":
+    if kind == ".json" and len(lines) and lines.data(0).strip() == b"{":
         raise ValueError("is one object over several lines: it must be an array of rows, or one row per line")
     return lines
-
-
-def file_type(path: Path) -> str:
-    """The ending that says what is in a file, without .gz."""
-    inner = path.with_suffix("").suffix
-    return inner if path.suffix == ".gz" and inner in TYPES else path.suffix
-
-
-def _unpacked(path: Path) -> Path:
-    """The file unpacked into the cache of `datasets`: gzip has no way to a record but through all before it."""
-    import datasets
-
-    facts = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}/{facts.st_size}/{facts.st_mtime_ns}".encode()).hexdigest()[:16]
-    unpacked = Path(datasets.config.HF_DATASETS_CACHE) / "unpacked" / f"{key}-{path.stem}"
-    if not unpacked.exists():
-        unpacked.parent.mkdir(parents=True, exist_ok=True)
-        part = unpacked.with_name(f"{unpacked.name}.{os.getpid()}")
-        try:
-            with gzip.GzipFile(path) as packed, part.open("wb") as file:
-                shutil.copyfileobj(packed, file, CHUNK_BYTES)
-            part.replace(unpacked)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"is not a whole gzip file: {error}") from None
-        finally:
-            part.unlink(missing_ok=True)
-    return unpacked
 
 
 class TextFile:
@@ -113,6 +83,20 @@ class TextFile:
 
     def record(self, number: int) -> dict[str, Any]:
         """Raises BadRow."""
+        return self.parsed(self.text(number))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records in their order, {} for one that cannot be read: many times as fast as one by one."""
+        with self.path.open("rb") as file:
+            file.seek(int(self.starts[0]))
+            for start, end in pairwise(self.starts.tolist()):
+                try:
+                    yield self.parsed(file.read(end - start).decode("utf-8"))
+                except (BadRow, UnicodeDecodeError):
+                    yield {}
+
+    def parsed(self, text: str) -> dict[str, Any]:
+        """The record of its text. Raises BadRow."""
         raise AssertionError("a subclass reads")
 
     def place(self, number: int) -> str:
@@ -123,8 +107,8 @@ class TextFile:
 class JsonArray(TextFile):
     """The elements of one JSON array."""
 
-    def record(self, number: int) -> dict[str, Any]:
-        return json_object(self.text(number), alone=False)
+    def parsed(self, text: str) -> dict[str, Any]:
+        return json_object(text, alone=False)
 
 
 class JsonLines(TextFile):
@@ -135,8 +119,8 @@ class JsonLines(TextFile):
         super().__init__(path, starts)
         self.blank = blank
 
-    def record(self, number: int) -> dict[str, Any]:
-        return json_object(self.text(number))
+    def parsed(self, text: str) -> dict[str, Any]:
+        return json_object(text)
 
     def place(self, number: int) -> str:
         return f"line {number + 1 + bisect_right(self.blank, number)}"
@@ -183,87 +167,6 @@ def _line_starts(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([*starts, np.array(last, dtype=np.int64)]), np.concatenate(blank)
 
 
-def _array_starts(file: BinaryIO) -> np.ndarray:
-    """Where the elements of a JSON array start; the file stands behind its bracket.
-
-    Memory: the longest element, or CHUNK_BYTES, a few times. An array that breaks off ends with a bad row. Raises
-    ValueError where it is not JSON before its end: from there on nobody can tell what a row is.
-    """
-    starts, window = array("q"), _Window(file)
-    while True:
-        window.skip_space()
-        if window.letter() in ("]", ""):
-            break
-        starts.append(window.offset)
-        if not window.skip_value():
-            break
-        window.skip_space()
-        if window.letter() == ",":
-            window.place += 1
-    return _with_end(starts, window.offset)
-
-
-def _with_end(starts: array, end: int) -> np.ndarray:
-    return np.append(np.array(starts, dtype=np.int64), end)
-
-
-class _Window:
-    """A part of a file as letters, one per byte, so that a letter's place is its byte's; JSON's own signs are ASCII."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.base, self.text, self.place = file, file.tell(), "", 0
-
-    @property
-    def offset(self) -> int:
-        return self.base + self.place
-
-    def letter(self) -> str:
-        """The one at the place; "" at the end of the file."""
-        if self.place == len(self.text):
-            self.grow()
-        return self.text[self.place : self.place + 1]
-
-    def grow(self) -> bool:
-        """Forget what lies before the place and read on, twice as much as is left; False at the end of the file."""
-        left = self.text[self.place :]
-        more = self.file.read(max(CHUNK_BYTES, len(left))).decode("latin-1")
-        self.base, self.text, self.place = self.offset, left + more, 0
-        return bool(more)
-
-    def skip_space(self) -> None:
-        while self.letter() in (" ", "\t", "\r", "\n"):
-            self.place += 1
-
-    def skip_value(self) -> bool:
-        """Move behind a JSON value that a comma or bracket follows; False, and to the end, where the file ends first.
-
-        Raises ValueError where there is none.
-        """
-        while True:
-            problem = "no , or ] follows"
-            at = self.place
-            try:
-                at = SKIMMER.raw_decode(self.text, self.place)[1]
-                behind = self.text[at:].lstrip(" \t\r\n")[:1] if self.text[at : at + 1] not in (",", "]") else ","
-                if behind in (",", "]") and behind:
-                    self.place = at
-                    return True
-                broken = bool(behind)
-            except json.JSONDecodeError as error:
-                problem, at = error.msg, error.pos
-                broken = not problem.startswith("Unterminated") and at < len(self.text) - 16
-            except RecursionError:
-                problem, broken = "nested too deeply", True
-            if broken:
-                raise ValueError(
-                    f"is not a JSON array at byte {self.base + at:,}: {problem}. In a .jsonl file, one row per line, "
-                    "such a row would be the only one that is lost"
-                )
-            if not self.grow():
-                self.place = len(self.text)
-                return False
-
-
 class CsvFile(TextFile):
     """The rows of a CSV file as RFC 4180 has it; all values are text, those without letters None."""
 
@@ -272,8 +175,7 @@ class CsvFile(TextFile):
         super().__init__(path, starts)
         self.lines, self.columns, self.delimiter = lines, columns, delimiter
 
-    def record(self, number: int) -> dict[str, Any]:
-        text = self.text(number)
+    def parsed(self, text: str) -> dict[str, Any]:
         try:
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True))
         except csv.Error as error:
@@ -289,9 +191,9 @@ class CsvFile(TextFile):
         return f"line {self.lines[number]}"
 
 
-def _open_csv(path: Path, file: BinaryIO, start: int) -> CsvFile:
+def _open_csv(path: Path, kind: str, file: BinaryIO, start: int) -> CsvFile:
     header = file.readline().decode("utf-8", "backslashreplace")
-    delimiter = DELIMITERS[path.suffix]
+    delimiter = DELIMITERS[kind]
     if delimiter == "," and "," not in header:  # as spreadsheets write it where the comma is the decimal sign
         delimiter = next((one for one in (";", "\t") if one in header), ",")
     file.seek(start)
@@ -328,4 +230,4 @@ def _open_csv(path: Path, file: BinaryIO, start: int) -> CsvFile:
         if not blank:
             starts.append(begin)
             lines.append(number)
-    return CsvFile(path, _with_end(starts, end), np.array(lines, dtype=np.int32), columns, delimiter)
+    return CsvFile(path, with_end(starts, end), np.array(lines, dtype=np.int32), columns, delimiter)

@@ -11,17 +11,22 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from datetime import date, time
+from decimal import Decimal
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+from data.web_images import SCHEMES, WebImage
+
 IMAGE_KEYS = ("images", "image", "file_name")
 SHOWN_LETTERS = 80  # of a value, in a message
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-# How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64; no path begins like one of them and is as long.
-BASE64_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}={0,2}\s*")
-NOT_FETCHED = "image is a URL, which is not fetched: download it and give its path"
+# How PNG, JPEG, GIF, WebP, BMP, TIFF, HEIC and AVIF begin in base64; no path begins like one of them and is as long.
+BASE64_IMAGE = re.compile(
+    r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA[A-Za-z0-9+/]{2}Z0eX)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
+)
 
 
 class Number(str):
@@ -30,15 +35,48 @@ class Number(str):
     __slots__ = ()
 
 
-class Reason(str):
-    """Why rows cannot be used: equal to the plain string, by which they are counted, with the first row as `first`."""
+class Int(int):
+    """The same as a whole number that one can count with; as it is, it has its letters still."""
 
-    first: str
+    letters: str
 
-    def __new__(cls, kind: str, first: str = "") -> Reason:
-        made = super().__new__(cls, kind)
-        made.first = first
+
+class Float(float):
+    """The same as a number with a fraction or an exponent."""
+
+    letters: str
+
+
+def plain_numbers(value: Any) -> Any:
+    """The value with Int and Float in place of each Number in it."""
+    if isinstance(value, Number):
+        made: Any
+        try:
+            made = Int(value)
+        except ValueError:  # a point, an exponent, or more digits than Python takes
+            made = Float(value)
+        made.letters = str(value)
         return made
+    if isinstance(value, Mapping):
+        return {key: plain_numbers(one) for key, one in value.items()}
+    return [plain_numbers(one) for one in value] if isinstance(value, list) else value
+
+
+class Reason(str):
+    """Why a row cannot be used: equal to the plain string, by which rows are counted; with one row as an example."""
+
+    where: str  # the row's file and line, in words
+    found: str  # what stands there, shortened
+
+    def __new__(cls, kind: str, where: str = "", found: str = "") -> Reason:
+        made = super().__new__(cls, kind)
+        made.where, made.found = where, found
+        return made
+
+    @property
+    def first(self) -> str:
+        """Where the row stands and what was found in it: under a reason that is counted, the first row's."""
+        return f"{self.where}: {self.found}" if self.found else self.where
 
 
 class BadRow(ValueError):
@@ -85,12 +123,19 @@ def shortened(text: str) -> str:
 
 
 def text_of(value: Any, field: str) -> str | None:
-    """The text of a string, of a number or of true and false, which become their JSON text; None of None.
+    """The text of a string; of a number or of true and false their JSON text; of a date or time, as parquet has them,
+    their ISO text; None of None.
 
     field: the value's name in messages. Raises BadRow for anything else, and for half of a surrogate pair.
     """
     if value is None:
         return None
+    if isinstance(value, Int | Float):
+        return value.letters
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return format(value, "f")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -150,8 +195,9 @@ def images_of(record: Mapping[str, Any], folder: Path | None) -> list:
 
 
 def image_of(value: Any, folder: Path | None) -> Any:
-    """A path, bytes, {"bytes", "path"} or a PIL image, with a path relative to `folder` made whole. Raises BadRow."""
-    if isinstance(value, bytes) or hasattr(value, "getexif"):
+    """A path, bytes, {"bytes", "path"}, WebImage or PIL image; a path made whole by `folder`. Raises BadRow."""
+    if isinstance(value, bytes | PurePath) or hasattr(value, "getexif"):
+        value = str(folder / value if folder else value) if isinstance(value, PurePath) else value
         return value
     if isinstance(value, str) and not isinstance(value, Number) and value:
         return _image_of_text(value, folder)
@@ -160,7 +206,7 @@ def image_of(value: Any, folder: Path | None) -> Any:
         if data:
             return _from_base64(data) if isinstance(data, str) else dict(value)
         if isinstance(path, str) and path:
-            return {"bytes": None, "path": _image_of_text(path, folder)}
+            return _image_of_text(path, folder)
         if value.get("url") is not None:
             return image_of(value["url"], folder)
         raise BadRow("image is an object without bytes, path and url", shown(value))
@@ -176,7 +222,9 @@ def _image_of_text(text: str, folder: Path | None) -> Any:
     if text[:7].lower() == "file://":
         return url2pathname(urlsplit(text).path)
     if URL.match(text):
-        raise BadRow(NOT_FETCHED, shown(text))
+        if text.partition("://")[0].lower() not in SCHEMES:
+            raise BadRow("image is a URL of a kind that cannot be fetched", shown(text))
+        return WebImage(text)
     if BASE64_IMAGE.fullmatch(text):
         return _from_base64(text)
     return str(folder / text) if folder else text

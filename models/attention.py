@@ -89,7 +89,7 @@ def takes_flex_attention(device: torch.device, length: int, head_dim: int, dropo
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether kernels can be compiled for CUDA: Triton is here, and a C compiler and Python.h for what launches them."""
+    """Whether kernels can be compiled for CUDA: Triton, and a C compiler and Python.h for what launches them."""
     from torch.utils._triton import has_triton
 
     compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))

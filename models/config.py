@@ -72,7 +72,7 @@ class VLMConfig(Checked):
     )
     lm_tokenizer: str | None = doc("hub id, local folder or easy-vqa (embedded); by default lm_model_type's", None)
     lm_chat_template: str = doc("Jinja chat template", CHATML)
-    lm_eos_token_id: int | None = doc("generation stops at this token; by default the tokenizer's <|im_end|>", None)
+    lm_eos_token_id: int | None = doc("generation stops at this token; by default that which ends an answer", None)
 
     mp_pixel_shuffle_factor: int = doc(
         "side of the square of patches that becomes one image token", 4, gt=0, section="Projector, images and tokens"
@@ -212,7 +212,7 @@ def check_settings(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> 
     if train.enable_grades and grades.metric == "rollback":
         if not train.average_weights:
             found.append(problem("average_weights", train.average_weights, "given (0.99) with --metric rollback"))
-        if train.val_size == 0:
+        if not train.validates:
             found.append(problem("val_size", train.val_size, "> 0 with --metric rollback, which needs held-out rows"))
     if grades.on_converged == "cooldown" and train.lr_schedule not in ("constant", "wsd"):
         found.append(problem("on_converged", "cooldown", "stop unless --lr_schedule is constant or wsd"))

@@ -24,9 +24,34 @@ class TrainConfig(Checked):
         "configurations (subsets) of the data set, for easy-vqa kinds of question: all, or several names", ["all"]
     )
     test_dataset_path: str | None = doc("rows for the exact match at the end; easy-vqa brings its own test split", None)
+    columns: dict[str, str] = doc(
+        "columns of one's own under the keys of docs/data.md, as question=frage,answer=antwort,image=bild", {}
+    )
+    row_function: str | None = doc(
+        "file.py:name, a function that gets each row as a dict and returns one of docs/data.md, or None to skip it",
+        None,
+    )
+    image_root: str | None = doc("folder of relative image paths; by default that of the file with the rows", None)
+    fetch_images: bool = doc("fetch images of http and https URLs into the cache of datasets", False)
+    truncated_images: str = doc(
+        "an image whose file breaks off: drop its row, or use what is there and count it",
+        "drop",
+        choices=("drop", "use"),
+    )
     stream_dataset: bool = doc("stream a hub data set instead of downloading it", True)
     val_size: int | float = doc(
         "validation rows, held out from the training rows: a count, or below 1 a share of them", 50_000, ge=0
+    )
+    split_by: str = doc(
+        "how val_size rows are held out: row; image, with all rows of an image on one side; auto, by image where rows "
+        "share images",
+        "auto",
+        choices=("auto", "image", "row"),
+    )
+    val_dataset_path: str | None = doc(
+        "validation rows of their own: a file, a folder (of which the validation split), or a hub id; val_size has no "
+        "effect then",
+        None,
     )
     turns_per_image: int | None = doc(
         "draw this many turns of a row at each visit, each one a conversation of its own; by default a row is one "
@@ -34,8 +59,13 @@ class TrainConfig(Checked):
         None,
         ge=1,
     )
+    train_on: str = doc(
+        "the tokens that are learned: answers (each with its end), last_answer of a conversation, or all of its text",
+        "answers",
+        choices=("answers", "last_answer", "all"),
+    )
     source_weights: dict[str, float] = doc(
-        "with turns_per_image: how often to draw the `source`s of a row's turns, as JSON; 1 for those not named",
+        "with turns_per_image: how often to draw the `source`s of a row's turns, as a=2,b=0.5; 1 for those not named",
         {},
         gt=0,
     )
@@ -45,8 +75,15 @@ class TrainConfig(Checked):
     )
     flip_images: bool = doc("mirror half of the training images left to right", False)
     mixture_weights: dict[str, float] = doc(
-        "how often the rows of a subset come in an epoch, as JSON; 1 for the subsets not named", {}, gt=0
+        "how often the rows of a subset come in an epoch, as a=2,b=0.5; 1 for the subsets not named", {}, gt=0
     )
+    max_bad_rows: int | float = doc(
+        "end the run when so many training rows cannot be used: below 1 a share of its first 1,000 rows, else a count "
+        "in its first epoch. Rows that other flags leave out (too long, too many images, ratings) do not count",
+        0.1,
+        ge=0,
+    )
+    strict: bool = doc("end the run at the first row that cannot be used, in training or validation", False)
     skip_bad_subsets: bool = doc("skip subsets that cannot be loaded, and name them; off: they are an error", False)
     packing: bool = doc(
         "fill rows of lm_max_length tokens with several samples. None sees another; batch_size counts such rows",
@@ -188,7 +225,8 @@ class TrainConfig(Checked):
     )
 
     dry_run: bool = doc(
-        "print what the run will take (parameters, tokens, FLOPs, memory) and end. Nothing is downloaded or written",
+        "print what the run will take (parameters, tokens, FLOPs, memory), look at some rows, and end. Nothing is "
+        "downloaded or written",
         False,
         section="Output",
     )
@@ -220,13 +258,19 @@ class TrainConfig(Checked):
         """The share of each row in max_tiles_per_batch; 0: no limit."""
         return 0 if isinstance(self.max_tiles_per_batch, str) else self.max_tiles_per_batch // self.batch_size
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows."""
+        return self.val_size != 0 or self.val_dataset_path is not None
+
     def relations(self) -> Iterable[Relation]:
         draws_turns = self.turns_per_image is not None
         peak_lr = max(self.lr_mp, self.lr_vision_backbone, self.lr_language_backbone)
         return [
             (peak_lr > 0, "lr_mp", "> 0 where both towers' learning rates are 0: nothing would train"),
+            (self.max_bad_rows < 1 or self.max_bad_rows % 1 == 0, "max_bad_rows", "a share below 1 or a whole number"),
             (self.val_size < 1 or self.val_size % 1 == 0, "val_size", "a share below 1 or a whole number of rows"),
-            (self.val_size != 0 or not self.early_stopping, "val_size", "> 0 with early_stopping"),
+            (self.validates or not self.early_stopping, "val_size", "> 0 with early_stopping"),
             (self.es_weights == "last" or self.average_weights > 0, "es_weights", "last without average_weights"),
             (draws_turns or not self.source_weights, "source_weights", "empty without turns_per_image"),
             (draws_turns or not self.balance_answers, "balance_answers", "off without turns_per_image"),

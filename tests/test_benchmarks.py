@@ -11,8 +11,9 @@ from tiny.tables import read_table
 
 from grades import find_components
 from grades.config import METRICS
-from scripts import bench_data, bench_freeze, bench_monitor, bench_step
+from scripts import bench_data, bench_freeze, bench_monitor, bench_nanovlm, bench_step
 from scripts.bench_common import Bench, make_parser, parse, time_checks
+from training.step import clip_gradients
 
 TINY = {
     "vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "vit_hidden_dim": 64, "vit_inter_dim": 128,
@@ -227,3 +228,85 @@ def test_impossible_flags_are_named(module, given, message, capsys):
     with pytest.raises(SystemExit):
         module.main(flags(*given))
     assert message in capsys.readouterr().err
+
+
+THEIR_CONFIG = """
+class VLMConfig:
+    def __init__(self):
+        self.lm_hidden_dim, self.of_their_own = 7, "kept"
+"""
+THEIR_MODEL = """
+import torch
+from data.processors import get_tokenizer
+from models.config import VLMConfig
+
+class VisionLanguageModel(torch.nn.Module):
+    def __init__(self, cfg, load_backbone):
+        super().__init__()
+        self.cfg, self.tokenizer, self.seen = cfg, get_tokenizer(None), []
+        self.MP, self.vision_encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.decoder = torch.nn.Embedding(200, cfg.lm_hidden_dim)
+
+    def forward(self, input_ids, images, attention_mask=None, targets=None):
+        self.seen.append((input_ids, images, attention_mask, targets))
+        return None, self.decoder(input_ids).square().mean()
+
+    def generate(self, input_ids, images, max_new_tokens, greedy):
+        for _ in range(max_new_tokens):
+            self.decoder(input_ids)
+"""
+
+
+@pytest.fixture
+def their_clone(tmp_path):
+    """A folder laid out as nanoVLM's, with a model of the same interface."""
+    (tmp_path / "models").mkdir()
+    for name, text in {"__init__": "", "config": THEIR_CONFIG, "vision_language_model": THEIR_MODEL}.items():
+        (tmp_path / "models" / f"{name}.py").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("more", "lines"), [((), ["a step"]), (("--new_tokens=3",), ["first token", "later tokens"])])
+def test_beside_nanovlm(their_clone, capsys, more, lines):
+    bench_nanovlm.main(flags("--nanovlm", str(their_clone), "--rounds=3", "--warmup_steps=1", *more))
+    found = values_of(capsys.readouterr().out)
+    for line in lines:
+        ours, theirs, ratio = (float(n) for n in re.findall(r"(?:this|nanoVLM|ratio) ([\d.e+-]+)", found[line]))
+        assert ours > 0 and ratio == pytest.approx(ours / theirs, rel=0.9)  # noqa: PT018
+
+
+def test_nanovlm_trains_on_the_same_batch_and_our_modules_stay(their_clone, bench):
+    theirs = bench_nanovlm.TheirBench(their_clone, bench)
+    before = theirs.model.decoder.weight.clone()
+    theirs.step()
+    ((ids, images, mask, targets),) = theirs.model.seen
+    batch = bench.micro_batches[0]
+    assert torch.equal(ids, batch["input_ids"])
+    assert torch.equal(targets, batch["targets"])
+    assert mask is None
+    assert images.dtype == torch.float32
+    assert images.shape == batch["images"].shape
+    assert not torch.equal(before, theirs.model.decoder.weight)
+    assert theirs.model.cfg.lm_hidden_dim == 64
+    assert theirs.model.cfg.of_their_own == "kept"
+    import models.vision_language_model
+
+    assert "scripts" not in models.vision_language_model.__file__
+    assert models.vision_language_model.VisionLanguageModel is type(bench.model)
+
+
+def test_a_folder_that_is_no_clone_of_nanovlm(tmp_path, bench):
+    with pytest.raises(FileNotFoundError, match="must be a clone"):
+        bench_nanovlm.their_model(tmp_path, bench.settings.vlm)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_gradients_are_clipped_as_torch_does(bench, max_norm):
+    bench.backward()
+    copies = [torch.nn.Parameter(p.grad.clone()) for p in bench.model.parameters() if p.grad is not None]
+    for copy in copies:
+        copy.grad = copy.detach().clone()
+    norm = torch.nn.utils.clip_grad_norm_(copies, max_norm)
+    assert torch.equal(clip_gradients(bench.model, max_norm), norm)
+    grads = [parameter.grad for parameter in bench.model.parameters() if parameter.grad is not None]
+    assert all(torch.equal(grad, copy.grad) for grad, copy in zip(grads, copies, strict=True))

@@ -39,7 +39,7 @@ def measured(loss, dtype) -> tuple[float, torch.Tensor, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_plain_loss(compiled, dtype):
-    value, gradient, kept = measured(compiled, dtype)
+    value, gradient, _ = measured(compiled, dtype)
     plain, expected, _ = measured(summed_cross_entropy, dtype)
     reference = torch.nn.functional.cross_entropy
     assert value == pytest.approx(plain, rel=1e-6)

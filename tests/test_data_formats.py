@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny.data import dataset, drawn, encoded, picture, tiny_train, tiny_vlm, turn
 
-from data import text_files
+from data import json_places, text_files
 from data.collators import TrainCollator
 from data.drops import DropCounter
 from data.formats import Part, count_formats
@@ -187,12 +187,12 @@ BAD = {
     "image is an empty string": Q | {"image": ""},
     "image is an object without bytes, path and url": Q | {"image": {"id": 3}},
     "image is not base64": Q | {"image": "data:image/png;base64,???"},
-    "image is a URL, which is not fetched: download it and give its path": Q | {"image": "https://a.org/b.png"},
+    "image is a URL, which --fetch_images fetches": Q | {"image": "https://a.org/b.png"},
     "a caption or label without an image": {"image": None, "caption": "red"},
     "another number of <image> than of images": conversation("<image> <image> what?", "red"),
-    "<image> elsewhere than at the start or end of the first question": conversation("is <image> red?", "yes"),
-    "a role is none of system, user and assistant": conversation("what?", "red") | {
-        "conversations": [{"from": "tool", "value": "?"}]},
+    "<image> elsewhere than in a question": conversation("is it red?", "yes <image>"),
+    "a role is none of system, user, assistant and tool": conversation("what?", "red") | {
+        "conversations": [{"from": "observation", "value": "?"}]},
     "a system message elsewhere than at the beginning": {"messages": [
         {"role": "user", "content": "?"}, {"role": "system", "content": "no"}]},
     "a message of messages is a string": {"messages": ["?"]},
@@ -274,9 +274,7 @@ def test_a_missing_file_and_a_url_are_told_apart(read, tmp_path):
     assert sum(dropped.values()) == 3
     assert dropped.examples() == {
         "no such file": f"rows.jsonl, line 2: {tmp_path / 'none.png'}",
-        "image is a URL, which is not fetched: download it and give its path": (
-            'rows.jsonl, line 3: "https://example.org/a.png"'
-        ),
+        "image is a URL, which --fetch_images fetches": ('rows.jsonl, line 3: "https://example.org/a.png"'),
     }
 
 
@@ -378,7 +376,8 @@ def test_lines_as_people_have_them(tmp_path, name):
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_file_is_the_same_whatever_is_read_at_once(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", chunk)
+    for module in (text_files, json_places):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     records = [Q | {"answer": answer} for answer in ("[{", "}]\\", 'ü"', "😀", ", ]", "x" * 300, "")]
     array = json.dumps(records, indent=indent, ensure_ascii=False)
     files = {
@@ -530,7 +529,7 @@ def test_parquet_and_saved_tables_know_the_same_formats(tmp_path, monkeypatch):
         assert one == other
         found[name] = one
     assert found == {
-        "llava": [[("\nis it?".strip(), "yes")], "<image> elsewhere than at the start or end of the first question"],
+        "llava": [[("is it?", "yes")], [("is ?", "no")]],
         "messages": [[("what?", "red")]],
         "answer": [[("?", "3")], [("?", "4")]],
         "label": [[("", "dog")]],
@@ -544,10 +543,8 @@ def test_a_stream_knows_the_same_formats():
     records = [conversation("<image>\nis it?", "yes"), conversation("is <image>?", "no"), conversation("is it?", "no")]
     table = datasets.Dataset.from_list(records).to_iterable_dataset(num_shards=3).with_format("arrow")
     rows = list(RowStream([Part("stream", table)]))
-    assert [turns(row) or bad(row)[1] for row in rows] == [
-        [("is it?", "yes")], 'stream[1]#0: "is <image>?"', [("is it?", "no")]
-    ]  # fmt: skip
-    assert rows[0]["format"] == "LLaVA conversations"
+    assert [turns(row) for row in rows] == [[("is it?", "yes")], [("is ?", "no")], [("is it?", "no")]]
+    assert [row["texts"][0].get("image_places") for row in rows] == [None, [3], None]
 
 
 def test_a_shuffled_file_with_bad_rows_resumes_and_reaches_workers(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny.data import dataset, drawn, encoded, picture, same, tiny_train, tiny_vlm
 
-import data.rows
+import data.parts
 from data import streams
 from data.collators import TrainCollator
 from data.formats import RATINGS
@@ -64,7 +64,7 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "repository"
     real = datasets.load_dataset
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data.rows, "require_hub", lambda what, instead: None)
+    monkeypatch.setattr(data.parts, "require_hub", lambda what, instead: None)
     monkeypatch.setattr(
         datasets, "get_dataset_config_names", lambda _: sorted(child.name for child in folder.iterdir())
     )

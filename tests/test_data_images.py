@@ -113,8 +113,10 @@ def palette(**info: int) -> Image.Image:
     ("image", "wanted"),
     [
         (deep(np.uint16, 0, 32896, 65535), [0, 128, 255]),
-        (deep(np.uint16, 0, 200), [0, 1]),
+        (deep(np.uint16, 0, 200), [0, 200]),
         (deep(np.int32, 0, 128, 255), [0, 128, 255]),
+        (deep(np.uint16, 0, 2048, 4095), [0, 128, 255]),  # 12 bits
+        (deep(np.uint16, 0, 2048, 4096), [0, 8, 16]),
         (deep(np.int32, -5, 32896, 65535), [0, 128, 255]),
         (deep(np.int32, 0, 502_000, 1_000_000), [0, 128, 255]),
         (deep(np.float32, 0.0, 0.5, 1.0, np.nan, np.inf), [0, 128, 255, 0, 0]),
@@ -235,7 +237,7 @@ def test_more_pixels_than_the_limit_are_a_dropped_row_before_they_are_decoded():
     bomb = one_bit_png(60_000, 60_000, rows=1)
     with pytest.raises(ImageDecodeError, match="60000 x 60000 pixels are more than 400,000,000"):
         ImageProcessor(tiny_vlm())(bomb)
-    assert dataset([row([bomb])])[0, 0].dropped == {"image does not decode": 1}
+    assert dataset([row([bomb])])[0, 0].dropped == {"image has too many pixels": 1}
 
 
 def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):

@@ -20,7 +20,7 @@ from tiny.data import (
 )
 
 from data.collators import PromptCollator, TrainCollator
-from data.drops import DropCounter
+from data.drops import DropCounter, DropRecord
 from data.formats import Part
 from data.loader import eval_batches, prompt_batches, train_batches
 from data.order import EpochIndices, EpochOrder
@@ -82,9 +82,13 @@ def test_train_batch_leaves_out_and_counts_dropped_rows():
     batch = train_collator()([data[0, i] for i in range(3)])
     assert batch["ids"] == ["good"]
     assert batch["dropped"] == {"image does not decode": 2, "turn: no text": 1}
+    reasons = [record.reason for record in batch["drop_records"]]
+    assert reasons == ["image does not decode", "turn: no text", "image does not decode"]
     assert len(batch["input_ids"]) == len(batch["images"]) == 1
     empty = train_collator()([data[0, 0]])
-    assert empty == {"input_ids": None, "ids": [], "dropped": {"image does not decode": 1}}
+    records = [DropRecord("row", "row", "image does not decode", "cannot identify image file")]
+    dropped = {"dropped": {"image does not decode": 1}, "drop_records": records}
+    assert empty == {"input_ids": None, "ids": []} | dropped
     text_only = train_collator()([dataset([row([])], SMALL)[0, 0]])
     assert [text_only[name] for name in ("images", "image_slots", "image_sources")] == [None] * 3
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny.data import TILE_TOKENS, byte_level_tokenizer, dataset, row, tiny_train, tiny_vlm, turn
 
-from data import easy_vqa, text
-from data.datasets import check_words
+from data import easy_vqa, templates
 from data.rows import load_rows
 from data.text import encode_conversation, encode_prompt, get_tokenizer, image_string, knows_every_word, unknown_words
+from data.tokenizer_checks import check_words
 
-RENDER = text._render
+RENDER = templates.render
 CHATML = "<|im_start|>user\nwhat is the blue shape?<|im_end|>\n<|im_start|>assistant\ncircle<|im_end|>\n"
 
 
@@ -157,12 +157,12 @@ def test_what_the_assistant_says_is_found_by_rendering_once(template, tokenizers
         turns = [turn(user, assistant) for user, assistant in conversation]
         found = encode_conversation(tokenizer, turns, "")
         with monkeypatch.context() as patch:
-            patch.setattr(text.Frame, "spans", lambda *given: None)
+            patch.setattr(templates.Frame, "starts", lambda *given: None)
             assert encode_conversation(tokenizer, turns, "") == found
     rendered = []
-    monkeypatch.setattr(text, "_render", lambda *given, **flags: rendered.append(1) or RENDER(*given, **flags))
+    monkeypatch.setattr(templates, "render", lambda *given, **flags: rendered.append(1) or RENDER(*given, **flags))
     encode_conversation(tokenizer, [turn("what is the shape?", "red")] * 20, "")
-    assert len(rendered) == (41 if template == "shouts" else 1)
+    assert len(rendered) == (22 if template == "shouts" else 1)
 
 
 def test_image_string_of_grids():
@@ -197,7 +197,7 @@ def test_rows_with_unknown_words_are_noted_before_training():
     data = dataset([], train_cfg=tiny_train(turns_per_image=1))
     assert check_words(data, [KNOWN, KNOWN]) is None
     note = check_words(data, [KNOWN, SKULL, MIXED])
-    parts = ("easy-vqa", "'Skull' (row a.jsonl#3);", "2 of 3 rows", "1 row (1 word", "1 turn (1 word", "smollm2_local")
+    parts = ("easy-vqa", "'Skull' (a.jsonl#3);", "2 of 3 rows", "1 row (1 word", "1 turn (1 word", "smollm2_local")
     for part in parts:
         assert part in note
 
@@ -206,7 +206,7 @@ def test_rows_with_unknown_words_are_noted_before_training():
     ("rows", "message"),
     [
         ([SKULL, MIXED], r"--lm_tokenizer easy-vqa: .*; 0 of 2 rows .*--config configs/smollm2_local\.yaml"),
-        ([MANY], r"'tell' \(row many\), 'me' .*, 'where' .*, 'we' .*, 'see' \(row many\), \.\.\.; 0 of 1"),
+        ([MANY], r"'tell' \(many\), 'me' .*, 'where' .*, 'we' .*, 'see' \(many\), \.\.\.; 0 of 1"),
     ],
 )
 def test_rows_that_all_have_unknown_words_are_an_error_that_names_five(rows, message):

@@ -36,7 +36,8 @@ def test_lines_and_numbers_are_in_the_files_at_once(log, capsys):
     text, metrics = (open(file.name, encoding="utf-8").read() for file in (log.text, log.metrics))  # noqa: PTH123, SIM115
     assert text == "für alle\nfor the file\n"
     assert json.loads(metrics) == {"step": 3, "loss": 0.5, "norm": None, "none": None}
-    assert log.state_dict()["bytes"] == {"log.txt": len(text.encode()), "metrics.jsonl": len(metrics.encode())}
+    sizes = {"log.txt": len(text.encode()), "metrics.jsonl": len(metrics.encode()), "dropped.jsonl": 0}
+    assert log.state_dict()["bytes"] == sizes
 
 
 def test_in_a_pipe_progress_is_a_line_now_and_then(log, capsys, monkeypatch):

@@ -28,7 +28,10 @@ FREE_FIELDS = {
 }  # fmt: skip
 BOTH_TOWERS = "lr_backbones"  # a flag for lr_vision_backbone and lr_language_backbone
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
-KINDS = {bool: "on or off", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+KINDS = {
+    bool: "on or off", int: "a whole number", float: "a number", str: "text", list: "a list",
+    dict: "a mapping, as a=b,c=d or JSON",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -110,7 +113,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
 def end(problems: Iterable[str]) -> NoReturn:
     """End the program with a line for each problem; a usage text of a hundred flags would hide them."""
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        print("\n".join(f"train.py: error: {problem}" for problem in problems), file=sys.stderr)
+        program = "inspect_data.py" if Path(sys.argv[0]).name == "inspect_data.py" else "train.py"
+        print("\n".join(f"{program}: error: {problem}" for problem in problems), file=sys.stderr)
     sys.exit(2)
 
 
@@ -223,7 +227,7 @@ def read_value(kind: Any, value: Any) -> Any:
     if origin is list:
         return [read_value(inner[0], item) for item in (value if isinstance(value, list) else [value])]
     if origin is dict:
-        mapping = json.loads(value) if isinstance(value, str) else value
+        mapping = _mapping(value) if isinstance(value, str) else value
         if not isinstance(mapping, dict):
             raise ValueError(value)
         return {str(key): read_value(inner[1], item) for key, item in mapping.items()}
@@ -234,3 +238,14 @@ def read_value(kind: Any, value: Any) -> Any:
             raise ValueError(value)
         return SWITCH[str(value).lower()]
     return kind(str(value))
+
+
+def _mapping(text: str) -> Any:
+    """What JSON says, or a=b,c=d. Raises ValueError."""
+    if text.lstrip()[:1] in ("{", "[") or "=" not in text:
+        return json.loads(text)
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    found = {key.strip(): value.strip() for key, _, value in pairs}
+    if not all(equals and key.strip() and value.strip() for key, equals, value in pairs) or len(found) < len(pairs):
+        raise ValueError(text)
+    return found

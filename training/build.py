@@ -1,4 +1,4 @@
-"""The model of a run, and the plan of a run that --dry_run prints."""
+"""The model of a run."""
 
 import dataclasses
 import math
@@ -82,17 +82,3 @@ def compile_model(model: VisionLanguageModel, settings: Settings, device: torch.
     most = len(full_batch(settings, META)["images"]) if device.type == "cuda" else None
     setup.compile_blocks(model, most)
     return True
-
-
-def dry_run(settings: Settings, processes: int) -> int:
-    """Print the plan of the run. No weights, no data, no network; a backbone on the hub has the sizes of the recipe."""
-    from training.plan import make_plan, plan_lines
-
-    take_over_sizes(settings, local_only=True)
-    limit_tiles(settings, processes)
-    with torch.device("meta"):
-        model = VisionLanguageModel(settings.vlm)
-        if settings.train.lora_rank:
-            inject_lora(model, settings.train)
-    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
-    return 0

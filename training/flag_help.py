@@ -77,7 +77,7 @@ def _flags(configs: Sequence[Any], everything: bool) -> Iterator[tuple[str, str,
 def _placeholder(kind: Any) -> str:
     """What stands for a value of this type behind the flag."""
     plain: Any = next(iter(get_args(kind)), kind) if isinstance(kind, UnionType) else get_origin(kind) or kind
-    return {bool: "", int: " N", float: " X", list: " NAME ...", dict: " JSON"}.get(plain, " NAME")
+    return {bool: "", int: " N", float: " X", list: " NAME ...", dict: " KEY=VALUE,..."}.get(plain, " NAME")
 
 
 def _in_brackets(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run says and writes: console, log.txt, metrics.jsonl, progress bar, and a tracker."""
+"""What a run says and writes: console, log.txt, metrics.jsonl, dropped.jsonl, progress bar, and a tracker."""
 
 import contextlib
 import json
@@ -6,18 +6,20 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
+from data.drops import DROPPED, MAX_RECORDS
 from training.trackers import NoTracker, Tracker
 
 LINE_INTERVAL_S = 60.0  # between two lines of progress where no bar can be drawn
 
 
 class RunLog:
-    """One run's console lines, log.txt, metrics.jsonl and progress bar."""
+    """One run's console lines, log.txt, metrics.jsonl, dropped.jsonl and progress bar."""
 
     def __init__(self, folder: Path, total_steps: int, resumes: bool = False):
         """total_steps: for the bar. resumes: continue the files that are there."""
@@ -25,6 +27,9 @@ class RunLog:
         mode: Literal["a", "w"] = "a" if resumes else "w"
         self.text = (folder / "log.txt").open(mode, encoding="utf-8", newline="\n")
         self.metrics = (folder / "metrics.jsonl").open(mode, encoding="utf-8", newline="\n")
+        self.dropped = (folder / DROPPED).open(mode, encoding="utf-8", newline="\n")
+        self.files = (self.text, self.metrics, self.dropped)
+        self.known_drops: dict[str, set[str]] = {}  # of each split and reason the rows that are in dropped.jsonl
         self.tracker_id: str | None = None  # of the run that is resumed
         self.total_steps = total_steps
         self.bar: tqdm | None = None
@@ -52,6 +57,19 @@ class RunLog:
         self._write(self.metrics, json.dumps({"step": step, **values}))
         self.tracker.log({name: value for name, value in values.items() if value is not None}, step)
 
+    def record_drops(self, records: Iterable[dict[str, str]]) -> None:
+        """A line of dropped.jsonl for each row that is not there yet, up to MAX_RECORDS for each split and reason."""
+        for record in records:
+            if self._is_new(record):
+                self._write(self.dropped, json.dumps(record, ensure_ascii=False))
+
+    def _is_new(self, record: dict[str, str]) -> bool:
+        rows = self.known_drops.setdefault(f"{record['split']}/{record['reason']}", set())
+        if record["row"] in rows or len(rows) >= MAX_RECORDS:
+            return False
+        rows.add(record["row"])
+        return True
+
     def _write(self, file: TextIO, line: str) -> None:
         """With a full disk the line waits in the file's buffer, as long as there is room, and the run continues."""
         try:
@@ -64,19 +82,22 @@ class RunLog:
             self.disk_is_full = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Bytes of log.txt and metrics.jsonl, which are on the disk then, where it has room; and the tracker's id."""
-        for file in (self.text, self.metrics):
+        """Bytes of the files, which are on the disk then, where it has room; and the tracker's id."""
+        for file in self.files:
             with contextlib.suppress(OSError):
                 os.fsync(file.fileno())
-        sizes = {Path(file.name).name: os.fstat(file.fileno()).st_size for file in (self.text, self.metrics)}
+        sizes = {Path(file.name).name: os.fstat(file.fileno()).st_size for file in self.files}
         return {"bytes": sizes, "tracker_id": self.tracker.id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Cut off what came after that state, and remember which run of the tracker continues."""
         self.tracker_id = state["tracker_id"]
-        for file in (self.text, self.metrics):
-            if os.fstat(file.fileno()).st_size > (size := state["bytes"][Path(file.name).name]):
+        for file in self.files:
+            if os.fstat(file.fileno()).st_size > (size := state["bytes"].get(Path(file.name).name, 0)):
                 file.truncate(size)
+        self.known_drops = {}
+        for line in Path(self.dropped.name).read_text(encoding="utf-8").splitlines():
+            self._is_new(json.loads(line))
 
     def show(self, step: int, **postfix: str) -> None:
         """Move the progress to step. postfix: what stands behind it."""
@@ -102,7 +123,7 @@ class RunLog:
     def close(self) -> None:
         """Close bar and files."""
         self.close_bar()
-        for file in (self.text, self.metrics):
+        for file in self.files:
             with contextlib.suppress(OSError):  # what the disk has refused before
                 file.close()
 
@@ -114,7 +135,7 @@ def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
 class NoLog(RunLog):
     """The log of a rank that says and writes nothing."""
 
-    start_bar = say = detail = record = load_state_dict = show = close_bar = close = _nothing
+    start_bar = say = detail = record = record_drops = load_state_dict = show = close_bar = close = _nothing
 
     def __init__(self) -> None:
         self.tracker = NoTracker()

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 from data import easy_vqa
 from data.hub import require_hub
+from data.options import RowOptions
 from models.config import SCRATCH
 from training.arguments import Settings, end
 from training.trackers import check_tracker
 
 HUB_TIMEOUT_S = 2.5
-FILE_ENDINGS = (".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".gz", ".gguf")
+FILE_ENDINGS = (
+    ".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".tgz", ".gz", ".zst", ".gguf",
+)  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -63,10 +66,11 @@ def path_problems(settings: Settings) -> list[str]:
     output = Path(cfg.output_dir)
     if file := next((path for path in (output, *output.parents) if path.is_file()), None):
         found.append(f"--output_dir {cfg.output_dir}: {file} is a file, must be a folder")
-    try:
-        check_tracker(cfg)
-    except ValueError as error:
-        found.append(str(error))
+    for check in (check_tracker, RowOptions.of):
+        try:
+            check(cfg)
+        except ValueError as error:
+            found.append(str(error))
     return found
 
 
@@ -93,7 +97,7 @@ def sources(settings: Settings) -> Iterator[Source]:
     """The data and the pretrained weights that the run reads; those of a checkpoint that it continues are its own."""
     vlm, cfg = settings.vlm, settings.train
     if not cfg.dry_run:
-        for flag in ("train_dataset_path", "test_dataset_path"):
+        for flag in ("train_dataset_path", "val_dataset_path", "test_dataset_path"):
             if (path := getattr(cfg, flag)) not in (None, easy_vqa.NAME):
                 yield Source(flag, path, "datasets")
     if cfg.resume is not None and (cfg.resume != "auto" or run_folder(settings).exists()):

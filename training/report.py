@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from data import easy_vqa
-from data.drops import REASONS_TO_SHOW
-from data.formats import count_formats
-from data.pipeline import Data, some_rows
+from data.drops import DROPPED, REASONS_TO_SHOW, TRUNCATED, USED
+from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME
@@ -26,6 +25,7 @@ from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.memory import peak_memory_bytes, reserved_memory_bytes
 from training.meter import Meter
+from training.parallel import Parallel
 from training.resume import RunStart
 from training.state import END_REASONS, LoopState
 from training.trackers import make_tracker
@@ -71,9 +71,8 @@ def open_report(
     log.say(f"{parameters:,} parameters on {device.type}{compiled}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
-    is_table = hasattr(data.train_rows, "__len__")
-    formats = ", ".join(name for name, _ in count_formats(some_rows(data.train_rows)).most_common()) if is_table else ""
-    log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else ""))
+    formats, split = ", ".join(format_names(data.train_rows)), data.split and f"; split {data.split}"
+    log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else "") + split)
     if device.type == "cuda" and (cfg.packing or cfg.compile == "auto") and not has_compiler():
         log.say(
             "NOTE Triton, a C compiler or Python.h is missing: nothing compiles, packed rows are masked; it is slower"
@@ -90,11 +89,13 @@ def log_progress(
     log: RunLog,
     state: LoopState,
     meter: Meter,
+    data: Data,
     optimizer: torch.optim.Optimizer,
     monitor: GradESMonitor | None,
     cache: FeatureCache | None = None,
 ) -> None:
     """Record and show the steps since the last time; waits for the device."""
+    log_drops(log, data, meter.parallel)
     values = meter.report() | {"train/lr": max(group["lr"] for group in optimizer.param_groups)}
     shown = {
         "loss": f"{values['train/loss']:.3f}",
@@ -113,6 +114,12 @@ def log_progress(
         values["train/feature_cache_hit_share"] = cache.hits / cache.lookups  # of the whole run
     log.record(state.step, values)
     log.show(state.step, **shown)
+
+
+def log_drops(log: RunLog, data: Data, parallel: Parallel) -> None:
+    """Write to dropped.jsonl the rows that could not be used since the last time. Every rank must call it."""
+    for records in parallel.gather(data.take_records()):
+        log.record_drops(records)
 
 
 def write_report(
@@ -239,12 +246,15 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         speed += f", {percent(summary['data_wait_time_s'] / summary['train_time_s'])} of the steps' time for data"
         lines.append(f"speed                 {speed}")
     for split, counts in summary["dropped"].items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        lines.append(f"dropped, {split + ':':<13}{reasons}")
+        for word, what in (("dropped", [r for r in counts if not r.startswith(USED)]), ("used", [TRUNCATED])):
+            reasons = ", ".join(f"{counts[reason]} {reason.removeprefix(USED)}" for reason in what if reason in counts)
+            lines += [f"{f'{word}, {split}:':<22}{reasons}"] if reasons else []
         first = list(summary["first_dropped"].get(split, {}).items())[:REASONS_TO_SHOW]
         lines += [f"{'':<22}{reason}, first in {found}" for reason, found in first]
     lines += [f"written               {path}" for path in (folder / "summary.json", *pictures)]
     asked = shlex.quote(str(folder))
+    if summary["dropped"]:
+        lines.append(f"written               {folder / DROPPED}: each row that was dropped, with file and line")
     if summary["stop_reason"] == "interrupted":
         lines.append(f"continue              with the same command and --resume {asked}")
     if summary["stop_reason"] != "non_finite_loss":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data.drops import DROPPED
 from models.config import TrainConfig
 from training.arguments import FREE_FIELDS, Settings
 from training.checkpoint_folder import (
@@ -31,7 +32,7 @@ FORMAT = 2  # of training_state.pt
 FREE = {
     "output_dir", "run_name", "num_workers", "log_with", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
     "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
-    "activation_checkpointing", "profile", "lm_eos_token_id",
+    "activation_checkpointing", "profile", "lm_eos_token_id", "image_root", "max_bad_rows", "strict",
 }  # fmt: skip
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {
@@ -124,6 +125,8 @@ def open_run(settings: Settings, parallel: Parallel) -> RunStart:
         (start,) = opened
     elif start.checkpoint is not None:
         start.state = load_state(start.checkpoint)
+    if start.state and "split_by" not in start.state["settings"]:  # an older version, which always split by row
+        start.requested["split_by"] = settings.train.split_by = "row"
     return start
 
 
@@ -147,7 +150,7 @@ def _open(settings: Settings, processes: int) -> RunStart:
     if in_place:
         return RunStart(source, requested, is_new, held, checkpoint, state, notes)
     folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
-    for name in ("log.txt", "metrics.jsonl"):
+    for name in ("log.txt", "metrics.jsonl", DROPPED):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     return RunStart(folder, requested, True, lock(folder), checkpoint, state, notes)

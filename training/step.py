@@ -50,5 +50,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor | None:
     """Scale the gradient down to max_norm; returns its norm before that, None where max_norm is 0."""
     if max_norm == 0:
         return None
-    norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights it is a DTensor
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights it is a DTensor
+    # On a CPU the norm is known at once, and a pass over the gradients is spared where it would multiply by 1.
+    if whole.device.type != "cpu" or not max_norm / (whole + 1e-6) >= 1:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return whole

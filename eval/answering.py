@@ -1,0 +1,237 @@
+"""The answers of a model to a benchmark: in batches, on several processes, and from where it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import string
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.datasets import Questions
+from data.images import ImageDecodeError
+from data.readers import as_it_is
+from eval.asking import Asker, Reader
+from eval.benchmarks import Benchmark
+from eval.results import score
+from eval.rules import Question, Task
+from grades.files import write_text
+
+WINDOW = 8  # batches among which questions are sorted by length
+FIRST_BATCH = {"cuda": 64, "cpu": 16}  # where --batch_size auto begins; out of memory halves it
+LIKELIHOOD = "likelihood"
+
+
+@dataclass
+class Answering:
+    """How a model is asked. batch_size: None begins with FIRST_BATCH. rank, world_size: whose questions of all."""
+
+    asker: Asker
+    progress: Path
+    batch_size: int | None = None
+    workers: int = 0
+    without_image: bool = False
+    max_new_tokens: int | None = None  # None: the task's
+    likelihood: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.size = self.batch_size or FIRST_BATCH.get(self.asker.device.type, FIRST_BATCH["cpu"])
+
+    def decoding(self, benchmark: Benchmark) -> dict[str, Any]:
+        """How the answers are decoded, for the results."""
+        tokens = self.max_new_tokens or benchmark.task.max_new_tokens
+        return {"greedy": True, "max_new_tokens": tokens, "without_image": self.without_image}
+
+    def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the answers depend on."""
+        data = {"data": benchmark.fingerprint, "prompt style": benchmark.prompt_style}
+        return {**model, **self.decoding(benchmark), **data, LIKELIHOOD: self.likelihood}
+
+    def answer(self, benchmark: Benchmark, model: Mapping[str, Any]) -> None:
+        """Ask this rank's part of the questions that have no answer yet; each is on disk as soon as it is there.
+
+        model: as `describe_model` says. Raises ValueError where --output has answers of other settings; OSError.
+        """
+        path, settings = self._path(benchmark, self.rank), self.settings(benchmark, model)
+        known, _ = read_progress(self.paths(benchmark), settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_text(path, json.dumps({"settings": settings}) + "\n")
+        mine = benchmark.questions[self.rank :: self.world_size]
+        left = [question for question in mine if question.id not in known]
+        if self.rank == 0 and len(left) < len(mine):
+            print(f"{benchmark.task.name}: {len(mine) - len(left)} of {len(mine)} questions are answered already")
+        questions = self._read(benchmark, left)
+        bar = tqdm(total=len(left), desc=benchmark.task.name, unit="question", disable=self.rank > 0, smoothing=0.05)
+        with path.open("a", encoding="utf-8") as file, bar:
+            for group in _sorted_by_length(questions, WINDOW * self.size):
+                while group:
+                    batch = group[: self.size]
+                    answers = self._ask(batch, benchmark)
+                    if answers is None:  # out of memory: again, in smaller batches
+                        continue
+                    group = group[len(batch) :]
+                    file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+                    file.flush()
+                    bar.update(len(batch))
+
+    def forget(self) -> None:
+        """Remove what was kept for an evaluation that ends early; its results are written."""
+        shutil.rmtree(self.progress)
+
+    def _path(self, benchmark: Benchmark, rank: int) -> Path:
+        return self.progress / f"{benchmark.task.name}-{rank}.jsonl"
+
+    def paths(self, benchmark: Benchmark) -> list[Path]:
+        """Of all ranks, also of an earlier run with another number of them."""
+        return sorted(self.progress.glob(f"{benchmark.task.name}-[0-9]*.jsonl"))
+
+    def _read(self, benchmark: Benchmark, left: Sequence[Question]) -> Iterator[tuple[Question, Questions]]:
+        """The questions with their images decoded, by worker processes while the model answers."""
+        prompts = Prompts(self.asker.reader, benchmark, left, self.without_image)
+        options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
+        if self.workers:
+            torch.multiprocessing.set_sharing_strategy("file_system")
+        yield from zip(left, DataLoader(prompts, **options), strict=True)
+
+    def _ask(self, batch: list[tuple[Question, Questions]], benchmark: Benchmark) -> list[dict] | None:
+        """{"id", "answer"} of each; None where the device ran out of memory and a smaller batch may do."""
+        asked = [questions for _, questions in batch]
+        tokens = self.max_new_tokens or benchmark.task.max_new_tokens
+        try:
+            texts = self.asker.answer(asked, tokens)
+            chosen = self._likeliest(batch) if self.likelihood else {}
+        except torch.OutOfMemoryError:
+            if self.batch_size is not None or len(batch) == 1:
+                raise ValueError(f"--batch_size {self.size}: out of memory; take fewer, or --batch_size auto") from None
+            self.size = len(batch) // 2
+        else:
+            return [
+                {"id": question.id, "answer": text} | chosen.get(question.id, {})
+                for (question, _), text in zip(batch, texts, strict=True)
+            ]
+        # Here, as the error has let go of what it held.
+        if self.asker.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory: going on with batches of {self.size}", file=sys.stderr)
+        return None
+
+    def _likeliest(self, batch: list[tuple[Question, Questions]]) -> dict[str, dict[str, str]]:
+        """Of those with lettered choices."""
+        lettered = [(question, asked) for question, asked in batch if letters_of(question)]
+        if not lettered:
+            return {}
+        found = self.asker.likeliest([asked for _, asked in lettered], [letters_of(one) for one, _ in lettered])
+        return {question.id: {LIKELIHOOD: one} for (question, _), one in zip(lettered, found, strict=True)}
+
+
+def describe_model(asker: Asker, name: str, dtype: str) -> dict[str, Any]:
+    """Whose answers they are: {"checkpoint", "weights": SHA-256 of model.safetensors, "parameters", "dtype"}."""
+    with (asker.folder / "model.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    computed = str(asker.compute_dtype()).removeprefix("torch.")
+    parameters = sum(parameter.numel() for parameter in asker.model.parameters())
+    return {"checkpoint": name, "weights": weights, "parameters": parameters, "dtype": computed}
+
+
+def scored_answers(
+    asking: Answering, benchmark: Benchmark, model: Mapping[str, Any]
+) -> list[tuple[Task, list[dict], dict[str, Any]]]:
+    """(task, rows of answers.jsonl, its part of results.json) of the answers, and of the likeliest choices."""
+    answers, likeliest = read_progress(asking.paths(benchmark), asking.settings(benchmark, model))
+    found = []
+    for kind, given in (("", answers), (LIKELIHOOD, likeliest)):
+        if not given:
+            continue
+        name = f"{benchmark.task.name}/{kind}".rstrip("/")
+        one = replace(benchmark, task=replace(benchmark.task, name=name))
+        rows, summary = score(one, given)
+        decoding = asking.decoding(benchmark) | (
+            {"greedy": False, LIKELIHOOD: "first token of a letter"} if kind else {}
+        )
+        found.append((one.task, rows, summary | {"decoding": decoding}))
+    return found
+
+
+def letters_of(question: Question) -> str:
+    """The letters of its choices, "" where it has none."""
+    letters = string.ascii_uppercase[: question.item.choices or 0]
+    return letters if question.item.truth.get("answer") in list(letters) else ""
+
+
+class Prompts(Dataset):
+    """What the model gets for each of some questions of a benchmark."""
+
+    def __init__(self, reader: Reader, benchmark: Benchmark, questions: Sequence[Question], without_image: bool):
+        self.reader, self.benchmark, self.questions = reader, benchmark, questions
+        self.without_image = without_image
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> Questions:
+        question = self.questions[index]
+        images = [] if self.without_image else self.benchmark.images(question)
+        turn = {"user": question.prompt} if self.without_image else self.benchmark.turn(question)
+        try:
+            return self.reader.read(turn, images, question.item.system or "", question.answer_prefix, question.id)
+        except ImageDecodeError as error:
+            raise ValueError(f"{self.benchmark.task.name}, question {question.id}: {error}") from None
+
+
+def _sorted_by_length(
+    questions: Iterator[tuple[Question, Questions]], window: int
+) -> Iterator[list[tuple[Question, Questions]]]:
+    """Lists of `window` questions, the longest prompts first: what does not fit into memory shows at once."""
+    group: list[tuple[Question, Questions]] = []
+    for one in questions:
+        group.append(one)
+        if len(group) == window:
+            yield sorted(group, key=_length, reverse=True)
+            group = []
+    yield sorted(group, key=_length, reverse=True)
+
+
+def _length(one: tuple[Question, Questions]) -> int:
+    return len(one[1].prompts[0])
+
+
+def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """(question id -> answer, question id -> likeliest choice) of an evaluation that was ended.
+
+    A last line that breaks off counts as not written. Raises ValueError where the settings are others.
+    """
+    answers: dict[str, str] = {}
+    likeliest: dict[str, str] = {}
+    for path in paths:
+        whole = path.read_text(encoding="utf-8")
+        lines = whole.splitlines()
+        if whole and not whole.endswith("\n"):
+            lines = lines[:-1]
+            write_text(path, "".join(line + "\n" for line in lines))
+        if not lines:
+            path.unlink()
+            continue
+        before = json.loads(lines[0])["settings"]
+        if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+            name = changed[0]
+            raise ValueError(
+                f"{path}: holds answers of another evaluation, whose {name} was {before.get(name)} and is now "
+                f"{settings.get(name)}; take another --output, or remove the file"
+            )
+        for line in lines[1:]:
+            row = json.loads(line)
+            answers[row["id"]] = row["answer"]
+            if LIKELIHOOD in row:
+                likeliest[row["id"]] = row[LIKELIHOOD]
+    return answers, likeliest

@@ -1,0 +1,170 @@
+"""A benchmark that is there: its questions, in order, and where their images are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.values import BadRow, image_of
+from eval.prompts import STYLES, styled
+from eval.rules import Item, Question, Task
+from eval.tables import Table, open_table
+
+
+@dataclass
+class Benchmark:
+    """The questions of a task. table: its rows; image_table: the rows that images are in, by id, where that is another.
+
+    prompt_style: None where the answers were made elsewhere, so that the prompt is not known.
+    fingerprint: SHA-256 of the ids, questions and truths of all questions; image_fingerprint: of the images' bytes,
+    None where they were not read, because a column says which rows share one.
+    """
+
+    task: Task
+    questions: list[Question]
+    table: Table
+    split: str
+    prompt_style: str | None
+    image_fingerprint: str | None = None
+    image_table: Table | None = None
+    image_numbers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for one in self.questions:
+            digest.update(json.dumps([one.id, one.item.question, one.item.truth], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def images(self, question: Question) -> list[Any]:
+        """The images of a question, not decoded: paths, bytes, {"bytes", "path"}. Raises ValueError for a bad one."""
+        record, table, columns = self.table.record(question.number), self.table, self.task.images
+        if self.task.image_key and "image" not in record:
+            if self.image_table is None:
+                raise ValueError(
+                    f"{self.table.source}: {self.task.name} needs the column image, or {self.task.image_config} beside "
+                    f"{self.task.config}"
+                )
+            key = str(record[self.task.image_key])
+            if key not in self.image_numbers:
+                raise ValueError(f"{self.image_table.source}: no image {key}, which question {question.id} is about")
+            record, table = self.image_table.record(self.image_numbers[key]), self.image_table
+        chosen = columns if question.item.images is None else question.item.images
+        return [image for column in chosen for image in _images(record.get(column), table.folder)]
+
+    def turn(self, question: Question) -> dict[str, Any]:
+        """The question with the places of its images: see data.places."""
+        return {"user": question.prompt}
+
+    def describe(self) -> dict[str, Any]:
+        """Where the data is from, for the results."""
+        return {
+            "source": self.table.source,
+            "split": self.split,
+            "rows": len(self.questions),
+            "published_rows": self.task.published_rows,
+            "fingerprint": self.fingerprint,
+            "image_fingerprint": self.image_fingerprint,
+        }
+
+
+def _images(value: Any, folder: Path | None) -> list[Any]:
+    try:
+        return [image_of(one, folder) for one in (value if isinstance(value, list) else [value]) if one is not None]
+    except BadRow as bad:
+        raise ValueError(f"{bad.kind}: {bad.found}") from None
+
+
+def open_benchmark(
+    task: Task,
+    data_root: Path | None,
+    limit: int | None,
+    style: str | None,
+    with_images: bool = False,
+    alone: bool = True,
+) -> Benchmark:
+    """The task's questions, the first `limit` of them, in a prompt style of eval.prompts; None: it is not known.
+
+    data_root: a folder that holds the data or a subfolder with it, named after the task or its id on the hub; None: the
+    hub. with_images: a model is to answer. alone: there is no other task, so that data_root may hold the data itself.
+    Raises ValueError, FileNotFoundError or ConnectionError in one sentence.
+    """
+    if data_root and not data_root.exists():
+        raise FileNotFoundError(f"--data_root {data_root}: no such folder")
+    names = (task.name, task.hub_id, task.hub_id.split("/")[1])
+    if data_root and not alone and not any((data_root / name).is_dir() for name in names):
+        raise FileNotFoundError(f"--data_root {data_root}: holds no folder {names[0]}, nor {' or '.join(names[1:])}")
+    table = open_table(data_root, names, task.hub_id, task.config, task.split)
+    columns, there = _needed(task, with_images), table.columns
+    if missing := [column for column in columns if column not in there]:
+        raise ValueError(
+            f"{table.source}: {task.name} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}; there "
+            f"are {', '.join(there) or 'none'}"
+        )
+    benchmark = Benchmark(task, [], table, task.split, style)
+    seen: Counter[str] = Counter()
+    digests = hashlib.sha256()
+    hashes, has_images = not (task.cluster and task.cluster in there), False
+    wanted = {*there} - (set() if hashes else set(task.images))
+    for number, record in enumerate(table.records(sorted(wanted), limit)):
+        item = _read(task, record, f"{table.source}, row {number}")
+        digest = _digest(record, task, table.folder) if hashes else None
+        has_images = has_images or digest is not None
+        digests.update((digest or "").encode())
+        row_id = "/".join(str(record[column]) for column in task.id_columns) or str(number)
+        seen[row_id] += 1
+        unique = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"  # some benchmarks repeat an id
+        named = item.categories.get(task.cluster or "") or record.get(task.cluster or "")
+        cluster = (digest or unique) if named is None else named  # an id may be 0
+        prompt, prefix = styled(task.name, item, style or STYLES[0])
+        benchmark.questions.append(Question(unique, number, item, prompt, prefix, str(cluster)))
+    if not benchmark.questions:
+        raise ValueError(f"{table.source}: holds no rows")
+    benchmark.image_fingerprint = digests.hexdigest() if has_images else None
+    _find_images(benchmark, data_root, names, there)
+    return benchmark
+
+
+def _needed(task: Task, with_images: bool) -> list[str]:
+    """The columns without which answers cannot be scored, and those of images where a model answers."""
+    return [column for column in task.columns if with_images or column not in (*task.images, task.image_key)]
+
+
+def _read(task: Task, record: Mapping[str, Any], where: str) -> Item:
+    try:
+        return task.read(record)
+    except (ValueError, TypeError, KeyError, IndexError, SyntaxError) as error:
+        raise ValueError(f"{where}: is no row of {task.name}: {type(error).__name__}: {error}") from error
+
+
+def _digest(record: Mapping[str, Any], task: Task, folder: Path | None) -> str | None:
+    """SHA-256 of the bytes of a record's first image; None where there is none to read."""
+    for column in task.images:
+        for image in _images(record.get(column), folder):
+            if isinstance(image, Mapping):
+                image = image.get("bytes") or image["path"]
+            if isinstance(image, str):
+                image = Path(image).read_bytes() if Path(image).is_file() else None
+            return hashlib.sha256(image).hexdigest() if image else None
+    return None
+
+
+def _find_images(benchmark: Benchmark, root: Path | None, names: tuple[str, ...], columns: list[str]) -> None:
+    """Find the table of images, where they stand in one of their own; answers can be scored without."""
+    task = benchmark.task
+    if task.image_config is None or "image" in columns:
+        return
+    try:
+        benchmark.image_table = open_table(root, names, task.hub_id, task.image_config, task.split)
+    except (ValueError, FileNotFoundError):
+        return
+    if {"id", "image"} <= set(benchmark.image_table.columns):
+        ids = benchmark.image_table.records(["id"])
+        benchmark.image_numbers = {str(record["id"]): number for number, record in enumerate(ids)}
+    else:
+        benchmark.image_table = None

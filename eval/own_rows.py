@@ -1,0 +1,142 @@
+"""One's own rows as a benchmark: a file or folder in any format of docs/data.md."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.formats import Part, Row, Rows
+from data.rows import TableRows, load_rows
+from data.values import Reason
+from eval import metrics
+from eval.benchmarks import Benchmark
+from eval.rules import Item, Question, Rule, Task, each
+from eval.scorers import text
+from eval.scorers.judged import Judged
+from eval.tables import Table
+
+
+def _rule(name: str, source: str, judge: Callable[[str, Sequence[str]], Judged]) -> Rule:
+    return Rule(name, source, each(lambda answer, truth, _: judge(answer, truth["answers"])))
+
+
+RULES = (
+    _rule("exact match", "without case, space around and a final full stop", text.same_text),
+    _rule("contains", "a truth stands in the answer as words", text.contains),
+    _rule("number within 5 %", "exact match where the truth is no number", text.number_within),
+    _rule("ANLS", "0 below 0.5, as lmms-eval's for DocVQA", text.anls),
+    Rule(
+        "choice",
+        "ranked search for a letter, or the choice's text; exact match without choices",
+        each(lambda answer, truth, _: text.named_choice(answer, truth["answers"], truth.get("letters", ()))),
+    ),
+)
+LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
+MAX_NEW_TOKENS = 50
+
+
+@dataclass
+class OwnRows(Benchmark):
+    """The turns of rows; each is asked on its own, with the row's images, as during training."""
+
+    rows: Rows = field(default_factory=list)
+    not_usable: dict[str, str] = field(default_factory=dict)  # reason -> how many, and the first
+
+    def images(self, question: Question) -> list[Any]:
+        return self.rows[question.number]["images"]
+
+    def turn(self, question: Question) -> dict[str, Any]:
+        return question.turn or super().turn(question)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"not_usable": self.not_usable}
+
+
+def open_own_rows(path: Path, limit: int | None) -> OwnRows:
+    """The questions of a file or folder, of its first `limit` rows. Raises ValueError."""
+    rows = load_rows(str(path), split="test", flag="tasks")
+    assert isinstance(rows, TableRows)
+    found = OwnRows(
+        own_task(re.sub(r"\W+", "_", path.stem) or "rows"), [], Table(str(path), ()), "", "as written", rows=rows
+    )
+    bad: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for number in range(len(rows) if limit is None else min(limit, len(rows))):
+        row = rows[number]
+        if reason := row.get("bad"):
+            bad[str(reason)] += 1
+            first.setdefault(str(reason), reason.first if isinstance(reason, Reason) else "")
+            continue
+        row_id = _own_id(rows, number) or row["id"]
+        seen[row_id] += 1
+        row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"
+        found.questions += _questions(row, row_id, number)
+    found.not_usable = {reason: f"{count}, the first: {first[reason]}" for reason, count in bad.items()}
+    if not found.questions:
+        why = "; ".join(f"{reason}: {what}" for reason, what in found.not_usable.items()) or "no row has an answer"
+        raise ValueError(f"--tasks {path}: no question can be asked: {why}")
+    return found
+
+
+def own_task(name: str) -> Task:
+    """The task of one's own rows, by this name in results."""
+    return Task(
+        name=name,
+        hub_id="",
+        split="",
+        columns=(),
+        read=_no_records,
+        rules=RULES,
+        metrics=metrics.means("source"),
+        main="accuracy",
+        max_new_tokens=MAX_NEW_TOKENS,
+        chance="choices",
+    )
+
+
+def _no_records(record: Any) -> Item:
+    raise AssertionError("rows are read by data.rows")
+
+
+def _own_id(rows: TableRows, number: int) -> str | None:
+    """The row's own `id` or `question_id`, where its file has one."""
+    start = 0
+    for part, end in zip(rows.parts, rows.ends, strict=True):
+        if number < end:
+            return _id_in(part, number - start)
+        start = end
+    return None
+
+
+def _id_in(part: Part, number: int) -> str | None:
+    for key in ("id", "question_id"):
+        if hasattr(part.table, "record"):
+            value = part.table.record(number).get(key)
+        elif key in part.table.column_names:
+            value = part.table[number : number + 1][key].to_pylist()[0]
+        else:
+            continue
+        if isinstance(value, str | int) and str(value):
+            return str(value)
+    return None
+
+
+def _questions(row: Row, row_id: str, number: int) -> list[Question]:
+    turns = [turn for turn in row["texts"] if turn["user"] is not None and turn["assistant"] is not None]
+    found = []
+    for place, turn in enumerate(turns):
+        truth: dict[str, Any] = {"answers": list(turn.get("answers") or [turn["assistant"]])}
+        if row.get("format") == "multiple choice":
+            truth["letters"] = LETTER_LINE.findall(turn["user"])
+        groups = {"source": str(turn["source"])} if turn.get("source") else {}
+        item = Item(
+            turn["user"], turn["user"], truth, groups, len(truth.get("letters", ())) or None, system=row.get("system")
+        )
+        one = row_id if len(turns) == 1 else f"{row_id}/{place}"
+        found.append(Question(one, number, item, turn["user"], "", row_id, turn))
+    return found

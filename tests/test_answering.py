@@ -1,0 +1,167 @@
+"""evaluate.py --checkpoint: a model answers in batches, goes on where it was killed, and is scored."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from tiny.benchmarks import records
+from tiny.data import encoded, picture
+from tiny.grades import make_model
+
+import evaluate
+from data.easy_vqa import NAME, VOCAB_SIZE
+from eval import asking
+from eval.tasks import TASKS
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A model whose answers depend on the picture and on the question."""
+    model = make_model(lm_base_vocab_size=VOCAB_SIZE, lm_tokenizer=NAME)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Questions of several lengths about pictures of several sizes."""
+    rows = records("mmstar", 8)
+    for i, row in enumerate(rows):
+        row["question"] = f"what color is the shape{' red' * (i % 3)}?"
+        row["image"] = {"bytes": encoded(picture(16, 16, seed=i)), "path": None}
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({TASKS["mmstar"].split: table}).save_to_disk(tmp_path / "mmstar")
+    return tmp_path
+
+
+def run(checkpoint, data, output, *more):
+    flags = ["--checkpoint", checkpoint, "--tasks", "mmstar", "--data_root", data, "--output", output]
+    flags += ["--max_new_tokens", 6, "--num_workers", 0, "--dtype", "float32", *more]
+    evaluate.main(evaluate.parse_arguments([str(one) for one in flags]))
+    lines = (output / "answers.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((output / "results.json").read_text())
+
+
+def answers(rows):
+    return {(row["task"], row["id"]): row["answer"] for row in rows}
+
+
+def test_a_batch_answers_as_one_question_does(checkpoint, data, tmp_path, capsys):
+    one, results = run(checkpoint, data, tmp_path / "one", "--batch_size", 1)
+    many, _ = run(checkpoint, data, tmp_path / "many", "--batch_size", 5, "--num_workers", 1)
+    assert answers(one) == answers(many)
+    assert len(set(answers(one).values())) > 1
+    assert [row["id"] for row in many] == [row["id"] for row in one]  # in the order of the benchmark
+    model, task = results["model"], results["tasks"]["mmstar"]
+    assert model["checkpoint"] == str(checkpoint)
+    assert (len(model["weights"]), model["dtype"]) == (64, "float32")
+    assert task["prompt"]["style"] == "lmms-eval"
+    assert task["decoding"] == {"greedy": True, "max_new_tokens": 6, "without_image": False}
+    assert not (tmp_path / "one" / "progress").exists()
+    assert str(checkpoint) in capsys.readouterr().out
+
+
+def test_without_images_the_same_question_has_the_same_answer(checkpoint, data, tmp_path):
+    blind, results = run(checkpoint, data, tmp_path / "blind", "--without_image")
+    by_question = {}
+    for row in blind:
+        by_question.setdefault(row["question"], set()).add(row["answer"])
+    assert all(len(given) == 1 for given in by_question.values())
+    assert results["tasks"]["mmstar"]["decoding"]["without_image"] is True
+
+
+def interrupted(monkeypatch, after):
+    """Asker.answer fails once it has been called `after` times; returns the list of what was asked."""
+    asked, answer = [], asking.Asker.answer
+
+    def fails(self, questions, *rest, **more):
+        if after is not None and len(asked) == after:
+            raise KeyboardInterrupt
+        asked.append([question.id for question in questions])
+        return answer(self, questions, *rest, **more)
+
+    monkeypatch.setattr(asking.Asker, "answer", fails)
+    return asked
+
+
+def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path, monkeypatch, capsys):
+    whole, _ = run(checkpoint, data, tmp_path / "whole", "--batch_size", 2)
+    with monkeypatch.context() as patch:
+        first = interrupted(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, data, tmp_path / "out", "--batch_size", 2)
+    [kept] = (tmp_path / "out" / "progress").iterdir()
+    with kept.open("a") as file:
+        file.write('{"id": "broken')  # as a kill leaves it
+    with pytest.raises(ValueError, match="holds answers of another evaluation, whose max_new_tokens was 6"):
+        run(checkpoint, data, tmp_path / "out", "--max_new_tokens", 3)
+    second = interrupted(monkeypatch, None)
+    again, _ = run(checkpoint, data, tmp_path / "out", "--batch_size", 3)
+    assert "4 of 8 questions are answered already" in capsys.readouterr().out
+    asked = [one for batch in first + second for one in batch]
+    assert sorted(asked) == sorted(row["id"] for row in whole)  # each once
+    assert answers(again) == answers(whole)
+
+
+def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch):
+    sizes, answer = [], asking.Asker.answer
+
+    def small(self, questions, *rest, **more):
+        sizes.append(len(questions))
+        if len(questions) > 3:
+            raise torch.OutOfMemoryError
+        return answer(self, questions, *rest, **more)
+
+    whole, _ = run(checkpoint, data, tmp_path / "whole")
+    monkeypatch.setattr(asking.Asker, "answer", small)
+    halved, _ = run(checkpoint, data, tmp_path / "halved")
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert answers(halved) == answers(whole)
+    with pytest.raises(ValueError, match="--batch_size 8: out of memory"):
+        run(checkpoint, data, tmp_path / "given", "--batch_size", 8)
+
+
+def test_the_likeliest_letter_is_scored_too(checkpoint, data, tmp_path):
+    rows, results = run(checkpoint, data, tmp_path / "out", "--likelihood")
+    assert set(results["tasks"]) == {"mmstar", "mmstar/likelihood"}
+    chosen = [row["answer"] for row in rows if row["task"] == "mmstar/likelihood"]
+    assert len(chosen) == 8
+    assert set(chosen) <= set("ABCD")
+    assert {path.name.split("_", 2)[-1] for path in (tmp_path / "out" / "lmms_eval").glob("*.jsonl")} == {
+        "samples_mmstar.jsonl", "samples_mmstar_likelihood.jsonl"
+    }  # fmt: skip
+
+
+def test_rows_of_ones_own_are_asked_as_they_were_trained(checkpoint, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    turns = [{"user": "what <image> color?", "assistant": "red"}, {"user": "is it red?", "assistant": "yes"}]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"images": ["a.png"], "texts": turns}) + "\n")
+    flags = ["--checkpoint", checkpoint, "--tasks", tmp_path / "own.jsonl", "--output", tmp_path / "out"]
+    evaluate.main(evaluate.parse_arguments([*map(str, flags), "--max_new_tokens", "3", "--num_workers", "0"]))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row["truth"]["answers"] for row in rows] == [["red"], ["yes"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--checkpoint", "a", "--tasks", "mmstar"], "--output: is needed with --checkpoint"),
+        (["--tasks", "mmstar"], "--checkpoint or --answers: one of them is needed"),
+        (["--checkpoint", "a", "--answers", "b", "--tasks", "mmstar"], "--checkpoint or --answers: one of them"),
+        (["--checkpoint", "a", "--tasks", "mmstar", "--batch_size", "0"], "must be auto or a whole number >= 1"),
+        (["--checkpoint", "a", "--tasks", "x", "--output", "o", "--max_new_tokens", "0"], "--max_new_tokens 0: must"),
+    ],
+)
+def test_flags_that_cannot_be_meant(flags, problem, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(flags)
+    assert problem in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--checkpoint .*nowhere"):
+        run(tmp_path / "nowhere", data, tmp_path / "out")

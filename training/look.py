@@ -1,0 +1,79 @@
+"""A look before training: inspect_data.py at the data, --dry_run at the plan of the run and some of the data."""
+
+import contextlib
+import dataclasses
+import sys
+
+import torch
+
+from data import easy_vqa
+from data.inspection import fact_lines, measure
+from data.options import RowOptions
+from data.pipeline import SOME_ROWS, Data, load_data
+from data.rows import load_rows
+from data.text import NotHere
+from data.tokenizer_checks import load_tokenizer
+from models.lora import inject_lora
+from models.vision_language_model import VisionLanguageModel
+from training import setup
+from training.arguments import Settings
+from training.build import limit_tiles, take_over_sizes
+from training.preflight import Source
+
+PAGE_ROWS = 8  # of a batch at most: a page needs no more, and no rank to share them with
+
+
+def load_to_look(settings: Settings) -> Data:
+    """The data as train.py loads it, read in this process and in smaller batches. Raises ValueError or OSError."""
+    checkpoint = take_over_sizes(settings, local_only=True)
+    cfg = settings.train
+    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
+                     skip_bad_subsets=cfg.skip_bad_subsets, options=RowOptions.of(cfg))  # fmt: skip
+    # With packing a batch of one row: then the page can say which rows are in it.
+    batch_size, tiles = 1 if cfg.packing else min(cfg.batch_size, PAGE_ROWS), cfg.tiles_per_row
+    cfg = dataclasses.replace(
+        cfg, batch_size=batch_size, max_tiles_per_batch=tiles * batch_size, cache_rows=False, num_workers=0
+    )
+    return load_data(rows, settings.vlm, cfg, None if "lm_tokenizer" in settings.given else checkpoint)
+
+
+def dry_run_lines(settings: Settings, notes: list[str] | None) -> list[str]:
+    """What is known of the data of a dry run: of a few rows, where data and tokenizer are on this machine.
+
+    notes: on the tokenizer, None where it is not here.
+    """
+    vlm, cfg = settings.vlm, settings.train
+    paths = {flag: getattr(cfg, flag) for flag in ("train_dataset_path", "val_dataset_path", "test_dataset_path")}
+    named = [Source(flag, path, "datasets") for flag, path in paths.items() if path not in (None, easy_vqa.NAME)]
+    away = [source for source in named if not source.is_here()]
+    if notes is None:
+        away.append(Source("lm_tokenizer", str(vlm.lm_tokenizer), "models"))
+    if away:
+        names = ", ".join(f"--{source.flag} {source.name}" for source in away)
+        for note in notes or ():
+            print(f"NOTE {note}", file=sys.stderr)
+        return [f"data        not looked at: not on this machine: {names}"]
+    try:
+        return fact_lines(measure(load_to_look(settings), SOME_ROWS, cfg.num_workers))
+    except (ValueError, OSError) as error:
+        return [f"data        cannot be used: {error}"]
+
+
+def dry_run(settings: Settings, processes: int) -> int:
+    """Print the plan of the run, and what a few rows of its data are like where these are on this machine. No weights,
+    no network; a backbone on the hub has the sizes of the recipe."""
+    from training.plan import make_plan, plan_lines
+
+    checkpoint = take_over_sizes(settings, local_only=True)
+    notes = None
+    with contextlib.suppress(NotHere):  # the hub is not asked
+        folder = None if "lm_tokenizer" in settings.given else checkpoint
+        notes = load_tokenizer(settings.vlm, folder, local_only=True)[1]
+    limit_tiles(settings, processes)
+    with torch.device("meta"):
+        model = VisionLanguageModel(settings.vlm)
+        if settings.train.lora_rank:
+            inject_lora(model, settings.train)
+    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
+    print("\n".join(dry_run_lines(settings, notes)))
+    return 0
