@@ -34,7 +34,7 @@ from grades.averaging import AveragedWeights
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
-from training.build import build_model, limit_tiles
+from training.build import build_model, compile_model, limit_tiles
 from training.checkpoint import Checkpointer, MonitorState
 from training.evaluation import EvaluationSchedule
 from training.feature_cache import FeatureCache
@@ -82,6 +82,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     device = setup.pick_device()
     setup.prepare_backend(device)
     setup.set_seed(cfg.seed)
+    setup.compiles(settings, device)  # what cannot be is an error now, not after the data
 
     # The data, and the model on its device
     rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
@@ -121,8 +122,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     )
     checkpoints.load()
     data.start_reading()
-    if cfg.compile:
-        setup.compile_blocks(model)
+    compile_model(model, settings, device)
     if parallel.is_main:
         open_report(settings, start, model, data, monitor, autocast, log, state)
 

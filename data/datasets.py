@@ -176,21 +176,23 @@ class VQADataset:
         mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5
         return replace(prepared, conversations=conversations, mirrored=mirrored)
 
-    def questions(self, index: int) -> Questions:
-        """Every usable turn of a row as a question of its own, with its answer."""
+    def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
+        """Every usable turn of a row as a question of its own, with its answer. tiles: of its images, if decoded."""
         if index in self.asked:
             return self.asked[index]
-        questions = self.questions_of(self.rows[index])
+        if self.prepared and index in self.prepared:
+            tiles = self.prepared[index].tiles
+        questions = self.questions_of(self.rows[index], tiles)
         if self.prepared is not None:
             self.asked[index] = questions
         return questions
 
-    def questions_of(self, row: dict) -> Questions:
+    def questions_of(self, row: dict, tiles: torch.Tensor | None = None) -> Questions:
         """The same of a row that has no index."""
         try:
             turns, dropped = self._usable_turns(row)
             grids = self._grids(row)
-            images, truncated = self._tiles(row["images"], where_of(row))
+            images, truncated = self._tiles(row["images"], where_of(row)) if tiles is None else (tiles, {})
         except RowDropped as bad:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
         found = Questions(images, [], [], [], row["id"])
@@ -205,6 +207,16 @@ class VQADataset:
             found.answers.append(answer)
             found.sources.append(turn.get("source"))
         return replace(found, dropped=drops_of(dropped, bool(found.prompts), row) | truncated)
+
+    def both(self, index: int) -> tuple[Sample, Questions]:
+        """dataset[0, index] and questions(index), made with train=False, of images that are decoded once."""
+        sample = self[0, index]
+        return sample, self.questions(index, sample.images)
+
+    def both_of(self, row: dict) -> tuple[Sample, Questions]:
+        """The same of a row that has no index."""
+        sample = self.sample(row)
+        return sample, self.questions_of(row, sample.images)
 
     def _encode_row(self, row: dict) -> PreparedSample:
         """All that is the same at each visit of a row."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +21,8 @@ from data.streams import RowStream
 from models.config import TrainConfig
 
 FRUITLESS_ROWS = 10_000  # bad rows, one after the other, after which the rest of an epoch is not tried
+# (the arguments of generate, answers, of which each in a tuple counts, their sources, row ids)
+PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]
 
 
 def _init_worker(_worker: int) -> None:
@@ -120,44 +122,71 @@ def eval_batches(
     dataset: made with train=False; with train=True the conversations are those that its first visit draws. first: of
     so many rows alone. `dropped` gets the counts of what cannot be used (the batches' own is empty).
     """
-    samples = itertools.islice(_in_order(dataset, train_cfg.num_workers, questions=False), first)
-    rows = _counted(samples, dropped)
-    for chunk in _chunks(rows, ("conversations",), train_cfg.eval_batch_size):
+    samples = itertools.islice(_in_order(dataset, train_cfg.num_workers, "samples"), first)
+    return _sample_batches(_counted(samples, dropped), collator, train_cfg.eval_batch_size)
+
+
+def _sample_batches(samples: Iterator[Sample], collator: TrainCollator, size: int) -> Iterator[dict]:
+    for chunk in _chunks(samples, ("conversations",), size):
         yield collator(chunk)
 
 
 def prompt_batches(
     dataset: VQADataset, collator: PromptCollator, train_cfg: TrainConfig, dropped: DropCounter | None = None
-) -> Iterator[tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]]:
+) -> Iterator[PromptBatch]:
     """(batch, answers, sources, row ids) for every question once, in order, eval_batch_size questions in a batch.
     An answer is a tuple where several count as right.
 
     The questions of a row share its images. `dropped` gets the counts of what cannot be asked.
     """
-    rows = _counted(_in_order(dataset, train_cfg.num_workers, questions=True), dropped)
-    for chunk in _chunks(rows, ("prompts", "answers", "sources"), train_cfg.eval_batch_size):
+    rows = _counted(_in_order(dataset, train_cfg.num_workers, "questions"), dropped)
+    return _question_batches(rows, collator, train_cfg.eval_batch_size)
+
+
+def _question_batches(rows: Iterator[Questions], collator: PromptCollator, size: int) -> Iterator[PromptBatch]:
+    for chunk in _chunks(rows, ("prompts", "answers", "sources"), size):
         answers = [answer for row in chunk for answer in row.answers]
         sources = [source for row in chunk for source in row.sources]
         yield collator(chunk), answers, sources, [row.id for row in chunk for _ in row.prompts]
 
 
-class _InOrder(Dataset):
-    """The samples or questions of a VQADataset by index."""
+def batches_of_both(
+    dataset: VQADataset, collator: TrainCollator, prompts: PromptCollator, train_cfg: TrainConfig, dropped: DropCounter
+) -> Iterator[tuple[Iterator[dict], Iterator[PromptBatch]]]:
+    """(eval_batches, prompt_batches) of the next eval_batch_size rows, up to the last: each row is decoded once."""
+    size, pairs = train_cfg.eval_batch_size, _in_order(dataset, train_cfg.num_workers, "both")
+    while rows := list(itertools.islice(pairs, size)):
+        samples, questions = zip(*rows, strict=True)
+        yield (
+            _sample_batches(_counted(iter(samples), dropped), collator, size),
+            _question_batches(iter(questions), prompts, size),
+        )
 
-    def __init__(self, dataset: VQADataset, questions: bool):
-        self.dataset, self.questions = dataset, questions
+
+class _InOrder(Dataset):
+    """The samples, the questions, or both, of a VQADataset by index."""
+
+    def __init__(self, dataset: VQADataset, what: str):
+        self.dataset, self.what = dataset, what
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample | Questions:
-        return self.dataset.questions(index) if self.questions else self.dataset[0, index]
+    def __getitem__(self, index: int) -> Any:
+        if self.what == "both":
+            return self.dataset.both(index)
+        return self.dataset.questions(index) if self.what == "questions" else self.dataset[0, index]
 
 
-def _in_order(dataset: VQADataset, workers: int, questions: bool) -> Iterator[Sample | Questions]:
+def _in_order(dataset: VQADataset, workers: int, what: str) -> Iterator[Any]:
     if isinstance(dataset.rows, RowStream):
-        return map(dataset.questions_of if questions else dataset.sample, dataset.rows)
-    rows = _InOrder(dataset, questions)
+        of_row: dict[str, Callable[[dict], Any]] = {
+            "samples": dataset.sample,
+            "questions": dataset.questions_of,
+            "both": dataset.both_of,
+        }
+        return map(of_row[what], dataset.rows)
+    rows = _InOrder(dataset, what)
     if dataset.prepared is not None or workers == 0:  # a worker's cache would be lost with it
         return (rows[index] for index in range(len(rows)))
     # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
@@ -166,7 +195,7 @@ def _in_order(dataset: VQADataset, workers: int, questions: bool) -> Iterator[Sa
     return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, **options))
 
 
-def _counted(rows: Iterator[Sample | Questions], dropped: DropCounter | None) -> Iterator[Sample | Questions]:
+def _counted(rows: Iterator[Any], dropped: DropCounter | None) -> Iterator[Any]:
     """The rows with their drops moved to `dropped`."""
     for row in rows:
         if dropped is not None:

@@ -3,19 +3,20 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from data.collators import PromptCollator, TrainCollator, to_device
 from data.drops import DropCounter
-from data.loader import eval_batches, prompt_batches
+from data.loader import PromptBatch, batches_of_both, eval_batches, prompt_batches
 from data.pipeline import Data
 from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
 Autocast = contextlib.AbstractContextManager
+Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 
 
 @dataclass
@@ -41,6 +42,18 @@ class Evaluator:
         batches = eval_batches(self.data.val_dataset, collator, self.cfg, self.data.dropped["val"])
         return mean_loss(self.model, self.until(batches), self.device, self.autocast)
 
+    def loss_and_answers(self) -> dict[str, float | None]:
+        """val/loss and what `answers` gives of the validation rows, each of which is decoded once for both."""
+        dropped = self.data.dropped["val"] = DropCounter()
+        pad_id, cfg = self.data.tokenizer.pad_token_id, self.model.cfg
+        collators = TrainCollator(pad_id, cfg), PromptCollator(pad_id, cfg)
+        total, labels, pairs = torch.zeros((), device=self.device), 0, []
+        for batches, prompts in self.until(batches_of_both(self.data.val_dataset, *collators, self.cfg, dropped)):
+            loss, count = summed_loss(self.model, batches, self.device, self.autocast)
+            total, labels = total + loss, labels + count
+            pairs += self._answered(prompts)
+        return {"val/loss": total.item() / labels if labels else None} | _named("val", score(pairs))
+
     def row_losses(self, rows: int, same_vision: bool = False) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows.
 
@@ -65,10 +78,15 @@ class Evaluator:
         # The validation rows' drops are counted by their loss already.
         counter = self.data.dropped.setdefault("test", DropCounter()) if split == "test" else None
         batches = prompt_batches(dataset, PromptCollator(tokenizer.pad_token_id, self.model.cfg), self.cfg, counter)
-        scores = exact_match(
-            self.model, tokenizer, self.until(batches), self.cfg.max_new_tokens, self.device, self.autocast
-        )
-        return {f"{split}/exact_match" + ("" if key == "all" else f"/{key}"): value for key, value in scores.items()}
+        return _named(split, score(self._answered(self.until(batches))))
+
+    def _answered(self, batches: Iterable[PromptBatch]) -> list[Answered]:
+        length, tokenizer = self.cfg.max_new_tokens, self.data.tokenizer
+        return answered(self.model, tokenizer, batches, length, self.device, self.autocast)
+
+
+def _named(split: str, scores: dict[str, float | None]) -> dict[str, float | None]:
+    return {f"{split}/exact_match" + ("" if key == "all" else f"/{key}"): value for key, value in scores.items()}
 
 
 @contextlib.contextmanager
@@ -85,13 +103,22 @@ def mean_loss(
     model: VisionLanguageModel, batches: Iterable[dict], device: torch.device, autocast: Autocast
 ) -> float | None:
     """Mean loss over the label tokens of the batches, in nats; None where there is none."""
+    total, labels = summed_loss(model, batches, device, autocast)
+    return total.item() / labels if labels else None
+
+
+@torch.no_grad()
+def summed_loss(
+    model: VisionLanguageModel, batches: Iterable[dict], device: torch.device, autocast: Autocast
+) -> tuple[torch.Tensor, int]:
+    """(loss in nats, float32 [] on the device, label tokens) of all the batches."""
     total, labels = torch.zeros((), device=device), 0
     with evaluating(model):
         for batch in batches:
             with autocast:
                 total += model(**to_device(batch, device))
             labels += batch["num_labels"]
-    return total.item() / labels if labels else None
+    return total, labels
 
 
 @torch.no_grad()
@@ -131,7 +158,7 @@ def row_losses(
 def exact_match(
     model: VisionLanguageModel,
     tokenizer: Any,
-    batches: Iterable[tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]],
+    batches: Iterable[PromptBatch],
     max_new_tokens: int,
     device: torch.device,
     autocast: Autocast,
@@ -140,7 +167,19 @@ def exact_match(
 
     batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
     """
-    pairs: list[tuple[str, str | tuple[str, ...], str | None]] = []
+    return score(answered(model, tokenizer, batches, max_new_tokens, device, autocast))
+
+
+def answered(
+    model: VisionLanguageModel,
+    tokenizer: Any,
+    batches: Iterable[PromptBatch],
+    max_new_tokens: int,
+    device: torch.device,
+    autocast: Autocast,
+) -> list[Answered]:
+    """The greedy answer to each question of the batches, the expected one and its source."""
+    pairs: list[Answered] = []
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "greedy": True, "eos_token_id": tokenizer.eos_token_id}
     with evaluating(model):
         for batch, expected, sources, _ in batches:
@@ -148,4 +187,4 @@ def exact_match(
                 new_ids = model.generate(**options | to_device(batch, device))
             answers = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
             pairs += zip(answers, expected, sources, strict=True)
-    return score(pairs)
+    return pairs

@@ -5,14 +5,17 @@ and all blocks of one class share their variants. Beyond `torch._dynamo.config.r
 runs uncompiled from then on, with a warning as the only sign. Thirty blocks that freeze matrix by matrix would reach
 the limit at once. Hence in each round
 
-- all variants are dropped (`restart`). torch 2.11 needs that anyway: the guards of its compiled functions do not notice
-  that requires_grad has changed, so nothing would be saved;
+- where the guards of compiled functions notice that requires_grad has changed (torch 2.15), only the sets of frozen
+  matrices that are new are compiled. Elsewhere (torch 2.11) all variants are dropped, or nothing would be saved; what
+  was compiled before then comes from inductor's cache on disk;
 - the blocks of a class have at most PATTERNS different sets of frozen matrices (`flippable`);
-- the limit is raised to dynamo's default for each pattern, so that a model which stays below it while nothing is frozen
-  stays below it in every round.
+- the limit is raised to dynamo's default for each pattern, and by what a round can add where nothing is dropped, so
+  that a model which stays below it while nothing is frozen stays below it in every round.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -70,9 +73,41 @@ def _regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def restart() -> None:
-    """Drop everything that was compiled; the next step compiles again."""
+def follow() -> None:
+    """After requires_grad has changed: let the next step compile what is new, or, where it cannot tell, everything."""
     from torch._dynamo import config  # takes a second to import
 
-    torch.compiler.reset()
-    config.recompile_limit = max(config.recompile_limit, DEFAULT_RECOMPILE_LIMIT * VARIANTS)
+    limit = max(config.recompile_limit, DEFAULT_RECOMPILE_LIMIT * VARIANTS)
+    if notices_freezing():
+        limit += 2 * VARIANTS
+    else:
+        torch.compiler.reset()
+    config.recompile_limit = limit
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+
+
+@functools.cache
+def notices_freezing() -> bool:
+    """Whether a compiled module is compiled again once requires_grad of its weight has changed, as tried on one."""
+    compilations = 0
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * x
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    scale, x = Scale(), torch.ones(1, requires_grad=True)
+    scale.compile(backend=count)
+    for trains in (True, False):
+        scale.weight.requires_grad_(trains)
+        with torch.enable_grad():
+            scale(x)
+    return compilations == 2

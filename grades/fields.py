@@ -79,12 +79,17 @@ def is_allowed(value: Any, rules: Mapping[str, Any]) -> bool:
 
 def allowed_values(rules: Mapping[str, Any]) -> str:
     """The bounds and choices of a field in words: "> 0", "in [0, 1)", "one of ddp, fsdp"; empty without any."""
-    bounds, choices = _bounds(rules), ", ".join(map(str, rules.get("choices", ())))
+    bounds, choices = _bounds(rules), ", ".join(map(choice_word, rules.get("choices", ())))
     interval = " and ".join(f"{BOUNDS[name][0]} {limit:g}" for name, limit in bounds.items())
     if len(bounds) == 2:
         low, high = bounds.values()
         interval = f"in {'[' if 'ge' in bounds else '('}{low:g}, {high:g}{']' if 'le' in bounds else ')'}"
     return f"{interval} or {choices}" if interval and choices else interval or (choices and f"one of {choices}")
+
+
+def choice_word(choice: Any) -> str:
+    """A choice as it is written on the command line."""
+    return {True: "on", False: "off"}.get(choice, str(choice)) if isinstance(choice, bool) else str(choice)
 
 
 def _bounds(rules: Mapping[str, Any]) -> dict[str, float]:

@@ -94,7 +94,7 @@ class Freezer:
         if self.prefix:
             self._freeze_prefix()
         if is_compiled:
-            compiled.restart()
+            compiled.follow()
         if self.rewrap is not None:
             self.rewrap()
 
@@ -114,7 +114,7 @@ class Freezer:
         if self.prefix:
             self._freeze_prefix()
         if compiled.has_compiled(self.model):
-            compiled.restart()
+            compiled.follow()
         if self.rewrap is not None:
             self.rewrap()
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch
@@ -87,10 +89,12 @@ def takes_flex_attention(device: torch.device, length: int, head_dim: int, dropo
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether kernels can be compiled for CUDA: Triton is here, and a C compiler for what launches them."""
+    """Whether kernels can be compiled for CUDA: Triton, and a C compiler and Python.h for what launches them."""
     from torch.utils._triton import has_triton
 
-    return has_triton() and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+    compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return headers and has_triton() and any(map(shutil.which, compilers))
 
 
 def document_block_mask(document_ids: torch.Tensor) -> BlockMask:

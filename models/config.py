@@ -206,7 +206,7 @@ def check_settings(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> 
     """Raise ValueError that names every impossible value of the three configs at once."""
     found = vlm.problems() + train.problems() + grades.problems()
     length = vlm.lm_max_length
-    if train.compile and train.enable_grades and grades.unfreeze_factor is not None:
+    if train.compile is True and train.enable_grades and grades.unfreeze_factor is not None:
         allowed = "left out with --compile: compiled blocks cannot be probed"
         found.append(problem("unfreeze_factor", grades.unfreeze_factor, allowed))
     if train.enable_grades and grades.metric == "rollback":

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models.attention import Mask, attention, compute_dtype, document_block_mask, takes_flex_attention
 from models.backbones import configure_language
+from models.buckets import bucket
 from models.config import SCRATCH, VLMConfig
 from models.hub import WEIGHT_FILES
 from models.norms import RMSNorm
@@ -175,6 +176,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
         if cfg.lm_tie_weights:
             self.head.weight = self.token_embedding.weight
+        self.in_buckets = False  # training pads rows that are neither masked nor packed to a bucket
         self.reset_parameters()
 
     @torch.no_grad()
@@ -205,7 +207,9 @@ class LanguageModel(nn.Module):
         x = x.to(compute_dtype(x))
         T, start = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
-            position_ids = torch.arange(start, start + T, device=x.device)[None]
+            if self.in_buckets and self.training and attention_mask is None and document_ids is None and cache is None:
+                x = F.pad(x, (0, 0, 0, bucket(T) - T))  # on the right, where causal attention does not look
+            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         cos, sin = (table.to(x.dtype) for table in self.rotary_embd(position_ids, start + T))
         mask = self._mask(attention_mask, document_ids, T)
         if mask is None and T > 1 and start > 0:
@@ -214,7 +218,7 @@ class LanguageModel(nn.Module):
             x = block(x, cos, sin, mask, cache, index)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return self.norm(x[:, :T])
 
     def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int) -> Mask:
         """Which positions each of the last `length` may see, in the form with which attention is fastest here."""

@@ -168,7 +168,12 @@ class TrainConfig(Checked):
         choices=("auto", "bfloat16", "float32"),
         section="Hardware",
     )
-    compile: bool = doc("torch.compile every block", False)
+    compile: bool | str = doc(
+        "torch.compile: on, off, or auto (on for CUDA with Triton and a compiler). Blocks and the loss are compiled",
+        "auto",
+        choices=("auto", True, False),
+        alone="on",
+    )
     activation_checkpointing: bool = doc(
         "less memory, about a third more work. Of each block only the input is kept for the backward pass, which "
         "computes the block again",

@@ -41,6 +41,7 @@ class VisionLanguageModel(nn.Module):
         """
         super().__init__()
         self.cfg = cfg
+        self.cross_entropy = summed_cross_entropy  # compiled along with the blocks
         self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
@@ -96,7 +97,7 @@ class VisionLanguageModel(nn.Module):
         """
 
         def of_chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="sum")
+            return self.cross_entropy(self.decoder.head(hidden), labels)
 
         if not 0 < self.loss_chunk_size < len(labels):
             return of_chunk(hidden, labels)
@@ -217,6 +218,11 @@ class VisionLanguageModel(nn.Module):
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> None:
         """Upload weights, config and a model card to a hub repository (default cfg.hf_repo_name)."""
         push_folder(self.save_pretrained, repo_id or self.cfg.hf_repo_name, private)
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits [L, V] and int labels [L], summed in float32: float32 []."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def load_vlm_weights(model: VisionLanguageModel, folder: Path) -> VisionLanguageModel:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models.attention import attention
 from models.backbones import configure_vision
+from models.buckets import bucket, sized_alike
 from models.config import SCRATCH, VLMConfig
 from models.hub import WEIGHT_FILES
 from models.norms import LayerNorm
@@ -109,6 +110,7 @@ class ViT(nn.Module):
         self.patch_embedding = ViTPatchEmbeddings(cfg)
         self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
         self.layer_norm = LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.most_images: int | None = None  # with a number, training pads images to a bucket, at most to this one
         self.reset_parameters()
 
     @torch.no_grad()
@@ -134,11 +136,14 @@ class ViT(nn.Module):
         self.patch_embedding.position_embedding.copy_(sincos_positions(self.cfg))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        count, in_buckets = len(images), self.training and self.most_images is not None
+        if in_buckets and (padding := bucket(count, self.most_images) - count):
+            images = torch.cat((images, images.new_zeros(padding, *images.shape[1:])))
         x = self.patch_embedding(images)
         x = F.dropout(x, self.cfg.vit_dropout, self.training)
         for block in self.blocks:
-            x = block(x)
-        return self.layer_norm(x)
+            x = block(sized_alike(x) if in_buckets else x)
+        return self.layer_norm(x[:count])
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "ViT":

@@ -14,9 +14,13 @@ from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings, parse_arguments
+from training.build import compile_model
 from training.flops import model_cost
 from training.memory import peak_memory_bytes
 from training.step import clip_gradients, forward_backward
+
+# A micro-batch as packing makes it: (rows, tokens a row, images or tiles a row, documents a row).
+SHAPES = {"222m": (16, 1024, 6, 6), "450m": (2, 4096, 50, 4)}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -61,8 +65,7 @@ class Bench:
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
         setup.spare_memory(self.model, self.cfg)
-        if self.cfg.compile:
-            setup.compile_blocks(self.model)
+        self.is_compiled = compile_model(self.model, settings, self.device)
         batch = random_batch(arguments, settings, self.device)
         self.micro_batches = [batch] * self.cfg.gradient_accumulation_steps
 
@@ -111,6 +114,7 @@ class Bench:
         count, (rows, length) = len(self.micro_batches), self.micro_batches[0]["input_ids"].shape
         images = len(self.micro_batches[0]["images"])
         where = f"on {self.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        where += ", compiled" if self.is_compiled else ""
         return [
             f"{self.settings.recipe.stem} {where}",
             f"parameters           {sum(p.numel() for p in self.model.parameters()):,}",

@@ -129,6 +129,16 @@ def time_packer(readers: PackedReaders) -> str:
     return f"packer samples/s     {samples / (time.perf_counter() - started):,.0f}, nothing decoded"
 
 
+def packed_images(settings: Settings, rows: list[dict], micro_batches: int) -> list[int]:
+    """Images, tiles counted, in each of one reader's first micro-batches of packed rows; none is decoded."""
+    dataset = make_dataset(settings, rows)
+    readers = PackedReaders(dataset, PackedCollator(dataset.tokenizer.pad_token_id, settings.vlm))
+    packed = (row for epoch in itertools.count() for *_, window in readers.windows(0, epoch) for row in window)
+    count, size = dataset.image_processor.count, settings.train.batch_size
+    images = (sum(count(grid) for piece in row for grid in piece.sample.grids) for row in packed)
+    return [sum(itertools.islice(images, size)) for _ in range(micro_batches)]
+
+
 def measures(batch: dict) -> tuple[int, int, int, int, int]:
     """Rows, samples, tiles, tokens, positions."""
     images = 0 if batch["images"] is None else len(batch["images"])

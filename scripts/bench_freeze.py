@@ -8,6 +8,8 @@ time of full is the median over the rounds of a state's seconds divided by those
 Time / FLOPs saved: the share of the time that is saved over the share of the FLOPs in matrix products; 100 % is what
 the FLOPs promise, more comes from what they do not count, such as the optimizer. Saved for backward: what autograd
 keeps of one micro-batch. Peak: of a process (with CUDA of the device) that trains in this state only.
+With --compile: the first step in a state compiles what is new in it, as after a round of freezing; pays after: the
+steps that make up for that step's extra time. What inductor's cache on disk holds from earlier runs is compiled faster.
 """
 
 import argparse
@@ -120,6 +122,11 @@ def peaks_gib(arguments: argparse.Namespace, settings: Settings) -> list[float |
         return list(pool.map(functools.partial(peak_gib, arguments, settings), STATES))
 
 
+def pays_after(first_s: float, step_s: float, full_s: float) -> str:
+    """Steps until the time of a state's first step is saved, against steps with nothing frozen."""
+    return f"{(first_s - step_s) / (full_s - step_s):,.0f}" if step_s < full_s else "–"
+
+
 def main(argv: list[str] | None = None) -> None:
     made = make_parser(__doc__.splitlines()[0])
     made.add_argument("--rounds", type=int, default=5, help="turns of each state")
@@ -128,22 +135,25 @@ def main(argv: list[str] | None = None) -> None:
     arguments, settings = parse(made, argv)
     peaks = [None] * len(STATES) if arguments.no_peaks else peaks_gib(arguments, settings)
     bench = Bench(arguments, settings)
-    counts = []
+    counts, first_s = [], []
     for state in STATES:
         with frozen(bench, state):
-            bench.step()
+            first_s.append(bench.seconds(bench.step))
             counts.append((bench.flops(), training_bytes(bench) / 2**20, activation_bytes(bench) / 2**20))
     rounds = time_states(bench, STATES, arguments.rounds, arguments.steps)
     rows = []
-    for state, times, (flops, *memory_mib), peak in zip(STATES, rounds, counts, peaks, strict=True):
+    for state, times, (flops, *memory_mib), peak, first in zip(STATES, rounds, counts, peaks, first_s, strict=True):
         time_share = statistics.median(ours / full for ours, full in zip(times, rounds[0], strict=True))
         flop_share = flops / counts[0][0]
         cells = [f"{statistics.median(times):.4f}", f"{time_share:.3f}", f"{flops / 1e12:.4f}", f"{flop_share:.3f}"]
         cells += [f"{(1 - time_share) / (1 - flop_share):.0%}" if flop_share < 1 else "–"]
-        cells += [f"{mib:,.2f}" for mib in memory_mib]
-        rows.append([state.name, *cells, "–" if peak is None else f"{peak:.2f}"])
+        cells += [f"{mib:,.2f}" for mib in memory_mib] + ["–" if peak is None else f"{peak:.2f}"]
+        if bench.is_compiled:
+            cells += [f"{first:.2f}", pays_after(first, statistics.median(times), statistics.median(rounds[0]))]
+        rows.append([state.name, *cells])
     header = ["frozen", "step (s)", "time of full", "TFLOP", "FLOPs of full", "time / FLOPs saved"]
     header += ["gradients + optimizer (MiB)", "saved for backward (MiB)", "peak (GiB)"]
+    header += ["first step (s)", "pays after (steps)"] if bench.is_compiled else []
     print("\n".join([*bench.describe(), "", markdown_table(header, rows)]))
 
 

@@ -88,6 +88,7 @@ SECTIONS = [
         ("step_450m_compiled", 120, "with --compile"),
         ("monitor", 60, "what GradES's checks cost"),
         ("freeze", 90, "what freezing saves"),
+        ("freeze_compiled", 120, "with --compile, and what a round of freezing costs"),
         ("memory", 60, "memory by batch size"),
         ("switches_222m", 150, "each switch alone, 222M"),
         ("switches_450m", 150, "each switch alone, 450M"),

@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from scripts import bench_data, bench_freeze, bench_monitor, bench_step
+from scripts.bench_common import SHAPES
 from scripts.cuda_cases import Case, run_section, tell
 
-# A micro-batch as packing makes it: (rows, tokens a row, images or tiles a row, documents a row).
-SHAPES = {"222m": (16, 1024, 6, 6), "450m": (2, 4096, 50, 4)}
 MEMORY_BATCHES = (1, 16, 32, 64, 128, 256)  # with 128 tokens a row, as nanoVLM publishes it
 
 
@@ -51,6 +50,7 @@ def flags_of(case: Case, size: str, rows: int, length: int, images: int) -> list
         rows, length, images = 2, 128, 2
     shape = {"batch_size": rows, "sequence_length": length, "images_per_row": images, "turns_per_image": 1}
     fixed = {"config": f"configs/{recipe}.yaml", "gradient_accumulation_steps": 1, "device": case.device.type}
+    fixed["compile"] = "off"  # a flag after it turns it on
     if case.tiny:  # GradES's default there is rollback, and its rows are not packed
         fixed |= {"cache_rows": "false", "compute_interval": 20}
     return [f"--{name}={value}" for name, value in (fixed | shape).items()]
@@ -106,9 +106,9 @@ def measure_monitor(case: Case) -> None:
     bench_monitor.main(flags)
 
 
-def measure_freeze(case: Case) -> None:
-    """What a step takes with parts frozen."""
-    flags = flags_of(case, "222m", *SHAPES["222m"][:3])
+def measure_freeze(case: Case, compiled: bool) -> None:
+    """What a step takes with parts frozen, and compiled, what a round of freezing costs."""
+    flags = [*flags_of(case, "222m", *SHAPES["222m"][:3]), *(["--compile"] if compiled else [])]
     bench_freeze.main([*flags, *(["--rounds=1", "--steps=1", "--no_peaks"] if case.tiny else [])])
 
 
@@ -140,7 +140,8 @@ if __name__ == "__main__":
                 "step_450m": lambda case: measure_step(case, "450m", False),
                 "step_450m_compiled": lambda case: measure_step(case, "450m", True),
                 "monitor": measure_monitor,
-                "freeze": measure_freeze,
+                "freeze": lambda case: measure_freeze(case, False),
+                "freeze_compiled": lambda case: measure_freeze(case, True),
                 "memory": measure_memory,
                 "switches_222m": lambda case: measure_switches(case, "222m"),
                 "switches_450m": lambda case: measure_switches(case, "450m"),

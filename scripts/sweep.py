@@ -5,8 +5,8 @@
 
 A tau here is a factor on the recipe's vision_tau and language_tau. One full run per seed, in which nothing may freeze,
 is the reference and the common beginning: the runs of the grid continue from its last checkpoint before their grace
-period ends, bit for bit as if they had run from step 1, and its seconds until then count as theirs. Writes sweep.md,
-results.json and sweep.png. After an interruption or a failure the same command continues.
+period ends, on a CPU bit for bit as if they had run from step 1, and its seconds until then count as theirs. Writes
+sweep.md, results.json and sweep.png. After an interruption or a failure the same command continues.
 """
 
 import argparse

@@ -60,11 +60,12 @@ def test_the_flags_people_know_work():
     ("words", "value"),
     [
         ("--compile", True), ("--compile False", False), ("--compile=true", True), ("--no_compile", False),
-        ("--compile on", True), ("--compile Off", False), ("--compile --no-compile", False), ("", False),
+        ("--compile on", True), ("--compile Off", False), ("--compile --no-compile", False), ("", "auto"),
+        ("--compile auto", "auto"),
     ],
 )  # fmt: skip
 def test_booleans_mean_what_they_say(words, value):
-    assert parse_arguments(words.split()).train.compile is value
+    assert parse_arguments(words.split()).train.compile == value
 
 
 def test_other_spellings_of_flags():

@@ -1,5 +1,6 @@
 """The benchmarks on a tiny model: every row is there, and what does not depend on time is right."""
 
+import functools
 import re
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -77,6 +78,7 @@ def test_running_out_of_memory_is_a_row_of_the_table_of_batch_sizes(capsys, monk
 @pytest.mark.parametrize("name", bench_step.SWITCHES)
 def test_a_switch_is_on_in_the_benchmark(name, monkeypatch):
     monkeypatch.setattr("torch.nn.Module.compile", lambda module: compiled.append(module))
+    monkeypatch.setattr("torch.compile", lambda function: function)
     monkeypatch.setattr("training.setup._recomputed", lambda forward, *x: recomputed.append(1) or forward(*x))
     compiled, recomputed = [], []
     bench = bench_step.switched(*parse(make_parser(""), flags("--packing")), 24, bench_step.SWITCHES[name])
@@ -173,6 +175,19 @@ def test_freeze(capsys, monkeypatch):
         assert all(number(after[name]) < number(before[name]) for before, after in pairwise(rows)), name
     assert all(number(row["step (s)"]) > 0 for row in rows)
     assert [row["time / FLOPs saved"][-1] for row in rows] == ["–", "%", "%", "%", "%"]
+
+
+def test_compiled_each_state_says_when_its_first_step_has_paid(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    bench_freeze.main(flags("--rounds=1", "--steps=1", "--no_peaks", "--compile"))
+    torch.compiler.reset()
+    rows = read_table(capsys.readouterr().out)
+    assert all(number(row["first step (s)"]) > 0 for row in rows)
+    assert number(rows[0]["first step (s)"]) > 2 * number(rows[0]["step (s)"])  # compiling
+    assert rows[0]["pays after (steps)"] == "–"
+    assert bench_freeze.pays_after(3.0, 0.5, 1.0) == "5"
+    assert bench_freeze.pays_after(3.0, 1.0, 1.0) == "–"
 
 
 def test_a_state_ends_with_nothing_frozen(bench):

@@ -31,7 +31,7 @@ def run(data, tmp_path, monkeypatch):
     """
     monkeypatch.setattr("grades.plots.draw", lambda history: [])
     monkeypatch.setattr(train, "set_learning_rate", train.set_learning_rate)  # put back at the end
-    mean_loss = Evaluator.loss
+    measures = {name: getattr(Evaluator, name) for name in ("loss", "loss_and_answers")}
 
     def start(name: str, stop: int = 0, kill: int = 0, cut: int = 0, **flags) -> int | None:
         def before(step):
@@ -41,15 +41,19 @@ def run(data, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             now.append(step)
 
-        def loss(evaluator):
-            if now and now[-1] == cut:
-                now.append(0)  # one signal; of averaged weights the loss is evaluated too
-                os.kill(os.getpid(), signal.SIGTERM)
-            return mean_loss(evaluator)
+        def cut_short(measure):
+            def measured(evaluator):
+                if now and now[-1] == cut:
+                    now.append(0)  # one signal; of averaged weights the loss is evaluated too
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return measure(evaluator)
+
+            return measured
 
         now: list = []
         before_steps(before)
-        monkeypatch.setattr(Evaluator, "loss", loss)
+        for method, measure in measures.items():
+            monkeypatch.setattr(Evaluator, method, cut_short(measure))
         given = {"max_training_steps": STEPS, "eval_interval": 4, "keep_checkpoints": 9} | flags
         try:
             return train.main(parse_arguments(arguments(data, tmp_path, name, **given)))
@@ -122,6 +126,16 @@ def line(text: str, capsys) -> str:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_compile_auto_resumes_what_was_saved_with_either_and_a_change_that_was_asked_for_is_refused(run, capsys):
+    flags = {"max_training_steps": 4}
+    assert run("run", stop=2, **flags, compile="off") == 143
+    assert run("run", stop=3, **flags, resume="auto", compile="auto") == 143
+    assert run("run", **flags, resume="auto", compile="off") == 0
+    assert run("other", stop=2, **flags, compile="off") == 143
+    assert run("other", **flags, resume="auto", compile="on") == 2
+    assert "--compile True: the run that is resumed has False" in line("has False", capsys)
 
 
 def test_other_settings_are_named_and_refused(run, tmp_path, capsys):
@@ -294,7 +308,7 @@ def test_another_run_can_begin_at_any_checkpoint(run, tmp_path, capsys):
 
 def test_the_latest_checkpoints_and_the_best_are_kept_once(run, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr("eval.evaluation.mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("eval.evaluation.summed_loss", lambda *_: (torch.tensor(next(losses)), 1))
     assert run("run", eval_interval=2, keep_checkpoints=2) == 0
     checkpoints = tmp_path / "out" / "run" / "checkpoints"
     kept = ["step_00000004", "step_00000010", "step_00000012"]

@@ -133,7 +133,7 @@ class Parser(ArgumentParser):
         self.add_argument(f"--{BOTH_TOWERS}", action=BothTowers)
         types = field_types()
         for name, field in fields().items():
-            if types[name] is bool:
+            if bool in (types[name], *get_args(types[name])):
                 self.add_argument(f"--{name}", nargs="?", const="on")
                 self.add_argument(f"--no_{name}", dest=name, action="store_const", const="off")
             elif "alone" in field.metadata:

@@ -71,3 +71,14 @@ def limit_tiles(settings: Settings, processes: int = 1) -> None:
     device = setup.pick_device()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     settings.train.max_tiles_per_batch = fitting_tiles(settings, device, memory, processes)
+
+
+def compile_model(model: VisionLanguageModel, settings: Settings, device: torch.device) -> bool:
+    """Compile the model where the run does; on CUDA its inputs are padded to few sizes. Returns whether it does."""
+    if not setup.compiles(settings, device):
+        return False
+    from training.plan import META, full_batch
+
+    most = len(full_batch(settings, META)["images"]) if device.type == "cuda" else None
+    setup.compile_blocks(model, most)
+    return True

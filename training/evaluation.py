@@ -22,6 +22,9 @@ class Evaluator(Protocol):
     def loss(self) -> float | None:
         """Mean validation loss in nats."""
 
+    def loss_and_answers(self) -> dict[str, float | None]:
+        """val/loss, and val/exact_match as `answers` gives it, in one pass over the rows."""
+
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
 
@@ -77,7 +80,11 @@ class EvaluationSchedule:
         """Make the evaluation that is due; record it in state and log, and let early stopping see its loss."""
         whole, stopping, before_s = self.is_full(state), copy.copy(self.early_stopping), self.meter.seconds["eval"]
         with self.meter.clock("eval"):
-            val = {"val/loss": self.parallel.with_model(self.evaluator.loss)}
+            in_one_pass = whole and self.averages is None  # else the losses say whose answers are wanted
+            if in_one_pass:
+                val = self.parallel.with_model(self.evaluator.loss_and_answers)
+            else:
+                val = {"val/loss": self.parallel.with_model(self.evaluator.loss)}
             if self.averages is not None:
                 with self.averages.applied():
                     val["val/loss_averaged"] = self.parallel.with_model(self.evaluator.loss)
@@ -85,7 +92,7 @@ class EvaluationSchedule:
             if stopping is not None and self._stopping_is_due(state):
                 stopping.update(val["val/loss_averaged" if self.cfg.es_weights == "averaged" else "val/loss"])
                 whole = whole or stopping.is_over
-            if whole and not self.stop.requested:
+            if whole and not in_one_pass and not self.stop.requested:
                 better = copy.copy(state)
                 better.record(val)
                 with self.weights_in_use(better):

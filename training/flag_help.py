@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grades.fields import allowed_values
+from grades.fields import allowed_values, choice_word
 from models.config import RETIRED
 
 INTRODUCTION = """\
@@ -66,7 +66,7 @@ def _flags(configs: Sequence[Any], everything: bool) -> Iterator[tuple[str, str,
             if name in RETIRED:
                 continue
             text = rules["help"] if everything else rules["help"].split(". ")[0]
-            untold = [choice for choice in rules.get("choices", ()) if str(choice) not in text]
+            untold = [choice for choice in rules.get("choices", ()) if choice_word(choice) not in text]
             if untold or (everything and {"lt", "le"} & rules.keys()):
                 text += f"; {allowed_values(rules)}"
             yield section, name + _placeholder(types[name]), text + _in_brackets(getattr(config, name))

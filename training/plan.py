@@ -83,6 +83,7 @@ class Plan:
     steps: int
     step_flops: int  # of all processes
     dtype: str  # of matrix products
+    compiles: bool
     memory: dict[str, int]  # bytes of one process by what they hold
 
     @property
@@ -118,6 +119,7 @@ def make_plan(model: VisionLanguageModel, settings: Settings, device: torch.devi
         steps=cfg.max_training_steps,
         step_flops=processes * cfg.gradient_accumulation_steps * model_cost(model).of(batch),
         dtype=dtype,
+        compiles=setup.compiles(settings, device),
         memory=_held(model, settings, components, processes if cfg.parallel == "fsdp" else 1)
         | {
             "batch": _bytes(filter(torch.is_tensor, batch.values())),
@@ -198,6 +200,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"micro-batch {rows}; {plan.micro_batches:,} in a step{each}",
         f"tokens      at most {tokens:,} a step, {tokens * plan.steps:,} {run}",
         f"FLOPs       {flops:.3e} a step, {flops * plan.steps:.3e} {run} (matrix products, nothing frozen)",
+        f"compile     {'on' if plan.compiles else 'off'}",
         f"memory      {sum(plan.memory.values()) / 2**30:.2f} GiB per process: {sizes}",
         *NOTES.format(dtype=plan.dtype).splitlines(),
     ]

@@ -67,13 +67,16 @@ def open_report(
     for note in start.notes:
         log.say(note)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.say(f"{parameters:,} parameters on {device.type}; run folder {folder}")
+    compiled = ", compiled" if setup.compiles(settings, device) else ""
+    log.say(f"{parameters:,} parameters on {device.type}{compiled}; run folder {folder}")
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
     formats, split = ", ".join(format_names(data.train_rows)), data.split and f"; split {data.split}"
     log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else "") + split)
-    if device.type == "cuda" and (cfg.packing or cfg.compile) and not has_compiler():
-        log.say("NOTE Triton or a C compiler is missing: nothing compiles, and packed rows are masked, which is slower")
+    if device.type == "cuda" and (cfg.packing or cfg.compile == "auto") and not has_compiler():
+        log.say(
+            "NOTE Triton, a C compiler or Python.h is missing: nothing compiles, packed rows are masked; it is slower"
+        )
     if monitor is not None:
         towers = [component.tower for component in monitor.components]
         log.say(

@@ -250,6 +250,8 @@ def _check_settings(state: dict[str, Any], settings: Settings, processes: int) -
     free = FREE - {"num_workers"} if shares_rows and processes == before else FREE
     if saved["batch_size"] * before == now["batch_size"] * processes:
         free = free | {"batch_size"}
+    if "auto" in (saved.get("compile"), now["compile"]):  # it follows the machine
+        free = free | {"compile"}
     differing = [name for name in now if name in saved and name not in free and now[name] != saved[name]]
     lines = [f"--{name} {now[name]}: the run that is resumed has {saved[name]}" for name in differing]
     if processes != before and "batch_size" not in free and now["batch_size"] == saved["batch_size"]:

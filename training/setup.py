@@ -11,8 +11,10 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import has_compiler
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
+from training.arguments import Settings
 
 
 def pick_device() -> torch.device:
@@ -133,7 +135,26 @@ def _recomputed(forward: Callable, *inputs: Any) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
 
 
-def compile_blocks(model: VisionLanguageModel) -> None:
-    """torch.compile every block in place: equal blocks share one compilation, and module names stay as they are."""
+def compiles(settings: Settings, device: torch.device) -> bool:
+    """Whether the run's blocks are compiled: what --compile says; by auto on CUDA, where that is possible.
+
+    Raises ValueError where it is asked for and what it needs is missing.
+    """
+    asked, probes = settings.train.compile, settings.train.enable_grades and settings.grades.unfreeze_factor is not None
+    possible = device.type != "cuda" or has_compiler()
+    if asked is True and not possible:
+        missing = "Triton, a C compiler (gcc) or Python's headers (python3-dev) are missing"
+        raise ValueError(f"--compile on: must be off or auto here, as {missing}")
+    return asked is True or (asked == "auto" and device.type == "cuda" and possible and not probes)
+
+
+def compile_blocks(model: VisionLanguageModel, most_images: int | None = None) -> None:
+    """torch.compile every block and the loss in place: equal blocks share one compilation, module names stay.
+
+    most_images: of a micro-batch, tiles counted. With it images and the tokens of rows are padded to few sizes.
+    """
     for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
         block.compile()
+    model.cross_entropy = torch.compile(model.cross_entropy)
+    model.vision_encoder.most_images = most_images
+    model.decoder.in_buckets = most_images is not None

@@ -1,0 +1,92 @@
+"""Evaluations in training: the loss and the answers of a row come from images that are decoded once."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny.data import dataset, encoded, picture, row, stream, tiny_train, tiny_vlm, turn
+
+from data.drops import DropCounter
+from data.images import ImageProcessor
+from eval.evaluation import Evaluator
+from models.vision_language_model import VisionLanguageModel
+from training.evaluation import EvaluationSchedule
+from training.state import LoopState
+
+SMALL = {
+    "vit_hidden_dim": 16, "vit_inter_dim": 32, "vit_n_heads": 2, "vit_n_blocks": 1, "lm_hidden_dim": 16,
+    "lm_inter_dim": 32, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1,
+}  # fmt: skip
+# Two questions a row; the third has no image, the fourth one that does not decode.
+ROWS = [row([encoded(picture(seed=i))], [turn(), turn("what?", "red")], f"row{i}") for i in range(9)]
+ROWS[2], ROWS[3] = row([], name="text"), row([b"not an image"], name="bad")
+WITH_IMAGE = 8
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The images that were decoded, or tried to be, since it was last cleared."""
+    found, call = [], ImageProcessor.__call__
+    monkeypatch.setattr(ImageProcessor, "__call__", lambda self, image: found.append(image) or call(self, image))
+    return found
+
+
+def make_evaluator(rows=ROWS, cache: bool = False, **train) -> Evaluator:
+    vlm, cfg = tiny_vlm(**SMALL), tiny_train(eval_interval=1, max_new_tokens=3, **train)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(vlm)
+    val = dataset(rows, vlm, cfg, train=False, cache=cache)
+    data = SimpleNamespace(tokenizer=val.tokenizer, val_dataset=val, test_dataset=None, dropped={"val": DropCounter()})
+    return Evaluator(model, data, cfg, torch.device("cpu"), contextlib.nullcontext())
+
+
+def apart(evaluator: Evaluator) -> dict:
+    return {"val/loss": evaluator.loss()} | evaluator.answers()
+
+
+@pytest.mark.parametrize("turns_per_image", [None, 1])
+def test_one_pass_decodes_each_row_once_and_finds_what_two_find(decoded, turns_per_image):
+    evaluator = make_evaluator(turns_per_image=turns_per_image)
+    expected = apart(evaluator)
+    dropped = dict(evaluator.data.dropped["val"])
+    decoded.clear()
+    together = evaluator.loss_and_answers()
+    assert len(decoded) <= WITH_IMAGE + 1  # what does not decode may be tried again
+    assert together.pop("val/loss") == pytest.approx(expected.pop("val/loss"), rel=1e-5)
+    assert together == expected
+    assert dict(evaluator.data.dropped["val"]) == dropped
+    assert sum(dropped.values()) == 1
+
+
+def test_kept_rows_are_decoded_in_the_first_evaluation_alone(decoded):
+    evaluator = make_evaluator(ROWS[:3], cache=True)
+    apart(evaluator)
+    assert len(decoded) == 2
+    evaluator.loss_and_answers()
+    apart(evaluator)
+    assert len(decoded) == 2
+
+
+def test_rows_of_a_stream_too(decoded):
+    evaluator = make_evaluator(stream(5))
+    evaluator.loss_and_answers()
+    assert len(decoded) == 5
+
+
+def test_workers_send_loss_and_questions_of_a_row_together():
+    evaluator, alone = make_evaluator(num_workers=1), make_evaluator()
+    assert evaluator.loss_and_answers() == alone.loss_and_answers()
+
+
+def test_an_evaluation_of_a_run_is_one_pass(decoded):
+    evaluator = make_evaluator(ROWS[4:])
+    nothing = SimpleNamespace(share=lambda: None, requested=False)
+    parallel = SimpleNamespace(with_model=lambda compute: compute())
+    meter = SimpleNamespace(seconds={"eval": 0.0}, clock=lambda name: contextlib.nullcontext())
+    log = SimpleNamespace(record=lambda step, values: seen.update(values), say=lambda line: None)
+    schedule, seen = EvaluationSchedule(evaluator.cfg, evaluator, None, parallel, nothing, meter, log), {}
+    schedule.run(LoopState(step=1))
+    assert len(decoded) == 5
+    assert seen["val/loss"] > 0
+    assert 0 <= seen["val/exact_match"] <= 1
