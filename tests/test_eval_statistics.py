@@ -82,7 +82,7 @@ def test_the_two_tests_agree_on_plain_rows():
 
 def test_shared_images_are_drawn_together():
     """Forty copies of five images say no more than the five."""
-    first, second = np.zeros(200), np.repeat([1.0, 1.0, 0.0, 0.0, -1.0], 40)
+    first, second = np.repeat([0.0, 0.0, 0.0, 0.0, 1.0], 40), np.repeat([1.0, 1.0, 0.0, 0.0, 0.0], 40)
     images = np.repeat(list("abcde"), 40).tolist()
     found = paired(mean_metric("m", first), mean_metric("m", second), images)
     assert found["test"] == "paired bootstrap"
