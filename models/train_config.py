@@ -169,7 +169,7 @@ class TrainConfig(Checked):
         section="Hardware",
     )
     compile: bool | str = doc(
-        "torch.compile: on, off, or auto (on for CUDA with Triton and a compiler). Blocks and the loss are compiled",
+        "torch.compile: on, off, or auto (on CUDA). The blocks and the loss are compiled; auto needs Triton and a compiler",
         "auto",
         choices=("auto", True, False),
         alone="on",
