@@ -169,7 +169,7 @@ class TrainConfig(Checked):
         section="Hardware",
     )
     compile: bool | str = doc(
-        "torch.compile: on, off, or auto (on CUDA). The blocks and the loss are compiled; auto needs Triton and a compiler",
+        "torch.compile: on, off, or auto (on CUDA with Triton and a compiler). Blocks and the loss are compiled",
         "auto",
         choices=("auto", True, False),
         alone="on",
@@ -225,7 +225,7 @@ class TrainConfig(Checked):
     )
 
     dry_run: bool = doc(
-        "print what the run will take (parameters, tokens, FLOPs, memory), look at some rows, and end. Nothing is "
+        "print what the run takes (FLOPs, memory), look at some rows, and end. Nothing is "
         "downloaded or written",
         False,
         section="Output",
