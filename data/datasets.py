@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from data.control_tokens import ControlTokens
 from data.draws import answer_rarity, draw_turns, turn_weights
 from data.drops import (
-    CONTROL_TOKEN_IN_TEXT,
-    IMAGE_TOKEN_IN_TEXT,
     LOW_RATING,
     NO_LABEL,
     NO_TEXT,
@@ -109,12 +107,7 @@ class VQADataset:
         self.vlm_cfg = vlm_cfg
         self.cfg = train_cfg
         self.train = train
-        self.extra_tokens = _any_of(vlm_cfg.vlm_extra_tokens.values())
-        added = tokenizer.added_tokens_decoder.items()
-        control = {i: token for i, token in added if token.special or i == tokenizer.eos_token_id}
-        self.control_tokens = _any_of(token.content for token in control.values())
-        # A token that is looked for in the normalized text is found where its letters are written in another way.
-        self.normalized_tokens = {i for i, token in control.items() if token.normalized}
+        self.control_tokens = ControlTokens(tokenizer, vlm_cfg)
         self.prepared: dict[int, PreparedSample] | None = {} if cache else None  # by index, with tiles
         self.asked: dict[int, Questions] = {}
         self.rarity = answer_rarity(rows) if train and train_cfg.balance_answers else None
@@ -300,11 +293,11 @@ class VQADataset:
         """(turns that can be learned, without space around them; reasons why the others cannot). Raises RowDropped."""
         if "bad" in row:
             raise RowDropped(row["bad"])
-        if why := self._forged(row.get("system") or ""):
+        if why := self.control_tokens.reason(row.get("system") or ""):
             raise RowDropped(Reason(why, where_of(row), "the system text"))
         if (row.get("tools") or any("steps" in turn for turn in row["texts"])) and not knows_tools(self.tokenizer):
             raise RowDropped(Reason(NO_TOOLS, where_of(row), "see --lm_chat_template"))
-        if row.get("tools") and (why := self._forged(json.dumps(row["tools"], ensure_ascii=False))):
+        if row.get("tools") and (why := self.control_tokens.reason(json.dumps(row["tools"], ensure_ascii=False))):
             raise RowDropped(Reason(why, where_of(row), "the tools"))
         rated = filter_turns(row, self.cfg)["texts"]
         dropped = Counter({LOW_RATING: len(row["texts"]) - len(rated)}) if len(rated) < len(row["texts"]) else Counter()
@@ -315,24 +308,13 @@ class VQADataset:
             steps = turn.get("steps") or []
             if not (assistant or (steps and "tool_calls" in steps[-1])) or not (user or turn.get("image_only")):
                 dropped[NO_TEXT] += 1
-            elif why := self._forged("\n".join([user, assistant, json.dumps(steps, ensure_ascii=False)])):
+            elif why := self.control_tokens.reason("\n".join([user, assistant, json.dumps(steps, ensure_ascii=False)])):
                 dropped[why] += 1
             else:
                 turns.append(turn | {"user": user, "assistant": assistant or (None if steps else "")})
         if not row["texts"]:
             dropped[NO_TEXT] += 1
         return turns, dropped
-
-    def _forged(self, text: str) -> str | None:
-        """The reason why the text cannot be used, if it holds a token that only the template may write."""
-        if self.extra_tokens.search(text):
-            return IMAGE_TOKEN_IN_TEXT
-        if self.control_tokens.search(text):
-            return CONTROL_TOKEN_IN_TEXT
-        if self.normalized_tokens:
-            ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-            return CONTROL_TOKEN_IN_TEXT if self.normalized_tokens.intersection(ids) else None
-        return None
 
     def _grids(self, row: dict) -> list[tuple[int, int]]:
         """The grids of a row's images, from their headers. Raises RowDropped."""
@@ -366,10 +348,6 @@ class VQADataset:
             return mirror(images, grids[0])
         parts = images.split([count(grid) for grid in grids])
         return torch.cat([mirror(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)])
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, tokens)))
 
 
 def _conversation_tensors(

@@ -215,6 +215,19 @@ def encode_prompt(
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def encode_chat(tokenizer: Tokenizer, contents: list[str], system: str = "") -> list[int]:
+    """The ids of a conversation that ends with a question, up to where the assistant begins to speak, as it is trained.
+
+    contents: what user and assistant say in turn, an odd number of texts. Raises TemplateRefused.
+    """
+    if len(contents) == 1:
+        return encode_prompt(tokenizer, contents[0], "", system)
+    system, first = _system_and_question(tokenizer, system, contents[0])
+    any_answer = "."
+    text, spans = conversation_text(tokenizer, [first, *contents[1:], any_answer], system)
+    return tokenizer.backend_tokenizer.encode(text[: spans[-1][0]], add_special_tokens=False).ids
+
+
 def spoken_call(tokenizer: Tokenizer, turn: dict, system: str, tools: list[dict] | None) -> str:
     """What the assistant writes to call a tool, where that ends the turn: the text that an answer is compared with."""
     text, spans = messages_text(tokenizer, _messages([turn], system), tools)

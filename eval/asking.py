@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from data.collators import PromptCollator, to_device
+from data.control_tokens import ControlTokens
 from data.datasets import Questions
 from data.images import ImageProcessor
-from data.places import with_images
-from data.text import encode_prompt, get_tokenizer, image_string
+from data.places import place_images, with_images
+from data.text import encode_chat, encode_prompt, get_tokenizer, image_string
+from data.values import BadRow
+from eval.answer_text import AnswerText, Speed
 from models.attention import compute_dtype
 from models.vision_language_model import VisionLanguageModel
 
@@ -25,6 +28,15 @@ class Reader:
 
     tokenizer: Any
     processor: ImageProcessor
+
+    def __post_init__(self) -> None:
+        self.control_tokens = ControlTokens(self.tokenizer, self.processor.cfg)
+
+    def check(self, text: str) -> None:
+        """Raise ValueError where a user's text holds a token that only the chat template or an image may write."""
+        if found := self.control_tokens.find(text):
+            reason, token = found
+            raise ValueError(f"{reason}: {token} must not stand in it; an image is <image>")
 
     def read(
         self, turn: Mapping[str, Any], images: Sequence[Any], system: str = "", answer_prefix: str = "", id: str = ""
@@ -41,6 +53,27 @@ class Reader:
             prompt = prompt + self.tokenizer.backend_tokenizer.encode(answer_prefix, add_special_tokens=False).ids
         tiles = torch.cat([tiles for tiles, _ in processed]) if processed else None
         return Questions(tiles, [prompt], [""], [None], id)
+
+    def spoken(self, text: str, grids: Sequence[tuple[int, int]]) -> str:
+        """What a user says, with the tokens of its images: before it, or where it says <image>.
+
+        grids: of these images, as the processor gives them. Raises ValueError where they are not as many as the
+        <image> in it, and as `check` does.
+        """
+        self.check(text)
+        try:
+            [turn] = place_images([{"user": text.strip(), "assistant": None}], None, len(grids))
+        except BadRow as bad:
+            raise ValueError(f"{bad.kind}: {bad.found}") from None
+        return with_images(turn, [image_string([grid], self.processor.cfg) for grid in grids])[0]
+
+    def conversation(self, contents: Sequence[str], tiles: Sequence[torch.Tensor]) -> Questions:
+        """The last question of a conversation. contents: what was said in turn, of the user as `spoken` gives it.
+
+        tiles: of all its images in order, uint8 [n, 3, S, S] each.
+        """
+        prompt = encode_chat(self.tokenizer, list(contents))
+        return Questions(torch.cat(list(tiles)) if tiles else None, [prompt], [""], [None], "")
 
 
 class Asker:
@@ -63,14 +96,47 @@ class Asker:
         self.tokenizer = get_tokenizer(self.model.cfg, None if lm_tokenizer else folder)
         self.reader = Reader(self.tokenizer, ImageProcessor(self.model.cfg))
         self.collator = PromptCollator(self.tokenizer.pad_token_id, self.model.cfg)
+        self.speed = Speed()  # of all answers so far
 
-    def answer(self, questions: Sequence[Questions], max_new_tokens: int, **sampling: Any) -> list[str]:
-        """The answer to each; greedy, unless `sampling`, as the model's generate takes it, says otherwise."""
+    def answer(
+        self, questions: Sequence[Questions], max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
+    ) -> list[str]:
+        """The answer to each prompt; greedy, unless `sampling`, as the model's generate takes it, says otherwise.
+
+        stop: an answer ends before the first of these texts in it.
+        """
+        texts = [AnswerText(self.tokenizer, stop, max_new_tokens) for row in questions for _ in row.prompts]
+        for _ in self._steps(questions, texts, max_new_tokens, sampling):
+            pass
+        return [text.text for text in texts]
+
+    def stream(
+        self, question: Questions, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """The same of one prompt, piece by piece as its tokens come. Close it where it is not taken to the end."""
+        text = AnswerText(self.tokenizer, stop, max_new_tokens)
+        with contextlib.closing(self._steps([question], [text], max_new_tokens, sampling)) as steps:
+            for _ in steps:
+                if piece := text.take():
+                    yield piece
+
+    def _steps(
+        self, questions: Sequence[Questions], texts: Sequence[AnswerText], max_new_tokens: int, sampling: dict[str, Any]
+    ) -> Iterator[None]:
+        """Give each text its next token, until all are done."""
         options: dict[str, Any] = {"greedy": not sampling, "eos_token_id": self.tokenizer.eos_token_id} | sampling
+        self.speed.begin()
         options |= to_device(self.collator(list(questions)), self.device)
-        with self.autocast:
-            new_ids = self.model.generate(max_new_tokens=max_new_tokens, **options)
-        return [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+        # Held over all tokens: at its end the weights that it has cast are forgotten.
+        with self.autocast, contextlib.closing(self.model.stream(max_new_tokens=max_new_tokens, **options)) as stream:
+            for new_ids in stream:
+                tokens = new_ids.tolist()  # waits for the device
+                self.speed.add(sum(not text.done for text in texts))
+                for text, token in zip(texts, tokens, strict=True):
+                    text.add(token)
+                yield
+                if all(text.done for text in texts):
+                    return
 
     def compute_dtype(self) -> torch.dtype:
         """Of its matrix products."""

@@ -4,10 +4,10 @@ Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens per 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 import torch
 import torch.nn as nn
@@ -138,8 +138,12 @@ class VisionLanguageModel(nn.Module):
                 )
         return x.flatten(0, 1).index_copy(0, image_slots, image_embeddings.to(x.dtype)).view_as(x)
 
+    def generate(self, input_ids: torch.Tensor, images: Images = None, *args: Any, **options: Any) -> torch.Tensor:
+        """All that `stream` yields for the same arguments: int [B, at most max_new_tokens]."""
+        return torch.stack(list(self.stream(input_ids, images, *args, **options)), dim=1)
+
     @torch.inference_mode()
-    def generate(
+    def stream(
         self,
         input_ids: torch.Tensor,
         images: Images = None,
@@ -153,8 +157,8 @@ class VisionLanguageModel(nn.Module):
         eos_token_id: int | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """New token ids, int [B, at most max_new_tokens]; a row that has ended is filled with the end token.
+    ) -> Iterator[torch.Tensor]:
+        """Yields the next token id of each row, int [B], until all rows have ended; an ended one repeats its end token.
 
         Rows of different lengths are padded on the left, with attention_mask [B, T] zero there. The end token is
         eos_token_id, else cfg.lm_eos_token_id; without either every row gets max_new_tokens. Sampling: greedy, or from
@@ -171,21 +175,19 @@ class VisionLanguageModel(nn.Module):
             positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
         cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, compute_dtype(x))
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
-        new_ids = []
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             hidden = self.decoder(x, attention_mask, positions, cache=cache)[:, -1]
             next_ids = _sample(self.decoder.head(hidden).float(), top_k, top_p, temperature, greedy)
             if eos is not None:
                 next_ids = next_ids.masked_fill(ended, eos)
                 ended |= next_ids == eos
-            new_ids.append(next_ids)
-            if ended.all():
-                break
+            yield next_ids
+            if step + 1 == max_new_tokens or ended.all():
+                return
             x = self.decoder.token_embedding(next_ids)[:, None]
             if attention_mask is not None and positions is not None:
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)
                 positions = positions[:, -1:] + 1
-        return torch.stack(new_ids, dim=1)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "VisionLanguageModel":
