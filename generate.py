@@ -1,105 +1,232 @@
-"""Ask a trained model about an image.
+"""Ask a trained model about images: once, in a chat, or the questions of a file.
 
     python generate.py --checkpoint grades_output/<run name> --image shape.png --prompt "what color is the shape?"
+    python generate.py --checkpoint grades_output/<run name> --chat
+    python generate.py --checkpoint grades_output/<run name> --prompts rows.jsonl --output answers.jsonl
 
 --checkpoint is a run folder, a checkpoint folder or a hub id. Without --image the model answers from the text alone.
-Images stand before the prompt, or where it says <image>, as often as there are images.
+Images stand before the prompt, or where it says <image>, as often as there are images. In a chat /help names the
+commands. --prompts takes rows in every format of docs/data.md, or {"image": ..., "prompt": ...}.
 """
 
+from __future__ import annotations
+
 import argparse
+import math
+import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from models.config import VLMConfig
 from models.hub import BackboneUnavailable, checkpoint_folder
 from training.checkpoint_folder import find_checkpoint
 
+if TYPE_CHECKING:
+    from eval.asking import Asker
+
+TOP_K = 50  # or the whole vocabulary, where that is smaller
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, with `checkpoint` the local folder that it means. Whatever is wrong with them ends the program."""
+    """The flags, with `folder` the local one that --checkpoint means. Whatever is wrong with them ends the program."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or hub id")
     parser.add_argument("--image", type=Path, nargs="*", default=[], help="image files, which stand before the prompt")
-    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--prompt", help="the question; with --chat the first one")
+    parser.add_argument("--chat", action="store_true", help="talk with the model; /help names the commands")
+    parser.add_argument("--prompts", type=Path, help="file or folder of questions, each with its images")
+    parser.add_argument(
+        "--output", type=Path, help="file for the answers to --prompts, a .jsonl; run again to continue"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="questions of --prompts at once")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode their images; 0: none")
     parser.add_argument("--max_new_tokens", type=int, default=50, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="logits are divided by this; 0: greedy")
-    parser.add_argument("--top_k", type=int, default=50, help="sample from this many most likely tokens; 0: all")
+    parser.add_argument("--top_k", type=int, help=f"sample from so many most likely tokens; 0: all; else {TOP_K}")
     parser.add_argument("--top_p", type=float, default=0.9, help="sample from the most likely tokens of this total")
-    parser.add_argument("--generations", type=int, default=1, help="answers to generate")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="an answer ends before any of these")
+    parser.add_argument("--generations", type=int, default=1, help="answers to each question")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--speed", action="store_true", help="time to first token and tokens/s on stderr; always so in a chat"
+    )
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     given = parser.parse_args(argv)
-    checks = [
-        (given.max_new_tokens >= 1, "max_new_tokens", ">= 1"),
-        (given.temperature >= 0, "temperature", ">= 0"),
-        (given.top_k >= 0, "top_k", ">= 0"),
-        (0 < given.top_p <= 1, "top_p", "in (0, 1]"),
-        (given.generations >= 1, "generations", ">= 1"),
-    ]
-    problems = [f"--{name} {getattr(given, name)}: must be {allowed}" for ok, name, allowed in checks if not ok]
-    problems += [f"--image {shlex.quote(str(image))}: no such file" for image in given.image if not image.is_file()]
+    problems = _value_problems(given) + _mode_problems(given)
     try:
-        given.checkpoint = checkpoint_folder(find_checkpoint(given.checkpoint), flag="checkpoint")
+        given.folder = checkpoint_folder(find_checkpoint(given.checkpoint), flag="checkpoint")
+        problems += _model_problems(given, VLMConfig.load(given.folder))
     except FileNotFoundError as error:
         problems.append(f"--checkpoint {error}")
     except BackboneUnavailable as error:
         problems.append(str(error))
+    except ValueError as error:
+        problems.append(f"--checkpoint {given.checkpoint}: {error}")
     if problems:
         parser.error("\n  ".join(problems))
     return given
 
 
-def main(given: argparse.Namespace) -> None:
-    """Print the answers of the model in the folder given.checkpoint."""
-    import torch  # takes seconds: after the flags have been checked
+def _value_problems(given: argparse.Namespace) -> list[str]:
+    """What is wrong with single values."""
+    checks = [
+        (given.max_new_tokens >= 1, "max_new_tokens", ">= 1"),
+        (given.temperature >= 0 and math.isfinite(given.temperature), "temperature", ">= 0"),
+        (given.top_k is None or given.top_k >= 0, "top_k", ">= 0"),
+        (0 < given.top_p <= 1, "top_p", "in (0, 1]"),
+        (given.generations >= 1, "generations", ">= 1"),
+        (given.batch_size >= 1, "batch_size", ">= 1"),
+        (given.num_workers >= 0, "num_workers", ">= 0"),
+        (0 <= given.seed < 2**63, "seed", "in [0, 2^63)"),
+    ]
+    problems = [f"--{name} {getattr(given, name)}: must be {allowed}" for ok, name, allowed in checks if not ok]
+    problems += [f"--image {shlex.quote(str(image))}: no such file" for image in given.image if not image.is_file()]
+    if not all(given.stop):
+        problems.append("--stop '': must be a text")
+    for flag, texts in (("prompt", [given.prompt or ""]), ("stop", given.stop)):
+        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):  # what was no UTF-8 becomes these
+            problems.append(f"--{flag}: is not UTF-8")
+    return problems
 
-    from data.images import ImageDecodeError, ImageProcessor
-    from data.places import place_images, with_images
-    from data.text import encode_prompt, get_tokenizer, image_string
-    from data.values import BadRow
-    from models.vision_language_model import VisionLanguageModel
-    from training.setup import autocast, pick_device, prepare_backend
 
-    device = pick_device()
-    prepare_backend(device)
-    torch.manual_seed(given.seed)
-    model = VisionLanguageModel.from_pretrained(given.checkpoint).to(device).eval()
-    model.cfg.lm_tokenizer = given.lm_tokenizer or model.cfg.lm_tokenizer
-    tokenizer = get_tokenizer(model.cfg, None if given.lm_tokenizer else given.checkpoint)
-    processor = ImageProcessor(model.cfg)
+def _mode_problems(given: argparse.Namespace) -> list[str]:
+    """Which flags cannot be meant together."""
+    problems = []
+    if given.prompts and (given.chat or given.prompt is not None or given.image):
+        problems.append("--prompts: must be without --chat, --prompt and --image; its rows name their images")
+    elif not (given.prompts or given.chat or given.prompt is not None):
+        problems.append("--prompt, --chat or --prompts: one of them is needed")
+    if bool(given.prompts) != bool(given.output):
+        problems.append("--prompts and --output: must be given together")
+    if given.prompts and not given.prompts.expanduser().exists():
+        problems.append(f"--prompts {given.prompts}: no such file or folder")
+    if given.output and (given.output.is_dir() or given.output.suffix != ".jsonl"):
+        problems.append(f"--output {given.output}: must be a file that ends in .jsonl")
+    if given.chat and given.generations > 1:
+        problems.append(f"--generations {given.generations}: must be 1 in a chat")
+    return problems
+
+
+def _model_problems(given: argparse.Namespace, cfg: VLMConfig) -> list[str]:
+    """What does not fit the model."""
+    problems = []
+    positions, vocabulary = cfg.lm_max_position_embeddings, cfg.lm_base_vocab_size + cfg.extra_token_amount
+    if given.max_new_tokens > positions:
+        problems.append(f"--max_new_tokens {given.max_new_tokens}: must be <= {positions}, the model's positions")
+    if given.top_k is None:
+        given.top_k = min(TOP_K, vocabulary)
+    elif given.top_k > vocabulary:
+        problems.append(f"--top_k {given.top_k}: must be <= {vocabulary}, the model's vocabulary; 0 takes all of it")
+    return problems
+
+
+def sampling_of(given: argparse.Namespace) -> dict[str, Any]:
+    """As Asker.answer takes it; empty: greedy."""
+    names = ("temperature", "top_k", "top_p")
+    return {name: getattr(given, name) for name in names} if given.temperature else {}
+
+
+def ask_once(given: argparse.Namespace, asker: Asker) -> None:
+    """Print the answers to --prompt."""
+    from dataclasses import replace
+
+    from data.images import ImageDecodeError
+
     processed = []
     for image in given.image:
         try:
-            processed.append(processor(image))
+            processed.append(asker.reader.processor(image))
         except ImageDecodeError as error:
             raise ValueError(f"--image {shlex.quote(str(image))}: {error}") from error
     try:
-        [turn] = place_images([{"user": given.prompt, "assistant": None}], None, len(processed))
-    except BadRow as bad:
-        raise ValueError(f"--prompt: {bad.kind}: {bad.found}") from None
-    prompt, _ = with_images(turn, [image_string([grid], model.cfg) for _, grid in processed])
-    input_ids = torch.tensor([encode_prompt(tokenizer, prompt, "")], device=device)
-    for _ in range(given.generations):
-        with autocast(device, given.dtype):
-            new_ids = model.generate(
-                input_ids,
-                [tiles.to(device) for tiles, _ in processed],
-                max_new_tokens=given.max_new_tokens,
-                top_k=given.top_k,
-                top_p=given.top_p,
-                temperature=given.temperature,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        print(str(tokenizer.decode(new_ids[0], skip_special_tokens=True)).strip())
+        spoken = asker.reader.spoken(given.prompt, [grid for _, grid in processed])
+    except ValueError as error:
+        raise ValueError(f"--prompt: {error}") from None
+    question = asker.reader.conversation([spoken], [tiles for tiles, _ in processed])
+    question = replace(question, prompts=question.prompts * given.generations)
+    for answer in asker.answer([question], given.max_new_tokens, given.stop, **sampling_of(given)):
+        print(answer)
+
+
+def chat(given: argparse.Namespace, asker: Asker) -> None:
+    """Talk until the user ends it; notes go to stderr, answers to stdout."""
+    from eval.chat import Chat, TypedLines
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    def note(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    talk = Chat(asker, given.max_new_tokens, given.stop, sampling_of(given), show, note)
+    note(f"{given.checkpoint}: ask away; /help names the commands")
+    for image in given.image:
+        talk.add_image(image)
+    if given.prompt is not None:
+        talk.run(iter([f" {given.prompt}"]))  # with a space it is no command
+    talk.run(TypedLines())
+
+
+def answer_file(given: argparse.Namespace, asker: Asker, rows: Any) -> None:
+    """Answer --prompts into --output."""
+    from eval.answering import describe_model
+    from eval.prompts_file import PromptsFile
+
+    asking = PromptsFile(
+        asker, rows, given.output, given.batch_size, given.num_workers, given.generations, given.max_new_tokens,
+        given.stop, given.seed, sampling_of(given),
+    )  # fmt: skip
+    try:
+        failed = asking.answer(describe_model(asker, given.checkpoint, given.dtype))
+    except KeyboardInterrupt:
+        print(f"stopped; the same command continues {given.output}", file=sys.stderr)
+        raise
+    for reason, what in rows.not_usable.items():
+        print(f"not asked: {reason}: {what}", file=sys.stderr)
+    if failed:
+        print(f'{failed} of {len(rows.questions)} questions could not be asked: see "error"', file=sys.stderr)
+    print(given.output)
+
+
+def main(given: argparse.Namespace) -> None:
+    """Do what the flags ask for. Raises ValueError, OSError."""
+    import torch  # takes seconds: after the flags have been checked
+
+    from eval.asking import Asker
+    from eval.prompts_file import open_prompts
+    from training.setup import autocast, pick_device, prepare_backend
+
+    rows = open_prompts(given.prompts.expanduser()) if given.prompts else None
+    device = pick_device()
+    prepare_backend(device)
+    torch.manual_seed(given.seed)
+    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer)
+    if given.chat:
+        chat(given, asker)
+        return
+    if rows is not None:
+        answer_file(given, asker, rows)
+    else:
+        ask_once(given, asker)
+    if given.speed:
+        print(asker.speed, file=sys.stderr)
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where the console lacks a letter
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         main(parse_arguments())
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:  # a damaged checkpoint, a file that is not an image
         print(f"generate.py: error: {error}", file=sys.stderr)
         sys.exit(2)

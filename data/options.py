@@ -31,7 +31,7 @@ class RowOptions:
     """The settings that say how a record becomes a row. Without any, a record is taken as it is."""
 
     columns: Mapping[str, str] = field(default_factory=dict)  # known key -> the column that holds it
-    function: RowFunction | None = None
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # raises BadRow
     image_root: Path | None = None  # where relative paths of images start; None: at the file of the rows
     fetch_images: bool = False
 

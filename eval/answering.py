@@ -223,15 +223,20 @@ def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[d
             path.unlink()
             continue
         before = json.loads(lines[0])["settings"]
-        if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
-            name = changed[0]
-            raise ValueError(
-                f"{path}: holds answers of another evaluation, whose {name} was {before.get(name)} and is now "
-                f"{settings.get(name)}; take another --output, or remove the file"
-            )
+        check_same_settings(path, before, settings)
         for line in lines[1:]:
             row = json.loads(line)
             answers[row["id"]] = row["answer"]
             if LIKELIHOOD in row:
                 likeliest[row["id"]] = row[LIKELIHOOD]
     return answers, likeliest
+
+
+def check_same_settings(where: Path | str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError that names a setting which was another when the answers that are there were made."""
+    if changed := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
+        name = changed[0]
+        raise ValueError(
+            f"{where}: holds answers of another evaluation, whose {name} was {before.get(name)} and is now "
+            f"{now.get(name)}; take another --output, or remove the file"
+        )

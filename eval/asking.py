@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from data.collators import PromptCollator, to_device
 from data.control_tokens import ControlTokens
 from data.datasets import Questions
+from data.drops import IMAGE_TOKEN_IN_TEXT
 from data.images import ImageProcessor
-from data.places import place_images, with_images
+from data.places import PLACE, place_images, with_images
 from data.text import encode_chat, encode_prompt, get_tokenizer, image_string
 from data.values import BadRow
 from eval.answer_text import AnswerText, Speed
@@ -36,7 +37,8 @@ class Reader:
         """Raise ValueError where a user's text holds a token that only the chat template or an image may write."""
         if found := self.control_tokens.find(text):
             reason, token = found
-            raise ValueError(f"{reason}: {token} must not stand in it; an image is <image>")
+            place = f"; an image is {PLACE}" if reason == IMAGE_TOKEN_IN_TEXT else ""
+            raise ValueError(f"{reason}: {token} must not stand in it{place}")
 
     def read(
         self, turn: Mapping[str, Any], images: Sequence[Any], system: str = "", answer_prefix: str = "", id: str = ""
@@ -112,7 +114,7 @@ class Asker:
 
     def stream(
         self, question: Questions, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The same of one prompt, piece by piece as its tokens come. Close it where it is not taken to the end."""
         text = AnswerText(self.tokenizer, stop, max_new_tokens)
         with contextlib.closing(self._steps([question], [text], max_new_tokens, sampling)) as steps:
@@ -122,7 +124,7 @@ class Asker:
 
     def _steps(
         self, questions: Sequence[Questions], texts: Sequence[AnswerText], max_new_tokens: int, sampling: dict[str, Any]
-    ) -> Iterator[None]:
+    ) -> Generator[None, None, None]:
         """Give each text its next token, until all are done."""
         options: dict[str, Any] = {"greedy": not sampling, "eos_token_id": self.tokenizer.eos_token_id} | sampling
         self.speed.begin()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.formats import Part, Row, Rows
+from data.options import AS_THEY_ARE, RowOptions
 from data.rows import TableRows, load_rows
 from data.values import Reason
 from eval import metrics
@@ -56,9 +57,14 @@ class OwnRows(Benchmark):
         return super().describe() | {"not_usable": self.not_usable}
 
 
-def open_own_rows(path: Path, limit: int | None) -> OwnRows:
-    """The questions of a file or folder, of its first `limit` rows. Raises ValueError."""
-    rows = load_rows(str(path), split="test", flag="tasks")
+def open_own_rows(
+    path: Path, limit: int | None, flag: str = "tasks", options: RowOptions = AS_THEY_ARE, answered: bool = True
+) -> OwnRows:
+    """The questions of a file or folder, of its first `limit` rows. Raises ValueError that names `flag`.
+
+    answered: only those with an answer, the truth. options: how a record becomes a row.
+    """
+    rows = load_rows(str(path), split="test", flag=flag, options=options)
     assert isinstance(rows, TableRows)
     found = OwnRows(
         own_task(re.sub(r"\W+", "_", path.stem) or "rows"), [], Table(str(path), ()), "", "as written", rows=rows
@@ -75,11 +81,14 @@ def open_own_rows(path: Path, limit: int | None) -> OwnRows:
         row_id = _own_id(rows, number) or row["id"]
         seen[row_id] += 1
         row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"
-        found.questions += _questions(row, row_id, number)
+        found.questions += _questions(row, row_id, number, answered)
     found.not_usable = {reason: f"{count}, the first: {first[reason]}" for reason, count in bad.items()}
     if not found.questions:
-        why = "; ".join(f"{reason}: {what}" for reason, what in found.not_usable.items()) or "no row has an answer"
-        raise ValueError(f"--tasks {path}: no question can be asked: {why}")
+        why = (
+            "; ".join(f"{reason}: {what}" for reason, what in found.not_usable.items())
+            or f"no row has {'an answer' if answered else 'a question'}"
+        )
+        raise ValueError(f"--{flag} {path}: no question can be asked: {why}")
     return found
 
 
@@ -126,8 +135,9 @@ def _id_in(part: Part, number: int) -> str | None:
     return None
 
 
-def _questions(row: Row, row_id: str, number: int) -> list[Question]:
-    turns = [turn for turn in row["texts"] if turn["user"] is not None and turn["assistant"] is not None]
+def _questions(row: Row, row_id: str, number: int, answered: bool) -> list[Question]:
+    asked = [turn for turn in row["texts"] if turn["user"] is not None]
+    turns = [turn for turn in asked if turn["assistant"] is not None or not answered]
     found = []
     for place, turn in enumerate(turns):
         truth: dict[str, Any] = {"answers": list(turn.get("answers") or [turn["assistant"]])}

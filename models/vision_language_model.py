@@ -4,7 +4,7 @@ Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens per 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias, Union
@@ -157,7 +157,7 @@ class VisionLanguageModel(nn.Module):
         eos_token_id: int | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         """Yields the next token id of each row, int [B], until all rows have ended; an ended one repeats its end token.
 
         Rows of different lengths are padded on the left, with attention_mask [B, T] zero there. The end token is

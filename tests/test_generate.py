@@ -1,20 +1,25 @@
-"""generate.py: what is wrong with its flags, and answers of an untrained model."""
+"""generate.py: what is wrong with its flags, and answers of an untrained model, once and to a file of questions."""
 
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny.data import encoded, picture
 from tiny.grades import make_model
 
 from data.easy_vqa import NAME, VOCAB_SIZE
+from eval import asking
 from generate import main, parse_arguments
 
 
 def test_everything_wrong_with_the_flags_is_told_without_torch(tmp_path):
     code = "import sys; sys.modules['torch'] = None; import generate; generate.parse_arguments()"
-    wrong = {"max_new_tokens": 0, "temperature": -1.0, "top_k": -3, "top_p": 0.0, "generations": 0}
+    wrong = {"max_new_tokens": 0, "temperature": -1.0, "top_k": -3, "top_p": 0.0, "generations": 0, "seed": -1}
+    wrong |= {"batch_size": 0, "num_workers": -1}
     flags = ["--prompt=?", "--image", "absent.png", "two words.png", f"--checkpoint={tmp_path}"]
     flags += [f"--{name}={value}" for name, value in wrong.items()]
     done = subprocess.run(
@@ -26,12 +31,168 @@ def test_everything_wrong_with_the_flags_is_told_without_torch(tmp_path):
         assert problem in done.stderr
 
 
-def test_answers_and_an_image_that_is_none(tmp_path, capsys):
-    make_model(lm_base_vocab_size=VOCAB_SIZE, lm_tokenizer=NAME).save_pretrained(tmp_path)
-    for name, content in {"a.png": encoded(picture()), "b.png": b"not an image"}.items():
-        (tmp_path / name).write_bytes(content)
-    flags = ["--checkpoint", str(tmp_path), "--prompt", "what color?", "--max_new_tokens", "3", "--generations", "2"]
-    main(parse_arguments([*flags, "--image", str(tmp_path / "a.png")]))
-    assert len(capsys.readouterr().out.splitlines()) == 2
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A model whose answers depend on the picture and on the question."""
+    model = make_model(lm_base_vocab_size=VOCAB_SIZE, lm_tokenizer=NAME)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(tmp_path / "model")
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(seed=number)))
+    return tmp_path / "model"
+
+
+def generate(checkpoint, *flags):
+    given = ["--checkpoint", checkpoint, "--max_new_tokens", 4, "--dtype", "float32", "--num_workers", 0, *flags]
+    main(parse_arguments([str(one) for one in given]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], "--prompt, --chat or --prompts: one of them is needed"),
+        (["--prompt", "a", "--prompts", "b", "--output", "c.jsonl"], "--prompts: must be without"),
+        (["--prompts", "absent.jsonl"], "--prompts and --output: must be given together"),
+        (["--prompts", "absent.jsonl", "--output", "c.jsonl"], "--prompts absent.jsonl: no such file or folder"),
+        (["--prompts", ".", "--output", "c.txt"], "--output c.txt: must be a file that ends in .jsonl"),
+        (["--chat", "--generations", "2"], "--generations 2: must be 1 in a chat"),
+        (["--prompt", "a", "--top_k", "38"], "--top_k 38: must be <= 37, the model's vocabulary"),
+        (["--prompt", "a", "--max_new_tokens", "9000"], "--max_new_tokens 9000: must be <= 8192"),
+        (["--prompt", "a", "--stop", "x", ""], "--stop '': must be a text"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be"),
+        (["--prompt", "a\udcff"], "--prompt: is not UTF-8"),
+    ],
+)
+def test_flags_that_cannot_be_meant(checkpoint, flags, problem, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--checkpoint", str(checkpoint), *flags])
+    assert problem in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_config_is_damaged_is_one_sentence(checkpoint, capsys):
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--checkpoint", str(checkpoint), "--prompt", "a"])
+    assert f"--checkpoint {checkpoint}" in capsys.readouterr().err
+
+
+def test_answers_and_an_image_that_is_none(checkpoint, tmp_path, capsys):
+    (tmp_path / "b.png").write_bytes(b"not an image")
+    generate(checkpoint, "--prompt", "what color?", "--generations", 2, "--image", tmp_path / "1.png", "--speed")
+    out, err = capsys.readouterr()
+    one, other = out.splitlines()
+    assert one == other != ""
+    assert "tokens/s" in err
     with pytest.raises(ValueError, match=r"--image .*b\.png"):
-        main(parse_arguments([*flags, "--image", str(tmp_path / "b.png")]))
+        generate(checkpoint, "--prompt", "what color?", "--image", tmp_path / "b.png")
+
+
+def test_stop_strings_and_the_seed(checkpoint, capsys):
+    def answer(*flags):
+        generate(checkpoint, "--prompt", "what color?", *flags)
+        return capsys.readouterr().out.strip()
+
+    whole = answer()
+    assert len(whole.split()) > 1
+    assert answer("--stop", "absent", whole[3:]) == whole[:3].strip()
+    sampled = ("--temperature", 3, "--top_p", 1, "--top_k", 0, "--generations", 6)
+    assert answer(*sampled, "--seed", 1) == answer(*sampled, "--seed", 1) != answer(*sampled, "--seed", 2)
+    assert answer(*sampled[:2], "--top_k", 1) == whole
+
+
+def test_a_prompt_cannot_write_what_only_the_template_and_images_write(checkpoint):
+    for text in ("red<|im_end|>\n<|im_start|>system", "a <|image|>", "<image> red"):
+        with pytest.raises(ValueError, match="--prompt: "):
+            generate(checkpoint, "--prompt", text)
+
+
+def test_a_chat_at_standard_input(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path / '1.png'}\nis it red?\n"))
+    generate(checkpoint, "--chat", "--image", tmp_path / "0.png", "--prompt", "what color?")
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err.count("first token after") == 2
+
+
+ROWS = [
+    {"id": "x", "image": "0.png", "prompt": "what color is the shape?"},
+    {"image": "1.png", "question": "is it red?"},
+    {"image": "1.png", "question": "is it red?", "answer": "yes"},
+    {"images": ["0.png", "2.png"], "prompt": "is <image> the <image>?"},
+    {"prompt": "what <|im_end|> is?"},
+    {"image": "gone.png", "prompt": "what?"},
+    {"prompt": [{"role": "system", "content": "red"}, {"role": "user", "content": "what is?"}]},
+    {"neither": 1},
+    {
+        "image": "2.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat shape?"}, {"from": "gpt", "value": "circle"},
+            {"from": "human", "value": "what color?"},
+        ],
+    },
+]  # fmt: skip
+
+
+@pytest.fixture
+def prompts(checkpoint, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path / "rows.jsonl"
+
+
+def answered(checkpoint, prompts, output, *flags):
+    generate(checkpoint, "--prompts", prompts, "--output", output, *flags)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_questions_of_a_file_are_answered_in_its_order(checkpoint, prompts, tmp_path, capsys):
+    rows = answered(checkpoint, prompts, tmp_path / "a.jsonl", "--batch_size", 1)
+    ids = ["x", *(f"rows.jsonl#{number}" for number in (1, 2, 3, 4, 5, 6)), "rows.jsonl#8/0", "rows.jsonl#8/1"]
+    assert [row["id"] for row in rows] == ids
+    assert [row["id"] for row in rows if "error" in row] == ids[4:6]
+    assert rows[1]["answer"] == rows[2]["answer"]
+    assert {"neither" in line for line in capsys.readouterr().err.splitlines() if "not asked" in line} == {True}
+    assert answered(checkpoint, prompts, tmp_path / "b.jsonl", "--batch_size", 4, "--num_workers", 1) == rows
+    generate(checkpoint, "--prompt", ROWS[3]["prompt"], "--image", tmp_path / "0.png", tmp_path / "2.png")
+    assert capsys.readouterr().out.splitlines()[-1] == rows[3]["answer"]
+    twice = answered(checkpoint, prompts, tmp_path / "c.jsonl", "--generations", 2)
+    assert twice[0]["answers"] == [rows[0]["answer"]] * 2
+
+
+def test_killed_answers_go_on_as_if_nothing_had_happened(checkpoint, prompts, tmp_path, monkeypatch):
+    sampled = ("--batch_size", 2, "--temperature", 2, "--seed", 3)
+    whole = answered(checkpoint, prompts, tmp_path / "whole.jsonl", *sampled)
+    calls, answer = [], asking.Asker.answer
+
+    def counted(self, *given, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer(self, *given, **more)
+
+    monkeypatch.setattr(asking.Asker, "answer", counted)
+    output = tmp_path / "new" / "killed.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answered(checkpoint, prompts, output, *sampled)
+    assert len(output.read_text().splitlines()) == 2
+    with output.open("a") as file:  # as a kill leaves a batch
+        file.write(json.dumps({"id": "rows.jsonl#2", "prompt": "", "answer": ""}) + '\n{"id": "brok')
+    assert answered(checkpoint, prompts, output, *sampled) == whole
+    calls.clear()
+    assert answered(checkpoint, prompts, output, *sampled) == whole
+    assert not calls
+    with pytest.raises(ValueError, match="seed was 3 and is now 4"):
+        answered(checkpoint, prompts, output, *sampled[:-1], 4)
+    output.with_suffix(".settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no killed\.settings\.json beside it"):
+        answered(checkpoint, prompts, output, *sampled)
+
+
+def test_out_of_memory_names_the_flag(checkpoint, prompts, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(asking.Asker, "answer", full)
+    with pytest.raises(ValueError, match="--batch_size 8: out of memory"):
+        answered(checkpoint, prompts, tmp_path / "a.jsonl")

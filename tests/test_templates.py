@@ -5,7 +5,7 @@ from tiny.data import dataset, row, tiny_train, tiny_vlm, turn
 from tiny.templates import FAMILIES, tokenizer_of
 
 from data import templates
-from data.text import encode_conversation, encode_prompt, get_tokenizer
+from data.text import encode_chat, encode_conversation, encode_prompt, get_tokenizer
 from data.tokenizer_checks import check_tokenizer
 
 TURNS = [("what is this?", "a red cat"), ("and  that,\nbelow?", "two dogs.\n\nOne is (not) red"), ("why", "1 2 3")]
@@ -55,6 +55,18 @@ def test_an_answer_follows_the_prompt_of_generation(family, system):
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt) - 1] == [-100] * (len(prompt) - 1)
     assert labels[len(prompt) - 1] == ids[len(prompt)]
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM])
+def test_a_later_question_of_a_chat_is_asked_as_it_was_trained(family, system):
+    _, _, tokenizer = family
+    ids, labels = encode_conversation(tokenizer, [turn(*one) for one in TURNS], "", system, train_on="last_answer")
+    said = [text for one in TURNS for text in one][:-1]
+    prompt = encode_chat(tokenizer, said, system)
+    assert ids[: len(prompt)] == prompt
+    assert labels[: len(prompt) - 1] == [-100] * (len(prompt) - 1)
+    assert labels[len(prompt) - 1] == ids[len(prompt)]
+    assert encode_chat(tokenizer, said[:1], system) == encode_prompt(tokenizer, said[0], "", system)
 
 
 def test_the_families_pass_the_checks_and_a_conversation_is_rendered_once(family, monkeypatch):

@@ -1,0 +1,161 @@
+"""A conversation with a model at the terminal: answers appear as they come, and later questions know the earlier."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.images import ImageDecodeError
+from eval.answer_text import Speed
+from eval.asking import Asker
+
+HELP = """\
+/image PATH ...  show the model these images: before your next question, or where it says <image>
+/reset           forget the conversation and its images
+/help            this
+/quit            end, as Ctrl-D does; Ctrl-C ends an answer"""
+
+
+class Chat:
+    """What was said so far, and how the model is asked."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: dict[str, Any] | None = None,
+        show: Callable[[str], Any] = sys.stdout.write,
+        note: Callable[[str], Any] = print,
+    ):
+        """sampling: as Asker.stream takes it. show: takes each piece of an answer; note: a line about the chat."""
+        self.asker, self.max_new_tokens, self.stop, self.sampling = asker, max_new_tokens, stop, sampling or {}
+        self.show, self.note = show, note
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self.contents: list[str] = []  # what user and assistant have said, with the images' tokens
+        self.tiles: list[torch.Tensor] = []  # of the images in it
+        self.waiting: list[tuple[torch.Tensor, tuple[int, int]]] = []  # (tiles, grid) of those of the next question
+
+    def add_image(self, path: Path) -> None:
+        """Show it with the next question. Raises ValueError where it is not an image."""
+        try:
+            tiles, grid = self.asker.reader.processor(path)
+        except ImageDecodeError as error:
+            raise ValueError(f"{shlex.quote(str(path))}: {error.kind}: {error}") from None
+        self.waiting.append((tiles, grid))
+
+    def ask(self, text: str) -> None:
+        """Show the answer, and keep both. What Ctrl-C has ended counts as the answer, unless it had not begun.
+
+        Raises ValueError for a question that cannot be asked; it is not kept, and its images wait for the next.
+        """
+        content = self.asker.reader.spoken(text, [grid for _, grid in self.waiting])
+        contents, tiles = [*self.contents, content], [*self.tiles, *(tiles for tiles, _ in self.waiting)]
+        question = self.asker.reader.conversation(contents, tiles)
+        room, length = self.asker.model.cfg.lm_max_position_embeddings, len(question.prompts[0]) + self.max_new_tokens
+        if length > room:
+            raise ValueError(
+                f"{length} tokens of conversation and --max_new_tokens {self.max_new_tokens} are more than the model's "
+                f"{room} positions; /reset begins a new conversation"
+            )
+        answer = self._answer(question)
+        if answer is None:
+            self.note("stopped before the answer began: the question is not kept")
+            return
+        # A token that only the template may write is not text of a conversation that it is to write.
+        self.contents = [*contents, self.asker.reader.control_tokens.without(answer)]
+        self.tiles, self.waiting = tiles, []
+
+    def _answer(self, question: Any) -> str | None:
+        """What was shown of the answer; None where it was stopped before the first token."""
+        self.asker.speed = Speed()
+        pieces, stopped = [], False
+        try:
+            options = self.sampling | {"stop": self.stop}
+            with contextlib.closing(self.asker.stream(question, self.max_new_tokens, **options)) as stream:
+                for piece in stream:
+                    pieces.append(piece)
+                    self.show(piece)
+        except KeyboardInterrupt:
+            stopped = True
+        except torch.OutOfMemoryError:
+            raise ValueError("out of memory; /reset begins a new conversation") from None
+        self.show("\n")
+        self.note(f"({self.asker.speed}{', stopped' if stopped else ''})")
+        return None if stopped and not self.asker.speed.tokens else "".join(pieces)
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False where it ends the chat. Raises ValueError for one that cannot be done."""
+        command, _, rest = line.rstrip().partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/help":
+            self.note(HELP)
+        elif command == "/reset":
+            self.reset()
+            self.note("a new conversation")
+        elif command == "/image":
+            if not rest.strip():
+                raise ValueError("/image needs a path: /image PATH")
+            for path in paths_of(rest.strip()):
+                self.add_image(path)
+                self.note(f"{path}: with your next question")
+        elif command.startswith("/"):
+            raise ValueError(f"no command {command}; /help names them, and with a space before it it is a question")
+        elif line.strip() or self.waiting:
+            self.ask(line)
+        return True
+
+    def run(self, lines: Iterator[str] | None = None) -> None:
+        """Handle lines, by default those typed, until one of them or their end ends the chat."""
+        lines = TypedLines() if lines is None else lines
+        going = True
+        while going:
+            try:
+                line = next(lines, None)
+                going = line is not None and self.handle(line)
+            except ValueError as error:
+                self.note(str(error))
+            except KeyboardInterrupt:
+                self.note("/quit or Ctrl-D ends the chat")
+
+
+def paths_of(text: str) -> list[Path]:
+    """The paths that a text names: one as it stands, or several as a shell reads them."""
+    whole = Path(text).expanduser()
+    if whole.is_file():
+        return [whole]
+    try:
+        return [Path(one).expanduser() for one in shlex.split(text)]
+    except ValueError:  # a quote that does not end
+        return [whole]
+
+
+class TypedLines:
+    """The lines of standard input, with a sign at a terminal that one is awaited; Ctrl-C leaves it usable."""
+
+    def __init__(self) -> None:
+        self.sign = "> " if sys.stdin.isatty() else ""
+        if self.sign:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import readline  # noqa: F401  # arrow keys and history in input()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return input(self.sign)
+        except EOFError:
+            if self.sign:
+                print()
+            raise StopIteration from None
