@@ -42,7 +42,7 @@ def read_answers(path: Path, tasks: Sequence[str]) -> dict[str, list[tuple[str, 
         task = row.get("task", tasks[0] if len(tasks) == 1 else None)
         if task is None:
             raise ValueError(f'{where}: must name its "task", since there are several: {", ".join(tasks)}')
-        if task in found:
+        if task in found and ("answer" in row or "error" not in row):  # one that could not be asked has no answer
             found[task].append(_pair(row, where))
     return found
 

@@ -11,6 +11,7 @@ import torch
 from tiny.data import encoded, picture
 from tiny.grades import make_model
 
+import evaluate
 from data.easy_vqa import NAME, VOCAB_SIZE
 from eval import asking
 from generate import main, parse_arguments
@@ -187,6 +188,17 @@ def test_killed_answers_go_on_as_if_nothing_had_happened(checkpoint, prompts, tm
     output.with_suffix(".settings.json").unlink()
     with pytest.raises(ValueError, match=r"no killed\.settings\.json beside it"):
         answered(checkpoint, prompts, output, *sampled)
+
+
+def test_the_answers_can_be_scored(checkpoint, prompts, tmp_path, capsys):
+    rows = [{"image": image, "question": "is it red?", "answer": "yes"} for image in ("0.png", "gone.png", "1.png")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answered(checkpoint, prompts, tmp_path / "a.jsonl")
+    flags = ["--answers", tmp_path / "a.jsonl", "--tasks", prompts, "--output", tmp_path / "out"]
+    with pytest.raises(ValueError, match=r"1 of 3 questions have no answer: rows\.jsonl#1"):
+        evaluate.main(evaluate.parse_arguments([str(one) for one in flags]))
+    evaluate.main(evaluate.parse_arguments([*map(str, flags), "--missing", "wrong"]))
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 3
 
 
 def test_out_of_memory_names_the_flag(checkpoint, prompts, tmp_path, monkeypatch):
