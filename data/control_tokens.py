@@ -29,7 +29,7 @@ class ControlTokens:
                 return reason, found[0]
         if self.normalized:
             ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-            if number := next((i for i in ids if i in self.normalized), None):
+            if (number := next((i for i in ids if i in self.normalized), None)) is not None:
                 return CONTROL_TOKEN_IN_TEXT, str(self.tokenizer.added_tokens_decoder[number].content)
         return None
 

@@ -26,7 +26,9 @@ from grades.files import write_json, write_text
 
 def as_question(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """A record with a prompt (a text, or messages), or with a question and no answer, as a row that has no answer; any
-    other as it is."""
+    other, and one that holds a conversation, as it is."""
+    if any(record.get(key) is not None for key in ("texts", "conversations", "messages")):
+        return record
     prompt = record.get("prompt")
     if isinstance(prompt, list | tuple):
         return {**record, "messages": prompt, "texts": None}

@@ -14,6 +14,7 @@ from tiny.grades import make_model
 import evaluate
 from data.easy_vqa import NAME, VOCAB_SIZE
 from eval import asking
+from eval.prompts_file import as_question
 from generate import main, parse_arguments
 
 
@@ -159,6 +160,22 @@ def test_questions_of_a_file_are_answered_in_its_order(checkpoint, prompts, tmp_
     assert capsys.readouterr().out.splitlines()[-1] == rows[3]["answer"]
     twice = answered(checkpoint, prompts, tmp_path / "c.jsonl", "--generations", 2)
     assert twice[0]["answers"] == [rows[0]["answer"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("record", "asked"),
+    [
+        ({"prompt": "a?", "chosen": "b"}, "a?"),
+        ({"prompt": "a?", "image": "b.png", "label": "b"}, "a?"),
+        ({"question": "a?"}, "a?"),
+        ({"question": "a?", "answer": "b", "prompt": None}, None),
+        ({"prompt": "a?", "conversations": [{"from": "human", "value": "b?"}]}, None),
+    ],
+)
+def test_a_record_is_a_prompt_unless_it_is_a_row(record, asked):
+    made = as_question(record)
+    assert made.get("texts") == (None if asked is None else [{"user": asked}])
+    assert (made == record) == (asked is None)
 
 
 def test_killed_answers_go_on_as_if_nothing_had_happened(checkpoint, prompts, tmp_path, monkeypatch):
