@@ -257,8 +257,8 @@ def test_generate_puts_pictures_into_the_prompt(tmp_path, capsys, monkeypatch):
     make_model(**sizes).save_pretrained(tmp_path)
     (tmp_path / "a.png").write_bytes(PICTURES["A"])
     seen = []
-    monkeypatch.setattr("data.text.encode_prompt", lambda tokenizer, text, images: seen.append(text) or [1, 2])
-    monkeypatch.setattr(VisionLanguageModel, "generate", lambda *given, **options: torch.tensor([[5]]))
+    monkeypatch.setattr("data.text.encode_prompt", lambda tokenizer, text, *_: seen.append(text) or [1, 2])
+    monkeypatch.setattr("eval.asking.Asker.answer", lambda *given, **options: ["yes"])
     flags = ["--checkpoint", str(tmp_path), "--image", str(tmp_path / "a.png"), "--prompt"]
     main(parse_arguments([*flags, "is <image> red?"]))
     main(parse_arguments([*flags, "is it red?"]))
