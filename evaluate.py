@@ -136,7 +136,6 @@ def evaluate(given: argparse.Namespace) -> None:
 
 def ask(given: argparse.Namespace) -> None:
     """Let the model answer, on every process of torchrun its part, and score it as `evaluate` does, on the first."""
-    import torch
 
     from eval.answering import Answering, describe_model, scored_answers
     from eval.asking import Asker
@@ -156,7 +155,6 @@ def ask(given: argparse.Namespace) -> None:
     parallel = Parallel.start(TrainConfig())
     device = pick_device()
     prepare_backend(device)
-    torch.set_grad_enabled(False)
     asker = Asker(folder, device, autocast(device, given.dtype), given.lm_tokenizer)
     asking = Answering(
         asker, given.output / "progress", given.batch_size, given.num_workers, given.without_image,
