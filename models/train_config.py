@@ -169,7 +169,8 @@ class TrainConfig(Checked):
         section="Hardware",
     )
     compile: bool | str = doc(
-        "torch.compile: on, off, or auto (on for CUDA with Triton and a compiler). Blocks and the loss are compiled",
+        "torch.compile: on, off, or auto (CUDA). Blocks and the loss are compiled, by auto where Triton, a C compiler "
+        "and Python's headers are",
         "auto",
         choices=("auto", True, False),
         alone="on",
