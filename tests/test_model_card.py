@@ -11,6 +11,7 @@ from tiny.runs import arguments
 import train
 from models.vision_language_model import VisionLanguageModel
 from training.arguments import parse_arguments
+from training.checkpoint import Checkpointer
 from training.checkpoint_folder import CARD, MANIFEST, damage, follow
 from training.model_card import is_edited
 
@@ -90,7 +91,9 @@ def test_a_step_that_was_not_evaluated_has_no_numbers(data, tmp_path):
     assert "Trained without GradES: nothing froze." in text
 
 
-def test_what_a_user_has_edited_stays_and_damages_nothing(trained, data, tmp_path):
+@pytest.mark.parametrize("saves_again", [False, True])
+def test_what_a_user_has_edited_stays_and_damages_nothing(trained, data, tmp_path, monkeypatch, saves_again):
+    """Also where the resumed run writes the checkpoint of that step once more."""
     last = follow(trained / "last")
     edited = (last / CARD).read_bytes() + b"my own words \xff\n"
     (last / CARD).write_bytes(edited)
@@ -98,7 +101,15 @@ def test_what_a_user_has_edited_stays_and_damages_nothing(trained, data, tmp_pat
     assert damage(last) is None
     assert CARD not in json.loads((last / MANIFEST).read_text())["files"]
     (trained.parent / "summary.json").unlink()  # so that the end of the run is made again
+    written, load = (last / MANIFEST).stat().st_mtime_ns, Checkpointer.load
+
+    def load_as_averaged(checkpoints):
+        load(checkpoints)
+        checkpoints.saved_averages = saves_again  # as if the other weights had been saved
+
+    monkeypatch.setattr(Checkpointer, "load", load_as_averaged)
     run(data, tmp_path, "run", resume="auto", **FREEZING)
+    assert ((last / MANIFEST).stat().st_mtime_ns != written) == saves_again
     assert (follow(trained / "last") / CARD).read_bytes() == edited
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ class ModelCard:
         machine += [f"{len(self.meters)} processes"] if len(self.meters) > 1 else []
         software = (f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name))
         return {
-            "data": self._data_words(),
+            "data": self._data_words,
             "weights at first": " and ".join(self._bases()) or "random",
             "command": f"`{' '.join(start.get('command', []))}`" if start else "",
             "commit": commit.get("id", "") + (", with changes to its files" if commit.get("is_dirty") else ""),
@@ -167,8 +168,9 @@ class ModelCard:
             **self._cost(),
         }
 
+    @cached_property
     def _data_words(self) -> str:
-        """The data with its subsets, counts and formats."""
+        """The data with its subsets, counts and formats, for which some rows are read."""
         rows = {"training": self.data.train_rows, "validation": self.data.val_rows, "test": self.data.test_rows}
         counts = ", ".join(f"{len(found):,} {name} rows" for name, found in rows.items() if hasattr(found, "__len__"))
         subsets = [name for name in self.settings.train.train_dataset_name if name != "all"]
