@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--missing", choices=("error", "wrong", "skip"), default="error", help="questions without answer"
     )
-    parser.add_argument("--output", type=Path, help="folder for results.json, answers.jsonl and results.md")
+    parser.add_argument("--output", type=Path, help="folder for results.json, answers.jsonl, answers.html ...")
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
     parser.add_argument("--prompt_style", choices=STYLES, help="whose prompts the answers are to")
     given = parser.parse_args(argv)
@@ -131,7 +131,7 @@ def evaluate(given: argparse.Namespace) -> None:
         rows, summary = score(one, match(answers[one.task.name], one, given.missing))
         before = earlier.get("tasks", {}).get(one.task.name, {})
         scored.append((one.task, rows, summary | {"decoding": before.get("decoding")}))
-    finish(given, {"model": earlier.get("model"), "answers": str(given.answers)}, scored)
+    finish(given, {"model": earlier.get("model"), "answers": str(given.answers)}, scored, benchmarks)
 
 
 def ask(given: argparse.Namespace) -> None:
@@ -165,12 +165,16 @@ def ask(given: argparse.Namespace) -> None:
         asking.answer(one, model)
     parallel.gather(None)  # until all have answered
     if parallel.is_main:
-        finish(given, {"model": model}, [part for one in benchmarks for part in scored_answers(asking, one, model)])
+        scored = [part for one in benchmarks for part in scored_answers(asking, one, model)]
+        finish(given, {"model": model}, scored, benchmarks)
         asking.forget()
 
 
-def finish(given: argparse.Namespace, run: dict[str, Any], scored: list[tuple[Any, list[dict], dict]]) -> None:
+def finish(
+    given: argparse.Namespace, run: dict[str, Any], scored: list[tuple[Any, list[dict], dict]], benchmarks: list[Any]
+) -> None:
     """Write --output and print the main numbers of scored tasks: (task, rows of answers.jsonl, summary)."""
+    from eval.answers_page import make_page
     from eval.output import markdown, write_results
 
     run = {
@@ -181,7 +185,10 @@ def finish(given: argparse.Namespace, run: dict[str, Any], scored: list[tuple[An
     summaries = {task.name: summary for task, _, summary in scored}
     if given.output:
         rows = [row for _, rows, _ in scored for row in rows]
-        write_results(given.output, run, [task for task, _, _ in scored], rows, summaries)
+        by_name = {one.task.name: one for one in benchmarks}
+        asked = {task.name: by_name[task.name.split("/")[0]] for task, _, _ in scored}  # of mmstar/likelihood: mmstar
+        answers = make_page({**run, "tasks": summaries}, {task.name: rows for task, rows, _ in scored}, asked)
+        write_results(given.output, run, [task for task, _, _ in scored], rows, summaries, answers)
     print(markdown({**run, "tasks": summaries}, short=True))
 
 

@@ -42,6 +42,7 @@ from training.flops import FlopCounter
 from training.logging import NoLog, RunLog
 from training.look import dry_run
 from training.meter import Meter, NonFiniteLossError
+from training.model_card import ModelCard
 from training.parallel import Parallel
 from training.profiling import StepProfiler
 from training.report import announce, log_drops, log_progress, open_report, write_report
@@ -117,8 +118,9 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
              # With sharded weights each rank saves its part of the earlier ones that the metric compares with.
              "grades": MonitorState(monitor) if (monitor and parallel.sharded) else monitor}  # fmt: skip
     stateful = {name: part for name, part in parts.items() if part is not None}
+    card = ModelCard(settings, start.folder, model, data, monitor) if parallel.is_main else None
     checkpoints = Checkpointer(
-        start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say, averages
+        start, model, optimizer, data.tokenizer, stateful, cfg.keep_checkpoints, parallel, log.say, averages, card
     )
     checkpoints.load()
     data.start_reading()
@@ -258,6 +260,7 @@ def test_and_report(
     if data.test_dataset is not None and stop_reason in END_REASONS:
         scores = evaluations.test(state)
         stop_reason = "interrupted" if stop.requested else stop_reason
+        checkpoints.describe(state, scores)
     meter.sum_over_ranks()
     data.sum_over_ranks(parallel.gather)
     log_drops(log, data, parallel)

@@ -5,23 +5,16 @@ Shapes: B rows, T tokens, N images or tiles, S vit_img_size, K image slots.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable
-from html import escape
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
+from data.html_page import data_url, page, text
 from models.config import VLMConfig
 
-PNG_SIDE = 128  # pixels, up to which a tile is written without loss
 NUMBERED = 10  # every so many positions have their number
 STYLE = """
-body { font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
-h1 { font-size: 1.4em } h2 { font-size: 1.05em; margin: 2em 0 .4em; overflow-wrap: anywhere }
 pre.facts { background: #f4f4f4; padding: .8em; overflow-x: auto; font-size: .85em; line-height: 1.35 }
 .tiles { display: flex; flex-wrap: wrap; gap: .6em; margin: .6em 0 }
 figure { margin: 0; font-size: .75em; color: #555; text-align: center }
@@ -40,12 +33,7 @@ def make_page(
 ) -> str:
     """The page: the facts, then the first `rows` rows of the training batches (see TrainCollator, PackedCollator)."""
     parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">",
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
-        f"<h1>{_text(title)}</h1>",
-        f'<pre class="facts">{_text(chr(10).join(facts))}</pre>',
+        f'<pre class="facts">{text(chr(10).join(facts))}</pre>',
         '<p class="key">A token is <span class="label">learned</span>, <span class="prompt">read as the prompt</span>, '
         'stands for a <span class="image">tile</span> of an image, or is <span class="padding">padding</span>. Small '
         "numbers are positions; a token's own position and id show under the pointer. Pictures are the model's tiles "
@@ -63,14 +51,10 @@ def make_page(
             parts += _row(batch, row, shown + row + 1, tokenizer, cfg)
         shown += count
         for record in batch["drop_records"]:
-            parts.append(f'<p class="dropped">Not used: {_text(record.where)}: {_text(record.reason)}</p>')
+            parts.append(f'<p class="dropped">Not used: {text(record.where)}: {text(record.reason)}</p>')
         if shown >= rows:
             break
-    return "\n".join([*parts, "</body>\n</html>\n"])
-
-
-def _text(text: str) -> str:
-    return escape(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return page(title, STYLE, parts)
 
 
 def _row(batch: dict, row: int, number: int, tokenizer: Any, cfg: VLMConfig) -> list[str]:
@@ -88,10 +72,10 @@ def _row(batch: dict, row: int, number: int, tokenizer: Any, cfg: VLMConfig) -> 
         places.setdefault(tile, []).append(position)
     title = f"{number}. {', '.join(names)}" if names else f"{number}."
     counts = f"{used} tokens, {len(ids) - used} of padding; {learned} are learned; tiles: {len(places)}"
-    parts = [f"<section>\n<h2>{_text(title)}</h2>\n<p>{counts}</p>", '<div class="tiles">']
+    parts = [f"<section>\n<h2>{text(title)}</h2>\n<p>{counts}</p>", '<div class="tiles">']
     for order, (tile, positions) in enumerate(places.items(), start=1):
         caption = f"tile {order}: positions {positions[0]} to {positions[-1]}"
-        parts.append(f'<figure><img alt="{caption}" src="{_data_url(batch["images"][tile])}"><figcaption>{caption}')
+        parts.append(f'<figure><img alt="{caption}" src="{data_url(batch["images"][tile])}"><figcaption>{caption}')
         parts.append("</figcaption></figure>")
     order_of = {tile: order for order, tile in enumerate(places, start=1)}
     images = {position: order_of[tile] for position, tile in tiles.items()}
@@ -161,16 +145,7 @@ def _spans(
 
 def _token(tokenizer: Any, token: int) -> str:
     """The token as text; where it is a part of a letter, its name in the vocabulary."""
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if "\ufffd" in text or not text:
-        text = tokenizer.convert_ids_to_tokens(token) or ""
-    return _text(text).replace("\n", "\u21b5<wbr>")
-
-
-def _data_url(tile: torch.Tensor) -> str:
-    """A tile, uint8 [3, S, S], as an image within the page."""
-    image = Image.fromarray(tile.permute(1, 2, 0).numpy())
-    kind, options = ("PNG", {}) if image.width <= PNG_SIDE else ("JPEG", {"quality": 90})
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    word = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if "\ufffd" in word or not word:
+        word = tokenizer.convert_ids_to_tokens(token) or ""
+    return text(word).replace("\n", "\u21b5<wbr>")

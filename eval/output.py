@@ -1,4 +1,4 @@
-"""The files of an evaluation: results.json, answers.jsonl, results.md, and lmms-eval's layout of both."""
+"""The files of an evaluation: results.json, answers.jsonl, answers.html, results.md, and lmms-eval's layout of both."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ UNKNOWN = "not known: the answers were made elsewhere"
 
 
 def write_results(
-    folder: Path, run: Mapping[str, Any], tasks: Sequence[Task], rows: Sequence[dict], summaries: Mapping[str, dict]
+    folder: Path,
+    run: Mapping[str, Any],
+    tasks: Sequence[Task],
+    rows: Sequence[dict],
+    summaries: Mapping[str, dict],
+    page: str,
 ) -> None:
     """Write all files. run: what holds for all tasks: "model", "command", "created" (ISO 8601, UTC) and more.
 
     summaries: task name -> its part of results.json (eval.results.score), with its "decoding".
+    page: of eval.answers_page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = {"schema": SCHEMA, **run, "tasks": dict(summaries)}
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "answers.jsonl", "".join(lines))
+    write_text(folder / "answers.html", page)
     write_text(folder / "results.md", markdown(results))
     stamp = "".join(letter for letter in run["created"][:19] if letter.isdigit() or letter == "T").replace("T", "_")
     other = folder / "lmms_eval"

@@ -3,6 +3,8 @@
 Nothing here touches the network for what is local, or imports torch.
 """
 
+import filecmp
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 HUB_TIMEOUT_S = 5
 CONFIG_FILES = ("config.json",)
 WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
+WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 MODEL_CARD = """\
@@ -76,14 +79,29 @@ def checkpoint_folder(path: str | Path, revision: str | None = None, flag: str =
     return hub_folder(str(path), flag, WEIGHT_FILES + TOKENIZER_FILES, revision)
 
 
-def push_folder(save: Callable[[str], None], repo_id: str, private: bool = False) -> None:
-    """Upload what save(folder) writes, with a model card, to the hub repository repo_id, created if necessary."""
+def push_folder(save: Callable[[str], None], repo_id: str, private: bool = False, source: Path | None = None) -> None:
+    """Upload what save(folder) writes, with a model card, to the hub repository repo_id, created if necessary.
+
+    source: the checkpoint that the model was loaded from. Its tokenizer is uploaded too, and its own card, which says
+    how it was trained, where the weights are still the same.
+    """
     from huggingface_hub import HfApi
 
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder)
+    with tempfile.TemporaryDirectory() as name:
+        save(name)
+        folder = Path(name)
         card = MODEL_CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if source is not None:
+            kept = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
+            if _is_same(folder / WEIGHTS, source / WEIGHTS):
+                kept += source.glob("README.md")
+            for path in kept:
+                shutil.copyfile(path, folder / path.name)
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload nanoVLM checkpoint")
+        api.upload_folder(repo_id=repo_id, folder_path=name, commit_message="Upload nanoVLM checkpoint")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)

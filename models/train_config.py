@@ -225,8 +225,7 @@ class TrainConfig(Checked):
     )
 
     dry_run: bool = doc(
-        "print what the run takes (FLOPs, memory), look at some rows, and end. Nothing is "
-        "downloaded or written",
+        "print what the run takes (FLOPs, memory), look at some rows, and end. Nothing is downloaded or written",
         False,
         section="Output",
     )

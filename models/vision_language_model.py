@@ -42,6 +42,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.cross_entropy = summed_cross_entropy  # compiled along with the blocks
+        self.loaded_from: Path | None = None  # checkpoint
         self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
@@ -196,7 +197,9 @@ class VisionLanguageModel(nn.Module):
         Raises BackboneUnavailable without folder and hub, ValueError for tensors that do not fit.
         """
         folder = checkpoint_folder(path, revision)
-        return load_vlm_weights(cls(VLMConfig.load(folder)), folder)
+        model = load_vlm_weights(cls(VLMConfig.load(folder)), folder)
+        model.loaded_from = folder
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (the tied head once) into the folder, created if necessary.
@@ -218,8 +221,11 @@ class VisionLanguageModel(nn.Module):
             save_model(plain, str(beside))
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> None:
-        """Upload weights, config and a model card to a hub repository (default cfg.hf_repo_name)."""
-        push_folder(self.save_pretrained, repo_id or self.cfg.hf_repo_name, private)
+        """Upload weights, config, tokenizer and a model card to a hub repository (default cfg.hf_repo_name).
+
+        Of a model from `from_pretrained` the card and the tokenizer are those of its folder: see push_folder.
+        """
+        push_folder(self.save_pretrained, repo_id or self.cfg.hf_repo_name, private, self.loaded_from)
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,11 @@ import torch
 
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
+from grades.files import write_text
 from models.lora import lora_state_dict
 from models.vision_language_model import VisionLanguageModel
 from training.checkpoint_folder import (
+    CARD,
     OPTIMIZER,
     SHARD,
     STATE,
@@ -27,6 +29,7 @@ from training.checkpoint_folder import (
     unfinished,
 )
 from training.logging import RunLog
+from training.model_card import ModelCard, is_edited
 from training.parallel import Parallel
 from training.resume import FORMAT, RunStart, load_file
 from training.state import LoopState
@@ -81,11 +84,14 @@ class Checkpointer:
         parallel: Parallel,
         say: Callable[[str], None],
         averages: AveragedWeights | None = None,
+        card: ModelCard | None = None,
     ):
         """stateful: by name, what has a state; it is loaded in this order. keep: newest checkpoints that are kept.
 
         averages: saved as the model where they are the better weights; then the last ones are in the optimizer's state.
+        card: says on rank 0 what the README.md of a checkpoint says.
         """
+        self.card = card
         self.averages = averages
         self.saved_averages = False  # as the model of the latest checkpoint
         self.start, self.model, self.optimizer, self.tokenizer = start, model, optimizer, tokenizer
@@ -210,7 +216,7 @@ class Checkpointer:
             "lora": lora_state_dict(model),
             "states": states,
         }
-        self.parallel.from_main(lambda: self._write(folder, model, content, problem))
+        self.parallel.from_main(lambda: self._write(folder, model, content, problem, state))
         self.saved_step = state.step
 
     def mark_best(self, state: LoopState) -> None:
@@ -225,8 +231,31 @@ class Checkpointer:
         if self.parallel.is_main and state.best_step == state.step and folder.is_dir():
             point(folder.with_name("best"), folder)
             prune(self.folder, self.keep)  # the one that was the best until now
+        self.describe(state)
 
-    def _write(self, folder: Path, model: VisionLanguageModel, content: dict, problem: str | None) -> None:
+    def describe(self, state: LoopState, test: dict[str, float | None] | None = None) -> None:
+        """Write the model card of the checkpoint of this step, if there is one, again: with what was measured since.
+
+        test: the numbers of the test at the end. What a user has edited stays.
+        """
+        folder = step_folder(self.folder, state.step)
+        if self.card is None or self.saved_step != state.step or not folder.is_dir():
+            return
+        if not is_edited(folder / CARD):
+            self._write_card(folder, self.card, state, test)
+
+    def _write_card(
+        self, folder: Path, card: ModelCard, state: LoopState, test: dict[str, float | None] | None = None
+    ) -> None:
+        """A checkpoint without a card is one: what keeps a card from being written ends nothing."""
+        try:
+            write_text(folder / CARD, card.text(state, test))
+        except (OSError, ValueError) as error:
+            self.say(f"{folder / CARD} could not be written: {error}")
+
+    def _write(
+        self, folder: Path, model: VisionLanguageModel, content: dict, problem: str | None, state: LoopState
+    ) -> None:
         """Write the checkpoint; then the link `last`, and the oldest go. problem: why the shards are not there."""
         try:
             if problem is not None:
@@ -238,6 +267,11 @@ class Checkpointer:
                 model.save_pretrained(beside)
                 self.tokenizer.save_pretrained(beside)
                 torch.save(content, beside / STATE)
+                if is_edited(folder / CARD):  # of the checkpoint whose place it takes
+                    shutil.copyfile(folder / CARD, beside / CARD)
+                elif self.card is not None:
+                    self.card.take(content)
+                    self._write_card(beside, self.card, state)
             if folder.name.startswith("step_"):
                 point(folder.with_name("last"), folder)
                 prune(self.folder, self.keep)

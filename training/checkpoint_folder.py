@@ -18,6 +18,7 @@ from grades.files import write_json, write_text
 
 MANIFEST = "manifest.json"
 STATE = "training_state.pt"
+CARD = "README.md"  # the model card, which its user may edit: without checksum
 OPTIMIZER = "optimizer"  # folder of the optimizer's state where weights are sharded, each rank's part a file
 SHARD = "shard_{}.pt"  # what else a rank alone has then
 
@@ -43,9 +44,9 @@ def begin(folder: Path) -> Path:
 def finishing(folder: Path, step: int | None) -> Iterator[Path]:
     """Within this context the last parts are written into the folder that it gives; then it takes its place.
 
-    manifest.json, with step, size and SHA-256 of every other file, comes last. A checkpoint that is already there is
-    replaced only once the new one is complete. Raises CheckpointError, and leaves nothing unfinished, where the disk
-    refuses.
+    manifest.json, with step, size and SHA-256 of every other file but the card, comes last. A checkpoint that is
+    already there is replaced only once the new one is complete. Raises CheckpointError, and leaves nothing unfinished,
+    where the disk refuses.
     """
     beside, previous = unfinished(folder), folder.with_name(folder.name + ".old")
     try:
@@ -130,11 +131,11 @@ def find_checkpoint(path: str | Path) -> Path | str:
 
 
 def write_manifest(folder: Path, step: int | None) -> None:
-    """Write manifest.json of the files that are there."""
+    """Write manifest.json of the files that are there; a model card is not among them."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, CARD)
     }
     write_json(folder / MANIFEST, {"step": step, "files": files})
 

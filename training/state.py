@@ -14,6 +14,7 @@ class LoopState:
     step: int = 0  # optimizer steps done
     evaluated_step: int = 0  # of the latest evaluation
     val: dict[str, float | None] = field(default_factory=dict)  # of the latest one that measured all
+    val_step: int = 0  # after which that was
     best_step: int | None = None
     best_val_loss: float = math.inf  # nats
     averaged_is_better: bool = False  # than the last weights, by the latest validation loss
@@ -21,7 +22,7 @@ class LoopState:
 
     def record(self, val: dict[str, float | None]) -> None:
         """Take in the numbers of an evaluation after this step. A loss that was not measured is None and never best."""
-        self.val = val
+        self.val, self.val_step = val, self.step
         loss, averaged = val["val/loss"], val.get("val/loss_averaged")
         if loss is not None and averaged is not None:
             self.averaged_is_better = averaged <= loss

@@ -1,0 +1,248 @@
+"""README.md of a checkpoint: what the model is, how it was trained, and what was measured, with the hub's metadata.
+
+What was not measured of these weights does not stand in it. A card that its user has edited is left alone.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from data import easy_vqa
+from data.pipeline import Data, format_names
+from grades import GradESMonitor
+from grades.policy import lasting
+from models.vision_language_model import VisionLanguageModel
+from training.arguments import Settings
+from training.environment import without_private
+from training.state import LoopState
+
+MARK = re.compile(rb"<!-- written by train\.py; of the text above: ([0-9a-f]{16}) -->\n\Z")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Of pretrained models and data, by the beginning of their name, as their own pages say.
+LICENCES = {
+    "google/siglip": "Apache-2.0",
+    "HuggingFaceTB/SmolLM2": "Apache-2.0",
+    "Qwen/Qwen3": "Apache-2.0",
+    easy_vqa.NAME: "MIT",
+}
+METRICS = {
+    "val/loss": ("validation", "loss", "cross-entropy, nats per label token"),
+    "val/exact_match": ("validation", "exact_match", "share of the answers that are the expected one"),
+    "test/exact_match": ("test", "exact_match", "share of the answers that are the expected one"),
+}
+
+
+def is_edited(path: Path) -> bool:
+    """Whether there is a card that is not, to the letter, what was written."""
+    if not path.exists():
+        return False
+    content = path.read_bytes().replace(b"\r\n", b"\n")
+    mark = MARK.search(content)
+    return mark is None or mark[1].decode() != _digest(content[: mark.start()])
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class ModelCard:
+    """What the cards of a run's checkpoints say. On rank 0 alone."""
+
+    def __init__(
+        self, settings: Settings, folder: Path, model: VisionLanguageModel, data: Data, monitor: GradESMonitor | None
+    ):
+        """folder: of the run, with environment.json."""
+        self.settings, self.folder, self.data, self.monitor = settings, folder, data, monitor
+        parts = (("vision tower", model.vision_encoder), ("projector", model.MP), ("language model", model.decoder))
+        self.sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts}
+        self.sizes["all"] = sum(parameter.numel() for parameter in model.parameters())
+        self.meters: list[dict] = []  # of all ranks, at the latest checkpoint
+
+    def take(self, content: Mapping[str, Any]) -> None:
+        """Note what a checkpoint holds: the clocks and FLOPs of all ranks."""
+        self.meters = content["states"].get("meter", [])
+
+    def text(self, state: LoopState, test: Mapping[str, float | None] | None = None) -> str:
+        """The card of the checkpoint of state.step. test: what the test at the end has measured."""
+        scores = self._scores(state, test)
+        vlm, name = self.settings.vlm, self.folder.name
+        lines = [
+            f"# {name}\n",
+            f"A vision-language model of the nanoVLM family with {self.sizes['all']:,} parameters, after step "
+            f"{state.step:,} of a run of at most {self.settings.train.max_training_steps:,}.\n",
+            "| part | parameters | shape |",
+            "|---|--:|---|",
+            f"| vision tower | {self.sizes['vision tower']:,} | {vlm.vit_n_blocks} blocks, width {vlm.vit_hidden_dim}, "
+            f"images or tiles of {vlm.vit_img_size} x {vlm.vit_img_size} pixels, patches of {vlm.vit_patch_size} |",
+            f"| projector | {self.sizes['projector']:,} | {vlm.mp_image_token_length} tokens per image or tile |",
+            f"| language model | {self.sizes['language model']:,} | {vlm.lm_n_blocks} blocks, width "
+            f"{vlm.lm_hidden_dim}, {vlm.lm_vocab_size:,} tokens |",
+            "\n## How to ask it\n",
+            "```\npython generate.py --checkpoint CHECKPOINT --image IMAGE.png --prompt '...'\n```\n",
+            "`CHECKPOINT` is the folder of this file or the id of this model on the hub. Answers may be wrong.",
+            "\n## What was measured\n",
+            *_score_lines(scores, state, self.data),
+            "\n## Training\n",
+            "| | |\n|---|---|",
+            *(f"| {key} | {_cell(value)} |" for key, value in self._training().items() if value),
+            "\n## What froze when\n",
+            *self._frozen(),
+            "\n## Licences of the parts\n",
+            *self._licences(),
+        ]
+        body = f"---\n{self._metadata(scores)}\n---\n\n" + "\n".join(lines) + "\n\n"
+        content = body.encode("utf-8", "backslashreplace")  # a path may hold what is no text
+        return f"{content.decode()}<!-- written by train.py; of the text above: {_digest(content)} -->\n"
+
+    def _scores(self, state: LoopState, test: Mapping[str, float | None] | None) -> dict[str, float]:
+        """Of METRICS those that were measured with the weights of this step, that the checkpoint holds."""
+        found = dict(state.val) if state.val_step == state.step else {}
+        if state.averaged_is_better:
+            found["val/loss"] = found.get("val/loss_averaged")
+        found |= test or {}
+        return {name: value for name in METRICS if (value := found.get(name)) is not None}
+
+    def _metadata(self, scores: Mapping[str, float]) -> str:
+        """The hub's: YAML, checked by the hub's own classes."""
+        data, test_data = self._data_name(), self._test_name()
+        results = []
+        for metric, value in scores.items():
+            split, kind, what = METRICS[metric]
+            of = test_data if split == "test" else data
+            slug = of if _is_hub_id(of) else re.sub(r"[^\w.-]+", "-", Path(of).name).strip("-") or "own-rows"
+            results.append(
+                EvalResult(
+                    "image-text-to-text", slug, of, kind, round(value, 6), "Visual question answering",
+                    dataset_split=split, metric_name=f"{split} {kind.replace('_', ' ')} ({what})",
+                )
+            )  # fmt: skip
+        card = ModelCardData(
+            library_name="nanovlm",
+            pipeline_tag="image-text-to-text",
+            tags=["nanovlm", "vision-language-model", *(["grades"] if self.monitor else [])],
+            base_model=[one for one in self._bases() if _is_hub_id(one)] or None,
+            datasets=[data] if _is_hub_id(data) else None,
+            model_name=self.folder.name,
+            eval_results=results or None,
+        )
+        return card.to_yaml(line_break="\n").strip()
+
+    def _data_name(self) -> str:
+        return without_private([self.settings.train.train_dataset_path])[0]
+
+    def _test_name(self) -> str:
+        return without_private([self.settings.train.test_dataset_path or self.settings.train.train_dataset_path])[0]
+
+    def _bases(self) -> list[str]:
+        """What the weights started from; nothing where they were random."""
+        vlm = self.settings.vlm
+        if self.settings.train.resume_from_vlm_checkpoint:
+            return without_private([vlm.vlm_checkpoint_path])
+        names = [vlm.vit_model_type, vlm.lm_model_type] if vlm.vlm_load_backbone_weights else []
+        return without_private([name for name in names if name != "scratch"])
+
+    def _training(self) -> dict[str, str]:
+        """How the model was made, by name; empty where it is not known."""
+        starts = self._starts()
+        start: dict[str, Any] = starts[-1] if starts else {}
+        commit, versions = start.get("commit") or {}, start.get("versions", {})
+        machine = [start.get("gpu"), start.get("cpu"), start.get("cores") and f"{start['cores']} cores"]
+        machine += [f"{len(self.meters)} processes"] if len(self.meters) > 1 else []
+        software = (f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name))
+        return {
+            "data": self._data_words,
+            "weights at first": " and ".join(self._bases()) or "random",
+            "command": f"`{' '.join(start.get('command', []))}`" if start else "",
+            "commit": commit.get("id", "") + (", with changes to its files" if commit.get("is_dirty") else ""),
+            "machine": ", ".join(filter(None, machine)),
+            "precision": start.get("dtype", ""),
+            "software": ", ".join(software),
+            "begun": start.get("time", ""),
+            "resumed": f"{len(starts) - 1} times; command to begun are of the last start" if len(starts) > 1 else "",
+            **self._cost(),
+        }
+
+    @cached_property
+    def _data_words(self) -> str:
+        """The data with its subsets, counts and formats, for which some rows are read."""
+        rows = {"training": self.data.train_rows, "validation": self.data.val_rows, "test": self.data.test_rows}
+        counts = ", ".join(f"{len(found):,} {name} rows" for name, found in rows.items() if hasattr(found, "__len__"))
+        subsets = [name for name in self.settings.train.train_dataset_name if name != "all"]
+        formats = format_names(self.data.train_rows)
+        parts = [
+            self._data_name(),
+            ", ".join(subsets),
+            counts or "a stream",
+            f"format {', '.join(formats)}" * bool(formats),
+        ]
+        return "; ".join(filter(None, parts))
+
+    def _cost(self) -> dict[str, str]:
+        """Time and FLOPs until the checkpoint was saved; nothing where they were not counted."""
+        if not self.meters:
+            return {}
+        seconds = self.meters[0]["seconds"]
+        done, unfrozen = (sum(one["flops"][name] for one in self.meters) for name in ("done", "unfrozen"))
+        share = f", {done / unfrozen:.1%} of as many steps with nothing frozen" if unfrozen else ""
+        return {
+            "time until saved": f"{sum(seconds.values()):,.0f} s, {seconds.get('train', 0.0):,.0f} s of them steps",
+            "FLOPs": f"{done:.4g} in matrix products{share}",
+        }
+
+    def _starts(self) -> list[dict[str, Any]]:
+        path = self.folder / "environment.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def _frozen(self) -> list[str]:
+        """In words, and as a table: the step at which each matrix froze."""
+        if self.monitor is None:
+            return ["Trained without GradES: nothing froze."]
+        steps = {event["name"]: event["step"] for event in lasting(self.monitor.events)}
+        lines = [f"GradES with the metric {self.monitor.config.metric}.\n"]
+        for tower in dict.fromkeys(component.tower for component in self.monitor.components):
+            own = [component for component in self.monitor.components if component.tower == tower]
+            frozen = [steps[component.name] for component in own if component.name in steps]
+            when = f", between step {min(frozen):,} and {max(frozen):,}" if frozen else ""
+            lines.append(f"{tower}: {len(frozen)} of {len(own)} matrices froze{when}.\n")
+            if not frozen:
+                continue
+            kinds = list(dict.fromkeys(component.kind for component in own))
+            lines += [f"| {tower} layer | {' | '.join(kinds)} |", f"|--:|{'--:|' * len(kinds)}"]
+            for layer in dict.fromkeys(component.layer for component in own):
+                of_layer = {one.kind: steps.get(one.name) for one in own if one.layer == layer}
+                cells = (f"{step:,}" if (step := of_layer.get(kind)) else "–" for kind in kinds)
+                lines.append(f"| {layer} | {' | '.join(cells)} |")
+            lines.append("")
+        return lines
+
+    def _licences(self) -> list[str]:
+        lines = []
+        for part in dict.fromkeys([*self._bases(), self._data_name(), self._test_name()]):
+            known = next((licence for name, licence in LICENCES.items() if part.startswith(name)), None)
+            lines.append(f"- {part}: {known or 'not known here; see where it is from'}")
+        return [*lines, "- the code that trained it: MIT"]
+
+
+def _score_lines(scores: Mapping[str, float], state: LoopState, data: Data) -> list[str]:
+    if not scores:
+        return ["Nothing was measured with the weights of this step."]
+    lines = ["| split | number | value | what it is |", "|---|---|--:|---|"]
+    for metric, value in scores.items():
+        split, kind, what = METRICS[metric]
+        lines.append(f"| {split} | {kind} | {value:.4f} | {what} |")
+    averaged = " The weights are averages over the last steps." if state.averaged_is_better else ""
+    return [*lines, f"\nMeasured by train.py at the end of step {state.step:,}.{averaged}"]
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
