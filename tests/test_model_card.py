@@ -113,6 +113,17 @@ def test_what_a_user_has_edited_stays_and_damages_nothing(trained, data, tmp_pat
     assert (follow(trained / "last") / CARD).read_bytes() == edited
 
 
+def test_a_resumed_run_completes_the_card(trained, data, tmp_path):
+    before = (trained / "last" / CARD).read_text(encoding="utf-8")
+    (trained.parent / "summary.json").unlink()
+    run(data, tmp_path, "run", resume="auto", **FREEZING)
+    after = (trained / "last" / CARD).read_text(encoding="utf-8")
+    assert results(ModelCard(after)) == results(ModelCard(before))
+    (line,) = [line for line in before.splitlines() if line.startswith("| FLOPs |")]
+    assert line in after.splitlines()
+    assert "| resumed | 1 times;" in after
+
+
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_a_card_of_another_system_is_not_an_edited_one(trained, tmp_path, ending):
     text = (trained / "last" / CARD).read_text(encoding="utf-8")

@@ -145,6 +145,8 @@ class Checkpointer:
             return
         saved, self.start.state = self.start.state, {}
         assert self.start.checkpoint is not None
+        if self.card is not None:
+            self.card.take(saved)
         if self.start.checkpoint.resolve().is_relative_to(self.folder.resolve()):
             self.saved_step = saved["step"]
             self.saved_averages = saved["states"].get("averages", {}).get("is_swapped", False)

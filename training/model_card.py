@@ -24,11 +24,10 @@ from training.state import LoopState
 
 MARK = re.compile(rb"<!-- written by train\.py; of the text above: ([0-9a-f]{16}) -->\n\Z")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Of pretrained models and data, by the beginning of their name, as their own pages say.
+# Of pretrained models and data, by the beginning of their name.
 LICENCES = {
     "google/siglip": "Apache-2.0",
     "HuggingFaceTB/SmolLM2": "Apache-2.0",
-    "Qwen/Qwen3": "Apache-2.0",
     easy_vqa.NAME: "MIT",
 }
 METRICS = {
@@ -87,7 +86,7 @@ class ModelCard:
             "```\npython generate.py --checkpoint CHECKPOINT --image IMAGE.png --prompt '...'\n```\n",
             "`CHECKPOINT` is the folder of this file or the id of this model on the hub. Answers may be wrong.",
             "\n## What was measured\n",
-            *_score_lines(scores, state, self.data),
+            *_score_lines(scores, state),
             "\n## Training\n",
             "| | |\n|---|---|",
             *(f"| {key} | {_cell(value)} |" for key, value in self._training().items() if value),
@@ -110,11 +109,10 @@ class ModelCard:
 
     def _metadata(self, scores: Mapping[str, float]) -> str:
         """The hub's: YAML, checked by the hub's own classes."""
-        data, test_data = self._data_name(), self._test_name()
-        results = []
+        data, results = self._data_name("train"), []
         for metric, value in scores.items():
             split, kind, what = METRICS[metric]
-            of = test_data if split == "test" else data
+            of = self._data_name(split)
             slug = of if _is_hub_id(of) else re.sub(r"[^\w.-]+", "-", Path(of).name).strip("-") or "own-rows"
             results.append(
                 EvalResult(
@@ -133,11 +131,11 @@ class ModelCard:
         )
         return card.to_yaml(line_break="\n").strip()
 
-    def _data_name(self) -> str:
-        return without_private([self.settings.train.train_dataset_path])[0]
-
-    def _test_name(self) -> str:
-        return without_private([self.settings.train.test_dataset_path or self.settings.train.train_dataset_path])[0]
+    def _data_name(self, split: str) -> str:
+        """Where the rows of "train", "validation" or "test" are from."""
+        train = self.settings.train
+        own = {"validation": train.val_dataset_path, "test": train.test_dataset_path}.get(split)
+        return without_private([own or train.train_dataset_path])[0]
 
     def _bases(self) -> list[str]:
         """What the weights started from; nothing where they were random."""
@@ -176,7 +174,7 @@ class ModelCard:
         subsets = [name for name in self.settings.train.train_dataset_name if name != "all"]
         formats = format_names(self.data.train_rows)
         parts = [
-            self._data_name(),
+            self._data_name("train"),
             ", ".join(subsets),
             counts or "a stream",
             f"format {', '.join(formats)}" * bool(formats),
@@ -223,13 +221,13 @@ class ModelCard:
 
     def _licences(self) -> list[str]:
         lines = []
-        for part in dict.fromkeys([*self._bases(), self._data_name(), self._test_name()]):
+        for part in dict.fromkeys([*self._bases(), *map(self._data_name, ("train", "validation", "test"))]):
             known = next((licence for name, licence in LICENCES.items() if part.startswith(name)), None)
             lines.append(f"- {part}: {known or 'not known here; see where it is from'}")
         return [*lines, "- the code that trained it: MIT"]
 
 
-def _score_lines(scores: Mapping[str, float], state: LoopState, data: Data) -> list[str]:
+def _score_lines(scores: Mapping[str, float], state: LoopState) -> list[str]:
     if not scores:
         return ["Nothing was measured with the weights of this step."]
     lines = ["| split | number | value | what it is |", "|---|---|--:|---|"]
