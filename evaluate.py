@@ -136,7 +136,6 @@ def evaluate(given: argparse.Namespace) -> None:
 
 def ask(given: argparse.Namespace) -> None:
     """Let the model answer, on every process of torchrun its part, and score it as `evaluate` does, on the first."""
-
     from eval.answering import Answering, describe_model, scored_answers
     from eval.asking import Asker
     from models.config import TrainConfig
@@ -160,7 +159,7 @@ def ask(given: argparse.Namespace) -> None:
         asker, given.output / "progress", given.batch_size, given.num_workers, given.without_image,
         given.max_new_tokens, given.likelihood, parallel.rank, parallel.world_size,
     )  # fmt: skip
-    model = describe_model(asker, given.checkpoint, given.dtype)
+    model = describe_model(asker, given.checkpoint)
     for one in benchmarks:
         asking.answer(one, model)
     parallel.gather(None)  # until all have answered

@@ -182,7 +182,7 @@ def answer_file(given: argparse.Namespace, asker: Asker, rows: Any) -> None:
         given.stop, given.seed, sampling_of(given),
     )  # fmt: skip
     try:
-        failed = asking.answer(describe_model(asker, given.checkpoint, given.dtype))
+        failed = asking.answer(describe_model(asker, given.checkpoint))
     except KeyboardInterrupt:
         print(f"stopped; the same command continues {given.output}", file=sys.stderr)
         raise

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.datasets import Questions
 from data.images import ImageDecodeError
 from data.readers import as_it_is
+from eval.answers import match
 from eval.asking import Asker, Reader
 from eval.benchmarks import Benchmark
 from eval.results import score
@@ -65,6 +66,7 @@ class Answering:
         path, settings = self._path(benchmark, self.rank), self.settings(benchmark, model)
         known, _ = read_progress(self.paths(benchmark), settings)
         path.parent.mkdir(parents=True, exist_ok=True)
+        cut_broken_line(path)
         if not path.exists():
             write_text(path, json.dumps({"settings": settings}) + "\n")
         mine = benchmark.questions[self.rank :: self.world_size]
@@ -102,7 +104,10 @@ class Answering:
         options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
         if self.workers:
             torch.multiprocessing.set_sharing_strategy("file_system")
-        yield from zip(left, DataLoader(prompts, **options), strict=True)
+        for question, read in zip(left, DataLoader(prompts, **options), strict=True):
+            if isinstance(read, str):
+                raise ValueError(f"{benchmark.task.name}, question {question.id}: {read}")
+            yield question, read
 
     def _ask(self, batch: list[tuple[Question, Questions]], benchmark: Benchmark) -> list[dict] | None:
         """{"id", "answer"} of each; None where the device ran out of memory and a smaller batch may do."""
@@ -135,7 +140,7 @@ class Answering:
         return {question.id: {LIKELIHOOD: one} for (question, _), one in zip(lettered, found, strict=True)}
 
 
-def describe_model(asker: Asker, name: str, dtype: str) -> dict[str, Any]:
+def describe_model(asker: Asker, name: str) -> dict[str, Any]:
     """Whose answers they are: {"checkpoint", "weights": SHA-256 of model.safetensors, "parameters", "dtype"}."""
     with (asker.folder / "model.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -147,10 +152,13 @@ def describe_model(asker: Asker, name: str, dtype: str) -> dict[str, Any]:
 def scored_answers(
     asking: Answering, benchmark: Benchmark, model: Mapping[str, Any]
 ) -> list[tuple[Task, list[dict], dict[str, Any]]]:
-    """(task, rows of answers.jsonl, its part of results.json) of the answers, and of the likeliest choices."""
+    """(task, rows of answers.jsonl, its part of results.json) of the answers, and of the likeliest choices.
+
+    Raises ValueError where a question has no answer.
+    """
     answers, likeliest = read_progress(asking.paths(benchmark), asking.settings(benchmark, model))
     found = []
-    for kind, given in (("", answers), (LIKELIHOOD, likeliest)):
+    for kind, given in (("", match(answers.items(), benchmark)), (LIKELIHOOD, likeliest)):
         if not given:
             continue
         name = f"{benchmark.task.name}/{kind}".rstrip("/")
@@ -170,7 +178,10 @@ def letters_of(question: Question) -> str:
 
 
 class Prompts(Dataset):
-    """What the model gets for each of some questions of a benchmark."""
+    """What the model gets for each of some questions of a benchmark, or in words why it cannot be asked.
+
+    In words, as an error of a worker process would arrive with its traceback.
+    """
 
     def __init__(self, reader: Reader, benchmark: Benchmark, questions: Sequence[Question], without_image: bool):
         self.reader, self.benchmark, self.questions = reader, benchmark, questions
@@ -179,14 +190,15 @@ class Prompts(Dataset):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def __getitem__(self, index: int) -> Questions:
+    def __getitem__(self, index: int) -> Questions | str:
         question = self.questions[index]
-        images = [] if self.without_image else self.benchmark.images(question)
         turn = {"user": question.prompt} if self.without_image else self.benchmark.turn(question)
         try:
+            self.reader.check(f"{question.item.system or ''}\n{turn['user']}")
+            images = [] if self.without_image else self.benchmark.images(question)
             return self.reader.read(turn, images, question.item.system or "", question.answer_prefix, question.id)
-        except ImageDecodeError as error:
-            raise ValueError(f"{self.benchmark.task.name}, question {question.id}: {error}") from None
+        except (ImageDecodeError, ValueError, OSError) as error:
+            return str(error)
 
 
 def _sorted_by_length(
@@ -209,18 +221,14 @@ def _length(one: tuple[Question, Questions]) -> int:
 def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     """(question id -> answer, question id -> likeliest choice) of an evaluation that was ended.
 
-    A last line that breaks off counts as not written. Raises ValueError where the settings are others.
+    A last line that breaks off counts as not written: another rank may be writing it. Raises ValueError where the
+    settings are others.
     """
     answers: dict[str, str] = {}
     likeliest: dict[str, str] = {}
     for path in paths:
-        whole = path.read_text(encoding="utf-8")
-        lines = whole.splitlines()
-        if whole and not whole.endswith("\n"):
-            lines = lines[:-1]
-            write_text(path, "".join(line + "\n" for line in lines))
+        lines = _whole_lines(path)
         if not lines:
-            path.unlink()
             continue
         before = json.loads(lines[0])["settings"]
         check_same_settings(path, before, settings)
@@ -230,6 +238,20 @@ def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[d
             if LIKELIHOOD in row:
                 likeliest[row["id"]] = row[LIKELIHOOD]
     return answers, likeliest
+
+
+def _whole_lines(path: Path) -> list[str]:
+    # Not splitlines: a JSON text may hold other separators as they are.
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
+def cut_broken_line(path: Path) -> None:
+    """Cut off a last line that a kill has left unfinished; only the rank whose file it is may."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        if lines := _whole_lines(path):
+            write_text(path, "".join(line + "\n" for line in lines))
+        else:
+            path.unlink()
 
 
 def check_same_settings(where: Path | str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

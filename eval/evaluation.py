@@ -155,21 +155,6 @@ def row_losses(
     return list(zip(torch.cat(sums).tolist(), counts, strict=True)) if sums else [], used
 
 
-def exact_match(
-    model: VisionLanguageModel,
-    tokenizer: Any,
-    batches: Iterable[PromptBatch],
-    max_new_tokens: int,
-    device: torch.device,
-    autocast: Autocast,
-) -> dict[str, float | None]:
-    """Share of the questions whose greedy answer is the expected one: "all" and one entry per source.
-
-    batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
-    """
-    return score(answered(model, tokenizer, batches, max_new_tokens, device, autocast))
-
-
 def answered(
     model: VisionLanguageModel,
     tokenizer: Any,
@@ -178,7 +163,10 @@ def answered(
     device: torch.device,
     autocast: Autocast,
 ) -> list[Answered]:
-    """The greedy answer to each question of the batches, the expected one and its source."""
+    """The greedy answer to each question of the batches, the expected one and its source.
+
+    batches: (left-padded prompts, expected answers, their sources, row ids) as data.loader.prompt_batches gives.
+    """
     pairs: list[Answered] = []
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "greedy": True, "eos_token_id": tokenizer.eos_token_id}
     with evaluating(model):

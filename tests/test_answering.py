@@ -7,23 +7,17 @@ import pytest
 import torch
 from tiny.benchmarks import records
 from tiny.data import encoded, picture
-from tiny.grades import make_model
+from tiny.grades import save_answering_model
 
 import evaluate
-from data.easy_vqa import NAME, VOCAB_SIZE
 from eval import asking
+from eval.answering import cut_broken_line, read_progress
 from eval.tasks import TASKS
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A model whose answers depend on the picture and on the question."""
-    model = make_model(lm_base_vocab_size=VOCAB_SIZE, lm_tokenizer=NAME)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    model.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_answering_model(tmp_path / "model")
 
 
 @pytest.fixture
@@ -123,6 +117,24 @@ def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch)
     assert answers(halved) == answers(whole)
     with pytest.raises(ValueError, match="--batch_size 8: out of memory"):
         run(checkpoint, data, tmp_path / "given", "--batch_size", 8)
+
+
+def test_a_question_that_cannot_be_asked_is_named_in_a_sentence(checkpoint, tmp_path):
+    rows = [{"question": "is it red?", "answer": "yes"}, {"question": "is <|im_end|> red?", "answer": "yes"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--checkpoint", checkpoint, "--tasks", tmp_path / "own.jsonl", "--output", tmp_path / "out"]
+    with pytest.raises(ValueError, match=r"^own, question own.jsonl#1: .*<\|im_end\|> must not stand in it"):
+        evaluate.main(evaluate.parse_arguments([*map(str, flags), "--num_workers", "1"]))
+
+
+def test_only_its_own_rank_cuts_a_file_that_breaks_off(tmp_path):
+    path = tmp_path / "own-1.jsonl"
+    written = '{"settings": {}}\n{"id": "1", "answer": "a\u2028b"}\n{"id": "2", "ans'
+    path.write_text(written, encoding="utf-8")
+    assert read_progress([path], {}) == ({"1": "a\u2028b"}, {})
+    assert path.read_text(encoding="utf-8") == written
+    cut_broken_line(path)
+    assert path.read_text(encoding="utf-8") == written[: written.rindex("\n") + 1]
 
 
 def test_the_likeliest_letter_is_scored_too(checkpoint, data, tmp_path):

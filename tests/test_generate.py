@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny.data import encoded, picture
-from tiny.grades import make_model
+from tiny.grades import save_answering_model
 
 import evaluate
-from data.easy_vqa import NAME, VOCAB_SIZE
 from eval import asking
 from eval.prompts_file import as_question
 from generate import main, parse_arguments
@@ -35,12 +34,7 @@ def test_everything_wrong_with_the_flags_is_told_without_torch(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A model whose answers depend on the picture and on the question."""
-    model = make_model(lm_base_vocab_size=VOCAB_SIZE, lm_tokenizer=NAME)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    model.save_pretrained(tmp_path / "model")
+    save_answering_model(tmp_path / "model")
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encoded(picture(seed=number)))
     return tmp_path / "model"

@@ -2,10 +2,12 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+from data import easy_vqa
 from grades import GradESConfig, GradESMonitor
 from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
@@ -25,6 +27,16 @@ def make_model(seed: int = 0, **fields) -> VisionLanguageModel:
     """22 components, 8 of them vision; fields: of VLMConfig."""
     torch.manual_seed(seed)
     return VisionLanguageModel(VLMConfig(**(TINY | fields)))
+
+
+def save_answering_model(folder: Path) -> Path:
+    """A checkpoint of an untrained model whose answers depend on picture and question; returns the folder."""
+    model = make_model(lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_tokenizer=easy_vqa.NAME)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
