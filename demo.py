@@ -107,7 +107,7 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
 
     cfg = asker.model.cfg
     parameters = sum(parameter.numel() for parameter in asker.model.parameters())
-    with gradio.Blocks(analytics_enabled=False, title=f"{name}: nanoVLM with GradES") as page:
+    with gradio.Blocks(analytics_enabled=False, delete_cache=(600, 3600), title=f"{name}: nanoVLM with GradES") as page:
         gradio.Markdown(f"## {name}\n{parameters:,} parameters, on {asker.device.type}, {asker.compute_dtype()}")
         with gradio.Row():
             with gradio.Column():
@@ -127,11 +127,16 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
             with gradio.Column():
                 said = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
                 numbers = gradio.Textbox(label="Tokens and speed", elem_id="numbers")
-                seen = gradio.Image(label="What the model sees", type="pil", interactive=False, elem_id="seen")
+                gradio.Markdown("What the model sees")
+                seen = gradio.Image(
+                    show_label=False, type="pil", interactive=False, elem_id="seen", buttons=["download", "fullscreen"]
+                )
         if history is not None:
             with gradio.Accordion("When what froze in training", open=False, elem_id="freezes"):
                 gradio.Markdown("\n\n".join(summary(history)))
-                gradio.Image(draw_freezes(history), show_label=False, interactive=False)
+                gradio.Image(
+                    draw_freezes(history), show_label=False, interactive=False, buttons=["download", "fullscreen"]
+                )
         inputs, outputs = [picture, question, longest, temperature], [said, numbers, seen]
         for event in (ask.click, question.submit):
             # One at a time: there is one model.

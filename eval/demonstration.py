@@ -84,10 +84,11 @@ def drawn(pictures: Sequence[tuple[torch.Tensor, tuple[int, int]]]) -> Image.Ima
         right = max(right, left - 3 * GAP)
         top += max(map(len, line)) * (cell + GAP) + 2 * GAP
     canvas = Image.new("RGB", (right, top - 3 * GAP), "white")
-    for tile, place in places:
+    for tile, (left, top) in places:
+        canvas.paste("gray", (left - 1, top - 1, left + cell + 1, top + cell + 1))  # a frame, which white pictures need
         pixels = Image.fromarray(tile.permute(1, 2, 0).numpy())
         enlarged = Image.Resampling.NEAREST if cell > tile.shape[-1] else Image.Resampling.BILINEAR
-        canvas.paste(pixels.resize((cell, cell), enlarged), place)
+        canvas.paste(pixels.resize((cell, cell), enlarged), (left, top))
     return canvas
 
 

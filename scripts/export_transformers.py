@@ -155,7 +155,11 @@ def processor_of(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "Proce
     SmolVLM's own writes more. None writes tiles as nanoVLM does, so that with tiles the folder gets a file of its own.
     """
     from transformers import DeepseekVLProcessor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    try:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil as Images
+    except ImportError:  # earlier versions of transformers, where it has the name that is written into the folder
+        from transformers import Idefics3ImageProcessor as Images  # type: ignore[assignment]
 
     tokens = cfg.vlm_extra_tokens
     image = tokens["image_token"] if has_tiles(cfg) else tokens.get("global_image_token", "") + tokens["image_token"]
@@ -164,7 +168,7 @@ def processor_of(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "Proce
     tokenizer.chat_template = template
     if has_tiles(cfg):
         return tiles_processor(cfg, tokenizer, template)
-    images = Idefics3ImageProcessorPil(
+    images = Images(
         do_resize=False, do_image_splitting=False, max_image_size={"longest_edge": cfg.vit_img_size}, resample=3,
         image_mean=[mean_in_use(cfg)] * 3, image_std=[cfg.image_std] * 3,
     )  # fmt: skip

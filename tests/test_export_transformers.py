@@ -97,10 +97,8 @@ def test_a_padded_batch_answers_as_each_alone(tmp_path, changes):
     theirs, processor = load(tmp_path / "theirs", not changes)
     images = [[picture()], [picture(seed=1), picture(40, 16, seed=2)]]
     conversations = [asked(images[0]), asked(images[1], "is it red?")]
-    batch = processor.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )  # fmt: skip
+    texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
     made = theirs.generate(**batch, max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
     questions = [
         asker.reader.read({"user": text}, own) for text, own in zip((QUESTION, "is it red?"), images, strict=True)
@@ -108,7 +106,6 @@ def test_a_padded_batch_answers_as_each_alone(tmp_path, changes):
     answers = [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
     assert answers == [asker.answer([question], 5)[0] for question in questions]
     if not changes:  # a plain list of pictures is dealt out to the texts
-        texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
         flat = processor(text=texts, images=[*images[0], *images[1]], padding=True, return_tensors="pt")
         assert torch.equal(flat["pixel_values"], batch["pixel_values"])
         with pytest.raises(ValueError, match=r"there are \[2\] images|there are \[1, 1\] images"):
