@@ -69,7 +69,8 @@ def find_freezes(folder: Path) -> dict[str, Any] | None:
     """The history of the run that the checkpoint in `folder` is of; None where there is none."""
     from grades.report import find_history
 
-    for place in (folder, folder.resolve().parent.parent):  # a run holds checkpoints/step_00000400
+    above = folder.resolve().parent
+    for place in (folder, above.parent) if above.name == "checkpoints" else (folder,):
         try:
             return json.loads(find_history(place).read_text(encoding="utf-8"))
         except (ValueError, OSError):
@@ -113,12 +114,9 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
             with gradio.Column():
                 # As it was uploaded: what the model sees of it is the business of data.images.
                 picture = gradio.Image(
-                    label="Picture",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    elem_id="picture",
-                )
+                    label="Picture", type="filepath", image_mode=None, height=300, sources=["upload", "clipboard"],
+                    buttons=["fullscreen"], elem_id="picture",
+                )  # fmt: skip
                 question = gradio.Textbox(label="Question", autofocus=True, elem_id="question")
                 ask = gradio.Button("Ask", variant="primary", elem_id="ask")
                 most = min(MOST_TOKENS, cfg.lm_max_position_embeddings)

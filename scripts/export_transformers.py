@@ -48,10 +48,11 @@ TEXT_OF_PARTS = """\
 {{%- set messages = flat.messages -%}}{{{{ '' }}}}"""
 
 
-def export(folder: Path, output: Path) -> list[str]:
+def export(folder: Path, output: Path, lm_tokenizer: str | None = None) -> list[str]:
     """Write the checkpoint in `folder` into the new folder `output`, which appears only when it is complete.
 
-    Returns notes for the user. Raises ValueError where it cannot be expressed, and OSError.
+    lm_tokenizer: instead of the checkpoint's. Returns notes for the user. Raises ValueError where the model cannot be
+    expressed, and OSError.
     """
     from safetensors.torch import save_file
 
@@ -61,7 +62,9 @@ def export(folder: Path, output: Path) -> list[str]:
     cfg = VLMConfig.load(folder)
     if problems := inexpressible(cfg):
         raise ValueError(f"{folder}: " + "; ".join(problems))
-    model, tokenizer = VisionLanguageModel.from_pretrained(folder), get_tokenizer(cfg, folder)
+    cfg.lm_tokenizer = lm_tokenizer or cfg.lm_tokenizer
+    tokenizer = get_tokenizer(cfg, None if lm_tokenizer else folder)
+    model = VisionLanguageModel.from_pretrained(folder)
     config = smolvlm_config(cfg, tokenizer)
     with written_beside(output) as beside:
         beside.mkdir(parents=True)
@@ -267,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder, checkpoint folder or hub id; with --back an exported folder")
     parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     parser.add_argument("--back", action="store_true", help="from an exported folder, or an adapter, to a checkpoint")
     given = parser.parse_args(argv)
     try:
@@ -277,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             back(Path(given.checkpoint), given.output)
         else:
             folder = checkpoint_folder(find_checkpoint(given.checkpoint), flag="checkpoint")
-            for note in export(folder, given.output):
+            for note in export(folder, given.output, given.lm_tokenizer):
                 print(f"note: {note}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"export_transformers.py: error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from tiny.data import byte_level_tokenizer, picture, tiny_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -65,7 +66,8 @@ def test_an_exported_model_is_the_same_model(tmp_path, name):
     theirs, processor = load(tmp_path / "theirs", tiles)
     size = asker.model.cfg.vit_img_size
     small, other, large = picture(size, size), picture(size, size, seed=1), picture(3 * size, 2 * size - 5, seed=2)
-    for images in ([], [small], [large], [small, other]):
+    black = Image.new("RGB", (size, size))  # with mean 0 all pixels are 0, as of pictures that are not there
+    for images in ([], [small], [large], [small, other], [black, small]):
         batch = processor.apply_chat_template(
             asked(images), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
