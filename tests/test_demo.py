@@ -18,7 +18,7 @@ import demo
 from data.images import ImageProcessor
 from eval.asking import Asker
 from eval.demonstration import GAP, drawn, show_answer
-from training.setup import autocast
+from training.setup import autocast, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +47,13 @@ def test_a_port_in_use_is_told(tmp_path, monkeypatch, capsys):
             demo.parse_arguments([f"--checkpoint={tmp_path}", f"--port={taken.getsockname()[1]}"])
         assert "cannot listen there" in capsys.readouterr().err
     assert demo.parse_arguments([f"--checkpoint={tmp_path}", "--port=0"]).folder == tmp_path
+
+
+def test_a_device_that_is_not_here_is_told(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps: not on this machine"):
+        pick_device("mps")
+    assert pick_device("cpu").type == "cpu"
 
 
 def test_the_last_of_what_is_shown_is_the_answer(tmp_path):
