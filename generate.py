@@ -58,18 +58,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     given = parser.parse_args(argv)
     problems = _value_problems(given) + _mode_problems(given)
-    try:
-        given.folder = checkpoint_folder(find_checkpoint(given.checkpoint), flag="checkpoint")
-        problems += _model_problems(given, VLMConfig.load(given.folder))
-    except FileNotFoundError as error:
-        problems.append(f"--checkpoint {error}")
-    except BackboneUnavailable as error:
-        problems.append(str(error))
-    except ValueError as error:
-        problems.append(f"--checkpoint {given.checkpoint}: {error}")
+    cfg, missing = find_model(given)
+    problems += missing if cfg is None else _model_problems(given, cfg)
     if problems:
         parser.error("\n  ".join(problems))
     return given
+
+
+def find_model(given: argparse.Namespace) -> tuple[VLMConfig | None, list[str]]:
+    """(the config in the folder that --checkpoint means, what is wrong with it); `given` gets that folder."""
+    try:
+        given.folder = checkpoint_folder(find_checkpoint(given.checkpoint), flag="checkpoint")
+        return VLMConfig.load(given.folder), []
+    except FileNotFoundError as error:
+        return None, [f"--checkpoint {error}"]
+    except BackboneUnavailable as error:
+        return None, [str(error)]
+    except ValueError as error:
+        return None, [f"--checkpoint {given.checkpoint}: {error}"]
 
 
 def _value_problems(given: argparse.Namespace) -> list[str]:

@@ -100,6 +100,16 @@ class Asker:
         self.collator = PromptCollator(self.tokenizer.pad_token_id, self.model.cfg)
         self.speed = Speed()  # of all answers so far
 
+    def too_long(self, question: Questions, max_new_tokens: int) -> str | None:
+        """What is wrong where the question and the longest answer are more tokens than the model has positions."""
+        room, length = self.model.cfg.lm_max_position_embeddings, len(question.prompts[0]) + max_new_tokens
+        if length <= room:
+            return None
+        return (
+            f"{length} tokens of conversation and --max_new_tokens {max_new_tokens} are more than the model's {room} "
+            "positions"
+        )
+
     def answer(
         self, questions: Sequence[Questions], max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
     ) -> list[str]:

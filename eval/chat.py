@@ -61,12 +61,8 @@ class Chat:
         content = self.asker.reader.spoken(text, [grid for _, grid in self.waiting])
         contents, tiles = [*self.contents, content], [*self.tiles, *(tiles for tiles, _ in self.waiting)]
         question = self.asker.reader.conversation(contents, tiles)
-        room, length = self.asker.model.cfg.lm_max_position_embeddings, len(question.prompts[0]) + self.max_new_tokens
-        if length > room:
-            raise ValueError(
-                f"{length} tokens of conversation and --max_new_tokens {self.max_new_tokens} are more than the model's "
-                f"{room} positions; /reset begins a new conversation"
-            )
+        if problem := self.asker.too_long(question, self.max_new_tokens):
+            raise ValueError(f"{problem}; /reset begins a new conversation")
         answer = self._answer(question)
         if answer is None:
             self.note("stopped before the answer began: the question is not kept")

@@ -246,17 +246,16 @@ class LanguageModel(nn.Module):
         elif "lm_head.weight" not in stored and "embed_tokens.weight" in stored:
             stored["lm_head.weight"] = stored["embed_tokens.weight"]  # a tied model's embedding starts an untied head
         lm = cls(cfg)
-        copy_tensors(f"--lm_model_type {cfg.lm_model_type}", stored, lm._llama_tensors())
+        copy_tensors(f"--lm_model_type {cfg.lm_model_type}", stored, lm.llama_tensors(cfg.lm_base_vocab_size))
         for matrix in {lm.token_embedding.weight, lm.head.weight}:
             set_extra_rows(matrix, cfg.lm_base_vocab_size)
         return lm
 
-    def _llama_tensors(self) -> dict[str, torch.Tensor]:
-        """Llama's tensor names -> our tensors; of embedding and head the rows of the base vocabulary."""
-        base = self.cfg.lm_base_vocab_size
-        found = {"embed_tokens.weight": self.token_embedding.weight[:base], "norm.weight": self.norm.weight}
+    def llama_tensors(self, rows: int | None = None) -> dict[str, torch.Tensor]:
+        """Llama's tensor names -> our tensors; of embedding and head that many rows, by default all."""
+        found = {"embed_tokens.weight": self.token_embedding.weight[:rows], "norm.weight": self.norm.weight}
         if not self.cfg.lm_tie_weights:
-            found["lm_head.weight"] = self.head.weight[:base]
+            found["lm_head.weight"] = self.head.weight[:rows]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, LanguageModelBlock)
             layer, attn = f"layers.{i}", block.attn

@@ -163,10 +163,10 @@ class ViT(nn.Module):
         ignored = ("head.", "embeddings.position_ids")
         stored = {key: tensor for key, tensor in stored.items() if not key.startswith(ignored)}
         vit = cls(cfg)
-        copy_tensors(f"--vit_model_type {cfg.vit_model_type}", stored, vit._siglip_tensors())
+        copy_tensors(f"--vit_model_type {cfg.vit_model_type}", stored, vit.siglip_tensors())
         return vit
 
-    def _siglip_tensors(self) -> dict[str, torch.Tensor]:
+    def siglip_tensors(self) -> dict[str, torch.Tensor]:
         """SigLIP's tensor names -> our tensors, or the part of one that a name fills."""
         embedding = self.patch_embedding
         found = {

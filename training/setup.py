@@ -17,11 +17,13 @@ from models.vision_language_model import VisionLanguageModel
 from training.arguments import Settings
 
 
-def pick_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(name: str = "auto") -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU; or the named one of them. Raises ValueError where that is not here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = next(device for device, is_here in here.items() if is_here)
+    if name != "auto" and not here.get(name):
+        raise ValueError(f"--device {name}: not on this machine, which has {found}; must be auto or {found}")
+    return torch.device(found if name == "auto" else name)
 
 
 def prepare_backend(device: torch.device) -> None:
