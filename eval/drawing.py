@@ -14,6 +14,7 @@ from grades.files import written_beside
 # Told apart by those who see few colours too (Okabe and Ito's palette), one for each label.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 SMALLEST = 4  # radius of a point in pixels
+PAD = 2  # pixels round a text
 
 
 def draw_points(picture: Image.Image, labelled: Sequence[tuple[str, Sequence[Point]]]) -> Image.Image:
@@ -25,7 +26,12 @@ def draw_points(picture: Image.Image, labelled: Sequence[tuple[str, Sequence[Poi
     drawn = picture.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     radius = max(SMALLEST, round(max(drawn.size) / 100))
-    font = ImageFont.load_default(max(10, 2 * radius))
+    font = ImageFont.load_default(max(12, 2 * radius))
+    below = 0.0
+    for number, (label, points) in enumerate(labelled):
+        if label and points:
+            text, colour = f"{label} ({len(points)})", COLOURS[number % len(COLOURS)]
+            below = _write(draw, drawn.size, (radius, below + radius / 2), text, font, colour)
     for number, (_, points) in enumerate(labelled):
         for one in points:
             # The edge at SCALE is the outer side of the last pixel.
@@ -37,12 +43,10 @@ def draw_points(picture: Image.Image, labelled: Sequence[tuple[str, Sequence[Poi
                 reach = radius + more * max(1, radius // 4)
                 draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
             if one.object_id is not None:
-                _write(draw, drawn.size, (x + 2 * radius, y - radius), str(one.object_id), font, "white")
-    below = 0.0
-    for number, (label, points) in enumerate(labelled):
-        if label and points:
-            text, colour = f"{label} ({len(points)})", COLOURS[number % len(COLOURS)]
-            below = _write(draw, drawn.size, (radius, below + radius / 2), text, font, colour)
+                text = str(one.object_id)
+                width = draw.textlength(text, font) + 2 * radius
+                beside = 2 * radius if x + radius + width < drawn.width else -width
+                _write(draw, drawn.size, (x + beside, y - radius), text, font, "white")
     return drawn
 
 
@@ -54,13 +58,13 @@ def _write(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     colour: str,
 ) -> float:
-    """Text in a black outline, moved into the picture where it would leave it; returns its lower edge."""
-    stroke = 2
-    left, top, right, bottom = draw.textbbox(place, text, font=font, stroke_width=stroke)
-    x = place[0] + min(0, size[0] - right) + max(0, -left)
-    y = place[1] + min(0, size[1] - bottom) + max(0, -top)
-    draw.text((x, y), text, font=font, fill=colour, stroke_width=stroke, stroke_fill="black")
-    return bottom + y - place[1]
+    """Text on black, moved up and left where it would leave the picture; returns its lower edge."""
+    left, top, right, bottom = draw.textbbox(place, text, font=font)
+    across, down = (min(0, end - last - PAD) for end, last in zip(size, (right, bottom), strict=True))
+    across, down = max(across, PAD - left), max(down, PAD - top)  # the beginning shows, whatever does not fit
+    draw.rectangle((left + across - PAD, top + down - PAD, right + across + PAD, bottom + down + PAD), fill="black")
+    draw.text((place[0] + across, place[1] + down), text, font=font, fill=colour)
+    return bottom + down + PAD
 
 
 def drawing_paths(path: Path, images: int) -> list[Path]:

@@ -1,6 +1,8 @@
 """Rows with points: the answer that each format becomes, and what makes a row bad."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from tiny.data import encoded, picture
@@ -135,6 +137,14 @@ def test_formats(kind, read):
     assert {row["format"] for row in rows} == {kind.split()[0]}
     assert all(set(row["texts"][0]) == {"user", "assistant", "source"} for row in rows)
     assert all(row["images"] for row in rows)
+
+
+def test_the_rows_of_the_page_become_what_it_says(read):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\| `(\{.*\})` \| `(.*)` \| `(.*)` \|$", page, re.MULTILINE)
+    assert len(examples) == 6
+    rows = read(*[json.loads(record) for record, _, _ in examples])
+    assert [(row["texts"][0]["user"], row["texts"][0]["assistant"]) for row in rows] == [one[1:] for one in examples]
 
 
 def test_a_cosyn_row_has_a_turn_for_each_question(read):
