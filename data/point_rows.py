@@ -68,7 +68,10 @@ def _turn(record: Record, question: str, label: str, given: Any, count: Any, uni
     """A turn; its answer is written, or waits for the sizes of the images under PENDING. Raises BadRow."""
     turn = {"user": question, "assistant": None, "source": source_of(record.get("source"))}
     total = None if count is None else _whole(count, "count")
-    points = [] if given is None else [_point(one) for one in _each(given)]
+    places = [] if given is None else list(_each(given))
+    if timed := [one for one in places if isinstance(one, Mapping) and one.get("timestamp") is not None]:
+        raise BadRow("a point at a time, which is of a video", shown(timed[0]))
+    points = [_point(one) for one in places]
     if not points and (total or given is None):  # a count alone
         return turn | {"assistant": None if total is None else str(total)}
     if (last := max((one.place for one in points), default=1)) > max(1, len(images_of(record, None))):

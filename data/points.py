@@ -175,6 +175,11 @@ def _groups(groups: Iterable[str]) -> Iterable[Point]:
             yield Point(x, y, place, number)
 
 
+def has_points(turns: Iterable[dict]) -> bool:
+    """Whether a question or an answer of a row holds a point tag."""
+    return any(text and _BEGIN.search(text) for turn in turns for text in (turn.get("user"), turn.get("assistant")))
+
+
 # Free text and older forms
 
 _BEGIN = re.compile(r"<(points|tracks|point)\b")

@@ -46,6 +46,7 @@ POINT_RULES = (
 POINT_FORMATS = ("points", "pixmo-points", "pixmo-count", "CoSyn-point")
 LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
 MAX_NEW_TOKENS = 50
+POINT_TOKENS = 400  # about 40 points, where each digit is a token
 
 
 @dataclass
@@ -93,7 +94,7 @@ def open_own_rows(
         found.questions += _questions(row, row_id, number, answered)
         has_points = has_points or row.get("format") in POINT_FORMATS
     if has_points:
-        found.task = replace(found.task, rules=(*POINT_RULES, *RULES))
+        found.task = replace(found.task, rules=(*POINT_RULES, *RULES), max_new_tokens=POINT_TOKENS)
     found.not_usable = {reason: f"{count}, the first: {first[reason]}" for reason, count in bad.items()}
     if not found.questions:
         why = (

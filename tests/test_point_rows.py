@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny.data import encoded, picture
+from tiny.data import dataset, encoded, picture, row, tiny_train, turn
 
 from data.options import RowOptions
 from data.point_rows import by_time, video_points, video_tracks
+from data.points import has_points
 from data.rows import load_rows
 from data.values import BadRow
 
@@ -148,8 +149,8 @@ def test_the_rows_of_the_page_become_what_it_says(read):
 
 
 def test_a_cosyn_row_has_a_turn_for_each_question(read):
-    (row,) = read(COSYN | {"questions": ["a?", "b?"], "answer_points": [COUNTED, COUNTED], "names": ["a", "b"]})
-    assert [turn["user"] for turn in row["texts"]] == ["a?", "b?"]
+    (found,) = read(COSYN | {"questions": ["a?", "b?"], "answer_points": [COUNTED, COUNTED], "names": ["a", "b"]})
+    assert [one["user"] for one in found["texts"]] == ["a?", "b?"]
 
 
 ROW = {"image": "a.png", "label": "dogs"}
@@ -165,15 +166,20 @@ BAD = [
     (ROW | {"image": "https://a.b/c.png", "points": [[1, 2]], "points_unit": "pixels"}, "--fetch_images", "a.b"),
     (ROW | {"points": [[1, 2]], "points_unit": "pixels", "width": 0, "height": 5}, "width or height", ""),
     (COSYN | {"questions": ["a?"], "answer_points": []}, "another number of questions", "1 questions, 0"),
+    (
+        {"video_path": "a", "query": "?", "points": [{"x": 0, "y": 0, "timestamp": 1}]},
+        "which is of a video",
+        "timestamp",
+    ),
     ({"image": "a.png", "query": "?", "count": 1.5}, "count is no whole number", "1.5"),
 ]
 
 
 @pytest.mark.parametrize(("record", "reason", "found"), BAD)
 def test_bad_rows(record, reason, found, read):
-    (row,) = read(record)
-    assert reason in row["bad"]
-    assert found in row["bad"].first
+    (found_row,) = read(record)
+    assert reason in found_row["bad"]
+    assert found in found_row["bad"].first
 
 
 def test_a_label_with_a_count_stays_a_label(read):
@@ -183,8 +189,32 @@ def test_a_label_with_a_count_stays_a_label(read):
 def test_columns_of_ones_own(read):
     record = {"bild": "a.png", "orte": [[50, 50]], "was": "dogs", "einheit": "percent", "count": 1}
     columns = {"image": "bild", "points": "orte", "label": "was", "points_unit": "einheit"}
-    (row,) = read(record, columns=columns)
-    assert row["texts"][0]["assistant"] == total("1 1 500 500", 1)
+    (found,) = read(record, columns=columns)
+    assert found["texts"][0]["assistant"] == total("1 1 500 500", 1)
+
+
+def test_a_row_with_points_is_never_mirrored(monkeypatch):
+    def mirrored() -> list[bool]:
+        data = dataset([row()], train_cfg=tiny_train(flip_images=True))
+        return [data[epoch, 0].mirrored for epoch in range(20)]
+
+    assert any(mirrored())
+    # The words of the tests' tokenizer are no point text.
+    monkeypatch.setattr("data.datasets.has_points", lambda turns: turns == [turn()])
+    assert not any(mirrored())
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant", "expected"),
+    [
+        ("Where?", tag(BOTH), True),
+        ("Where?", "There are none.", False),
+        ("Is <point 0.1, 0.2, 1> red?", "yes", True),
+        (None, "<pointer>", False),
+    ],
+)
+def test_which_turns_have_points(user, assistant, expected):
+    assert has_points([turn("a", "b"), turn(user, assistant)]) == expected
 
 
 def test_videos():
