@@ -11,9 +11,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data import point_rows
 from data.places import PLACE, count_places, place_images, unescaped
 from data.tools import calls_of, result_of, tools_of
-from data.values import BadRow, dict_of, image_of, images_of, is_number, kind_of, list_of, shown, source_of, text_of
+from data.values import (
+    IMAGE_KEYS,
+    BadRow,
+    dict_of,
+    image_of,
+    images_of,
+    is_number,
+    kind_of,
+    list_of,
+    shown,
+    source_of,
+    text_of,
+)
 
 Record = Mapping[str, Any]
 Turns = list[dict]
@@ -244,14 +257,19 @@ def _said_of(keys: tuple[str, ...], field: str) -> Callable[[Record], Found]:
     return read
 
 
-_IMAGES = ("images", "image", "file_name")
 # Name, keys (one of each tuple must be there), reader.
 FORMATS: list[tuple[str, tuple[tuple[str, ...], ...], Callable[[Record], Found]]] = [
     ("the_cauldron turns", (("texts",),), _turns),
     ("LLaVA conversations", (("conversations",),), _conversation("conversations")),
     ("OpenAI messages", (("messages",),), _conversation("messages")),
+    ("pixmo-points", (("points",), ("label",), ("collection_method",)), point_rows.pixmo_points_row),
+    ("pixmo-count", (("image_url",), ("image_sha256",), ("count",), ("label",)), point_rows.pixmo_count_row),
+    ("CoSyn-point", (("questions",), ("answer_points",)), point_rows.cosyn_row),
     ("multiple choice", (("question",), ("choices", "options")), _choice),
     ("questions and answers", (("question",), ("answer", "answers")), _question),
-    ("captions", (_IMAGES, ("caption", "captions", "text")), _said_of(("caption", "captions", "text"), "caption")),
-    ("labels", (_IMAGES, ("label",)), _said_of(("label",), "label")),
+    ("captions", (IMAGE_KEYS, ("caption", "captions", "text")), _said_of(("caption", "captions", "text"), "caption")),
+    ("points", (("points",), ("query",)), point_rows.pointing_row),
+    ("points", (("points",), ("label",)), point_rows.pointing_row),
+    ("points", (("count",), ("query",)), point_rows.pointing_row),
+    ("labels", (IMAGE_KEYS, ("label",)), _said_of(("label",), "label")),
 ]

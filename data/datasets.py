@@ -33,6 +33,7 @@ from data.drops import (
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
 from data.places import with_images
+from data.points import has_points
 from data.templates import TemplateRefused, knows_tools
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
 from data.values import Reason, shown
@@ -76,6 +77,7 @@ class PreparedSample:
     grids: list[tuple[int, int]] = field(default_factory=list)  # rows and columns of each image's tiles
     weights: list[float] = field(default_factory=list)  # of each conversation, for the draws of turns_per_image
     tiles: torch.Tensor | None = None  # uint8 [n, 3, S, S]: the images, once they are decoded
+    has_points: bool = False  # in its texts: their coordinates hold for the images as they are
     mirrored: bool = False  # left to right
 
 
@@ -166,7 +168,7 @@ class VQADataset:
         if cfg.turns_per_image:
             drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
-        mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5
+        mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5 and not prepared.has_points
         return replace(prepared, conversations=conversations, mirrored=mirrored)
 
     def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
@@ -243,7 +245,9 @@ class VQADataset:
             return PreparedSample([], row["id"], drops_of(dropped, False, row))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
         drops = drops_of(dropped, True, row)
-        return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
+        return PreparedSample(
+            conversations, row["id"], drops, row["images"], grids, weights, None, has_points(row["texts"])
+        )
 
     def _image_texts(self, grids: list[tuple[int, int]]) -> list[str]:
         """The text that stands for each image of a row."""

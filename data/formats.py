@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from data.arrow_values import exact_floats
 from data.conversations import read_record, recognise
 from data.options import AS_THEY_ARE, RATINGS, RowOptions, renamed
+from data.point_rows import with_pixel_answers
 from data.values import BadRow, Reason, ratings_of, shortened
 from models.config import TrainConfig
 
@@ -120,6 +121,7 @@ class Part:
             record = self.options.read(record)
             row = read_record(record, self.options.image_root or self.folder) | {"id": row_id}
             self.options.check_images(row["images"])
+            row = with_pixel_answers(row)
             row["format"] = getattr(self.table, "format_name", row["format"])
             kinds = [f"{kind}_ratings" for kind in RATINGS]
             return row | {kind: ratings_of(record[kind], kind) for kind in kinds if kind in record}

@@ -19,8 +19,9 @@ RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting
 SAME_KEYS = [set(alternatives) for _, needs, _ in FORMATS for alternatives in needs]
 FORMAT_KEYS = [set().union(*needs) - set(IMAGE_KEYS) for _, needs, _ in FORMATS]
 TEXT_KEYS = set().union(*FORMAT_KEYS)
+POINT_KEYS = ("points_unit", "width", "height", "names")
 # What --columns may map a column to.
-KNOWN_KEYS = sorted({*TEXT_KEYS, *IMAGE_KEYS, "source", *(f"{kind}_ratings" for kind in RATINGS)})
+KNOWN_KEYS = sorted({*TEXT_KEYS, *IMAGE_KEYS, *POINT_KEYS, "source", *(f"{kind}_ratings" for kind in RATINGS)})
 SKIPPED = "skipped by --row_function"  # it returned None, which is no mistake
 FUNCTION_FAILED = "--row_function failed"
 NO_ROW = "--row_function returned no row"

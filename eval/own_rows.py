@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from data.values import Reason
 from eval import metrics
 from eval.benchmarks import Benchmark
 from eval.rules import Item, Question, Rule, Task, each
-from eval.scorers import text
+from eval.scorers import points, text
 from eval.scorers.judged import Judged
 from eval.tables import Table
 
@@ -36,8 +37,16 @@ RULES = (
         each(lambda answer, truth, _: text.named_choice(answer, truth["answers"], truth.get("letters", ()))),
     ),
 )
+# Of rows with points or counts, before the others.
+POINT_RULES = (
+    _rule("points", f"F1 of points, matched one to one, within {points.NEAR:g} of 1,000", points.pointed),
+    _rule("count", "the same number", points.counted_as),
+    _rule("count within 1", "the number, or one more or less", partial(points.counted_as, within=1)),
+)
+POINT_FORMATS = ("points", "pixmo-points", "pixmo-count", "CoSyn-point")
 LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
 MAX_NEW_TOKENS = 50
+POINT_TOKENS = 400  # about 40 points, where each digit is a token
 
 
 @dataclass
@@ -72,6 +81,7 @@ def open_own_rows(
     bad: Counter[str] = Counter()
     first: dict[str, str] = {}
     seen: Counter[str] = Counter()
+    has_points = False
     for number in range(len(rows) if limit is None else min(limit, len(rows))):
         row = rows[number]
         if reason := row.get("bad"):
@@ -82,6 +92,9 @@ def open_own_rows(
         seen[row_id] += 1
         row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"
         found.questions += _questions(row, row_id, number, answered)
+        has_points = has_points or row.get("format") in POINT_FORMATS
+    if has_points:
+        found.task = replace(found.task, rules=(*POINT_RULES, *RULES), max_new_tokens=POINT_TOKENS)
     found.not_usable = {reason: f"{count}, the first: {first[reason]}" for reason, count in bad.items()}
     if not found.questions:
         why = (
