@@ -41,8 +41,8 @@ def get_image_processor(
 ) -> ImageProcessor:
     """Called with an image it gives (uint8 [n, 3, S, S], (rows, columns)), S splitted_image_size: the whole image
     first, then its tiles, or the image alone where there is one tile. The model normalises the pixels itself."""
-    sizes = {"max_img_size": max_img_size, "vit_img_size": splitted_image_size}
-    return ImageProcessor(VLMConfig(**sizes, resize_to_max_side_len=resize_to_max_side_len))
+    side, enlarge = splitted_image_size, resize_to_max_side_len
+    return ImageProcessor(VLMConfig(vit_img_size=side, max_img_size=max_img_size, resize_to_max_side_len=enlarge))
 
 
 def get_image_string(

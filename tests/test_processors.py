@@ -1,4 +1,4 @@
-"""data.processors: VLMEvalKit's wrapper for nanoVLM (vlmeval/vlm/nanovlm.py, 2026-08) finds in this layout what it uses."""
+"""data.processors: what VLMEvalKit's wrapper for nanoVLM (vlmeval/vlm/nanovlm.py, 2026-08) uses is here."""
 
 import contextlib
 
