@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
     """Reads a task's functions by their names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
 def tasks_folder() -> Path:
@@ -62,7 +62,7 @@ def local_task(tasks: Path, name: str, root: Path) -> dict[str, Any]:
     path = find_task(tasks, name)
     task = settings_of(path)
     hub_id, config = str(task["dataset_path"]), task.get("dataset_name")
-    split = task.get("test_split") or task.get("validation_split")
+    split = str(task.get("test_split") or task.get("validation_split"))
     if not root.is_dir():
         raise FileNotFoundError(f"--data_root {root}: no such folder")
     folder = find_folder(root, (name, hub_id, hub_id.split("/")[-1]), config).resolve()

@@ -2,7 +2,8 @@
 # Evaluate a checkpoint with lmms-eval itself, offline, on local copies of its benchmarks.
 #
 #   scripts/run_lmms_eval.sh --checkpoint CHECKPOINT --data_root DATA [--tasks mmstar,pope] [--limit N]
-#                            [--output FOLDER] [--env ENV] [-- flags of lmms-eval]
+#                            [--model_args dtype=float32,prompt_style=nanovlm] [--output FOLDER] [--env ENV]
+#                            [-- flags of lmms-eval]
 #
 # CHECKPOINT: a run folder, a checkpoint folder, or a hub id that is in the cache. DATA: as evaluate.py's --data_root,
 # parquet files or folders of save_to_disk. The environment ENV (by default $LMMS_EVAL_ENV, else
@@ -11,7 +12,7 @@ set -euo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 environment=${LMMS_EVAL_ENV:-$HOME/.cache/nanovlm-grades/lmms-eval}
-checkpoint="" data_root="" tasks=mmstar limit="" output=results/lmms_eval
+checkpoint="" data_root="" tasks=mmstar limit="" model_args="" output=results/lmms_eval
 
 fail() {
   echo "run_lmms_eval.sh: error: $1" >&2
@@ -22,11 +23,12 @@ while (($#)); do
   case $1 in
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
-    --checkpoint | --data_root | --tasks | --limit | --output | --env) (($# > 1)) || fail "$1: needs a value" ;;&
+    --checkpoint | --data_root | --tasks | --limit | --model_args | --output | --env) (($# > 1)) || fail "$1: needs a value" ;;&
     --checkpoint) checkpoint=$2 ;;
     --data_root) data_root=$2 ;;
     --tasks) tasks=$2 ;;
     --limit) limit=$2 ;;
+    --model_args) model_args=$2 ;;
     --output) output=$2 ;;
     --env) environment=$2 ;;
     *) fail "$1: no such flag; --help names them, and flags of lmms-eval stand after --" ;;
@@ -56,8 +58,8 @@ done
 # The program lmms-eval, not python -m lmms_eval: from the checkout that would find evaluate.py in place of the package
 # evaluate.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-"$environment/bin/lmms-eval" --model nanovlm_grades --model_args "pretrained=$checkpoint" --include_path "$work/tasks" \
-  --tasks "$names" --batch_size auto ${limit:+--limit "$limit"} --output_path "$output" --log_samples "$@"
+"$environment/bin/lmms-eval" --model nanovlm_grades --model_args "pretrained=$checkpoint${model_args:+,$model_args}" \
+  --include_path "$work/tasks" --tasks "$names" --batch_size auto ${limit:+--limit "$limit"} --output_path "$output" --log_samples "$@"
 
 # lmms-eval ends with 0 where an evaluation has failed.
 results=$(find "$output" -name '*_results.json' -newer "$work" 2>/dev/null | sort | tail -n 1)

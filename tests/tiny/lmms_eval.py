@@ -4,20 +4,21 @@ from pathlib import Path
 
 import datasets
 import torch
-from tiny.benchmarks import records
-from tiny.data import encoded, picture
-from tiny.grades import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eval.tasks import TASKS
 from models.vision_language_model import VisionLanguageModel
+from tiny.benchmarks import records
+from tiny.data import encoded, picture
+from tiny.grades import make_model
 
 CONTROL = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = (
     "\n", "user", "assistant", "A", "B", "C", "D", ".", ":", "(", ")", "a", "b", "yes", "no", "Yes", "No", "is", "the",
     "answer", "what", "which", "cat", "dog", "red", "ASSISTANT:", "in", "image", "there", "Options", "3",
 )  # fmt: skip
+SAID = ("A", "B", "C", "D", ".", "a", "yes", "no", "dog", "(", "<|im_end|>")  # what answers are made of
 ROWS = 24
 
 
@@ -43,10 +44,14 @@ def save_speaking_model(folder: Path) -> VisionLanguageModel:
     folder.mkdir(parents=True)
     known = tokenizer()
     known.save_pretrained(folder / "tokenizer")
-    model = make_model(lm_base_vocab_size=len(known), lm_tokenizer=str(folder / "tokenizer"), lm_max_length=512)
+    sizes = {"lm_base_vocab_size": len(known), "lm_max_length": 512, "lm_tie_weights": False}
+    model = make_model(lm_tokenizer=str(folder / "tokenizer"), **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
+        is_said = torch.zeros(model.cfg.lm_vocab_size, 1)
+        is_said[known.convert_tokens_to_ids(list(SAID))] = 1
+        model.decoder.head.weight.mul_(is_said)
     model.save_pretrained(folder)
     return model
 

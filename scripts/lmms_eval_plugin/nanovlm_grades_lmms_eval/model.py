@@ -137,7 +137,7 @@ class NanoVLMGradesSimple(_NanoVLMGrades):
 
 
 class NanoVLMGradesChat(_NanoVLMGrades):
-    """Takes a task's messages, with images where they stand. The same prompt, where a task has no messages of its own."""
+    """Takes a task's messages, with images where they stand; of a task that has none the simple class's prompt."""
 
     is_simple = False
 
