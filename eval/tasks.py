@@ -250,6 +250,7 @@ TASKS: dict[str, Task] = {
             metrics=metrics.mmbench,
             main="accuracy",
             max_new_tokens=1024,
+            stop=LLAVA_TURN,
             id_columns=("index",),
             cluster="rotated",
             chance="choices",
