@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,35 +162,14 @@ class Asker:
     @torch.inference_mode()
     def likeliest(self, questions: Sequence[Questions], choices: Sequence[Sequence[str]]) -> list[str]:
         """Which of its choices each answer most likely begins with, by the probability of the choice's first token."""
-        with self.autocast:
-            scores = self._log_probabilities(self._hidden(questions)[:, -1])
-        return [max(given, key=lambda one: self._score(row, one)) for row, given in zip(scores, choices, strict=True)]
-
-    @torch.inference_mode()
-    def log_likelihoods(self, questions: Sequence[Questions], answers: Sequence[str]) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding gives it) of an answer to each prompt, its end left out."""
-        added = [self.reader.ids(text) for text in answers]
-        whole = [replace(row, prompts=[row.prompts[0] + ids]) for row, ids in zip(questions, added, strict=True)]
-        found = []
-        with self.autocast:
-            for hidden, ids in zip(self._hidden(whole), added, strict=True):
-                scores = self._log_probabilities(hidden[len(hidden) - len(ids) - 1 : -1])
-                wanted = torch.tensor(ids, dtype=torch.long, device=scores.device)
-                total = scores.gather(1, wanted[:, None]).sum()
-                found.append((total.item(), torch.equal(scores.argmax(dim=-1), wanted)))
-        return found
-
-    def _hidden(self, questions: Sequence[Questions]) -> torch.Tensor:
-        """[B, T, C] of the prompts, which end at T."""
         batch = to_device(self.collator(list(questions)), self.device)
         mask = batch.pop("attention_mask", None)
-        x = self.model.embed(**batch)
-        positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp_(min=0)
-        return self.model.decoder(x, mask, positions)
-
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [..., V] of the next tokens."""
-        return self.model.decoder.head(hidden).float().log_softmax(dim=-1)
+        with self.autocast:
+            x = self.model.embed(**batch)
+            positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp_(min=0)
+            hidden = self.model.decoder(x, mask, positions)[:, -1]
+            scores = self.model.decoder.head(hidden).float().log_softmax(dim=-1)
+        return [max(given, key=lambda one: self._score(row, one)) for row, given in zip(scores, choices, strict=True)]
 
     def _score(self, scores: torch.Tensor, choice: str) -> float:
         """The larger one of the first token with and without a space before it, as the prompt may end in either."""

@@ -72,19 +72,6 @@ def answer_requests(asker: Asker, requests: Sequence[Request], batches: Batches)
                 yield from zip((number for number, _ in batch), texts, strict=True)
 
 
-def score_answers(
-    asker: Asker, asked: Sequence[tuple[Callable[[], Questions], str]], batches: Batches
-) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """(number of the pair, what Asker.log_likelihoods says of the answer to the question)."""
-
-    def ask(batch: list[tuple[int, Questions]]) -> list[tuple[float, bool]]:
-        return asker.log_likelihoods([question for _, question in batch], [asked[number][1] for number, _ in batch])
-
-    for group in batches.sorted_by_length((number, read()) for number, (read, _) in enumerate(asked)):
-        for batch, found in batches.run(group, ask):
-            yield from zip((number for number, _ in batch), found, strict=True)
-
-
 def simple_question(reader: Reader, task: str, text: str, images: Sequence[Any], style: str) -> Questions:
     """A text with its images before it, in a style of eval.prompts. Raises ValueError where it cannot be asked."""
     reader.check(text)

@@ -1,9 +1,9 @@
-"""Write a task of lmms-eval whose data is a local folder, and print its name: <task>_local.
+"""Write tasks of lmms-eval whose data is in a local folder, and print their names: <task>_local.
 
-    ENV/bin/python scripts/lmms_eval_local.py mmstar DATA_ROOT FOLDER
-    ENV/bin/lmms-eval --include_path FOLDER --tasks mmstar_local ...
+    ENV/bin/python scripts/lmms_eval_local.py --tasks mmstar,pope --data_root DATA --folder FOLDER
+    ENV/bin/lmms-eval --include_path FOLDER --tasks mmstar_local,pope_local ...
 
-In all else the task is lmms-eval's own. scripts/run_lmms_eval.sh calls this with the Python of lmms-eval's environment.
+In all else a task is lmms-eval's own. scripts/run_lmms_eval.sh calls this with the Python of lmms-eval's environment.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.tables import files_of_split, find_folder, is_saved
+from models.hub import checkpoint_folder
+from training.checkpoint_folder import find_checkpoint
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,19 +80,31 @@ def local_task(tasks: Path, name: str, root: Path) -> dict[str, Any]:
     return made | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": of_split}}
 
 
+def look_for(checkpoint: str) -> None:
+    """Raise OSError where there is no such checkpoint."""
+    try:
+        checkpoint_folder(find_checkpoint(checkpoint), flag="checkpoint")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--checkpoint {error}") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", help="lmms-eval's name, as mmstar")
-    parser.add_argument("data_root", type=Path, help="folder with its data")
-    parser.add_argument("folder", type=Path, help="where the task's file is written, for --include_path")
+    parser.add_argument("--tasks", required=True, help="lmms-eval's names, as mmstar,pope")
+    parser.add_argument("--data_root", type=Path, required=True, help="folder with their data")
+    parser.add_argument("--folder", type=Path, required=True, help="where the files are written, for --include_path")
+    parser.add_argument("--checkpoint", help="to be looked for first, as lmms-eval takes half a minute to say so")
     given = parser.parse_args(argv)
     try:
-        made = local_task(tasks_folder(), given.task, given.data_root)
+        if given.checkpoint:
+            look_for(given.checkpoint)
+        made = [local_task(tasks_folder(), name.strip(), given.data_root) for name in given.tasks.split(",")]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     given.folder.mkdir(parents=True, exist_ok=True)
-    (given.folder / f"{made['task']}.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
-    print(made["task"])
+    for one in made:
+        (given.folder / f"{one['task']}.yaml").write_text(yaml.safe_dump(one), encoding="utf-8")
+    print(",".join(one["task"] for one in made))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ fail() {
 
 while (($#)); do
   case $1 in
-    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
-    --checkpoint | --data_root | --tasks | --limit | --model_args | --output | --env) (($# > 1)) || fail "$1: needs a value" ;;&
+  esac
+  (($# > 1)) || fail "$1: needs a value"
+  case $1 in
     --checkpoint) checkpoint=$2 ;;
     --data_root) data_root=$2 ;;
     --tasks) tasks=$2 ;;
@@ -49,17 +51,15 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-names=""
-for task in ${tasks//,/ }; do
-  name=$("$environment/bin/python" "$checkout/scripts/lmms_eval_local.py" "$task" "$data_root" "$work/tasks") || exit 2
-  names+=${names:+,}$name
-done
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+names=$("$environment/bin/python" "$checkout/scripts/lmms_eval_local.py" --checkpoint "$checkpoint" \
+  --tasks "$tasks" --data_root "$data_root" --folder "$work/tasks") || exit 2
 
 # The program lmms-eval, not python -m lmms_eval: from the checkout that would find evaluate.py in place of the package
 # evaluate.
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 "$environment/bin/lmms-eval" --model nanovlm_grades --model_args "pretrained=$checkpoint${model_args:+,$model_args}" \
-  --include_path "$work/tasks" --tasks "$names" --batch_size auto ${limit:+--limit "$limit"} --output_path "$output" --log_samples "$@"
+  --include_path "$work/tasks" --tasks "$names" --batch_size auto ${limit:+--limit "$limit"} \
+  --output_path "$output" --log_samples "$@"
 
 # lmms-eval ends with 0 where an evaluation has failed.
 results=$(find "$output" -name '*_results.json' -newer "$work" 2>/dev/null | sort | tail -n 1)

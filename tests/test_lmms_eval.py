@@ -118,28 +118,10 @@ def test_answers_are_those_of_the_asker_in_the_order_of_the_requests(plugin, che
     assert model.asker is None
 
 
-def test_how_likely_an_answer_is(plugin, checkpoint, asker):
-    """By the model's own logits, token after token; lmms-eval's space before a choice counts for nothing."""
-    model = plugin().NanoVLMGradesSimple(**arguments(checkpoint), batch_size=3)
-    model.task_dict = {"made_up": {"test": DOCUMENTS}}
-    choices = [" yes", " no . dog", "A", "B . A", lambda document: "a"]
-    asked = [
-        SimpleNamespace(args=(document["question"], choice, images_of, number, "made_up", "test"))
-        for number, (document, choice) in enumerate(zip(DOCUMENTS, choices, strict=True))
-    ]
-    for (found, is_greedy), request in zip(model.loglikelihood(asked), asked, strict=True):
-        document, choice = DOCUMENTS[request.args[3]], request.args[1]
-        question = asker.reader.read({"user": document["question"]}, [document["image"]])
-        added = asker.reader.ids((choice if isinstance(choice, str) else "a").strip())
-        ids, total, greedy = list(question.prompts[0]), 0.0, True
-        for token in added:
-            logits, _ = asker.model(torch.tensor([ids]), question.images)
-            total += logits[0, -1].log_softmax(-1)[token].item()
-            greedy &= logits[0, -1].argmax().item() == token
-            ids.append(token)
-        assert (found, is_greedy) == (pytest.approx(total, abs=1e-4), greedy)
-    with pytest.raises(NotImplementedError, match="acc_mutual_info"):
-        model.loglikelihood([SimpleNamespace(args=("", "A"))])
+def test_what_it_cannot_do_is_said(plugin, checkpoint):
+    model = plugin().NanoVLMGradesSimple(**arguments(checkpoint))
+    with pytest.raises(NotImplementedError, match=r"evaluate\.py --likelihood can"):
+        model.loglikelihood([])
     with pytest.raises(NotImplementedError, match="one round"):
         model.generate_until_multi_round([])
 
@@ -252,6 +234,16 @@ def test_data_that_lmms_eval_cannot_read_is_named(tasks, data, tmp_path):
         lmms_eval_local.local_task(tasks, "pope", tmp_path / "json")
     with pytest.raises(ValueError, match="must be a saved DatasetDict"):
         lmms_eval_local.local_task(tasks, "pope", data / "pope" / "test")
+
+
+def test_the_files_of_tasks_and_a_checkpoint_that_is_not_there(tasks, data, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lmms_eval_local, "tasks_folder", lambda: tasks)
+    flags = ["--tasks", "mmstar, pope", "--data_root", str(data), "--folder", str(tmp_path / "made"), "--checkpoint"]
+    lmms_eval_local.main([*flags, str(checkpoint)])
+    assert capsys.readouterr().out == "mmstar_local,pope_local\n"
+    assert yaml.safe_load((tmp_path / "made" / "pope_local.yaml").read_text())["dataset_path"] == str(data / "pope")
+    with pytest.raises(SystemExit, match=r"error: --checkpoint .* holds no checkpoint"):
+        lmms_eval_local.main([*flags, str(tmp_path)])
 
 
 @pytest.mark.parametrize(

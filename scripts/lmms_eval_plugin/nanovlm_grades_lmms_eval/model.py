@@ -6,10 +6,10 @@ lmms-eval --model nanovlm_grades --model_args pretrained=CHECKPOINT --tasks mmst
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lmms_eval.api.model import lmms
@@ -28,13 +28,11 @@ sys.path.append(str(CHECKOUT))  # last, so that evaluate.py hides no package
 from data.datasets import Questions
 from eval.asking import Asker
 from eval.batches import Batches
-from eval.harness import Decoding, Request, answer_requests, chat_question, score_answers, simple_question
+from eval.harness import Decoding, Request, answer_requests, chat_question, simple_question
 from eval.prompts import STYLES
 from models.hub import checkpoint_folder
 from training.checkpoint_folder import find_checkpoint
 from training.setup import autocast, pick_device, prepare_backend
-
-Answer = TypeVar("Answer")
 
 
 class _NanoVLMGrades(lmms):
@@ -91,26 +89,18 @@ class _NanoVLMGrades(lmms):
         images = [image for image in to_visual(self._document(task, split, number)) or [] if image is not None]
         return simple_question(self.asker.reader, _known_name(task), context, images, self.prompt_style)
 
-    def _in_order(self, count: int, found: Iterable[tuple[int, Answer]], what: str) -> list[Answer]:
-        """What was found for each request, in the order of the requests."""
-        by_number = dict(tqdm(found, total=count, desc=what, disable=self.rank > 0))
-        return [by_number[number] for number in range(count)]
-
     def _answers(self, requests: Sequence[Request]) -> list[str]:
-        return self._in_order(len(requests), answer_requests(self.asker, requests, self.batches), "answers")
+        """In the order of the requests."""
+        found = answer_requests(self.asker, requests, self.batches)
+        by_number = dict(tqdm(found, total=len(requests), desc="answers", disable=self.rank > 0))
+        return [by_number[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Of a choice as the answer. lmms-eval's space before it is left out: an answer begins without one."""
-        asked = []
-        for request in requests:
-            context, target, *rest = request.args
-            if not rest:
-                raise NotImplementedError("acc_mutual_info: asks how likely an answer is without its question")
-            to_visual, number, task, split = rest
-            choice = target if isinstance(target, str) else target(self._document(task, split, number))
-            read = partial(self._simple, context, to_visual, number, task, split)
-            asked.append((read, str(choice).lstrip()))
-        return self._in_order(len(asked), score_answers(self.asker, asked, self.batches), "likelihoods")
+        # It turns the numbers into text before it compares them, of every model, and then takes the smallest one, since
+        # most of its models give it losses.
+        raise NotImplementedError(
+            "lmms-eval 0.7.3 cannot compare likelihoods of choices; evaluate.py --likelihood can, of letters"
+        )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("nanovlm_grades answers tasks of one round alone")
