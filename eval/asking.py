@@ -50,9 +50,7 @@ class Reader:
         """
         processed = [self.processor(image) for image in images]
         texts = [image_string([grid], self.processor.cfg) for _, grid in processed]
-        prompt = encode_prompt(self.tokenizer, with_images(dict(turn), texts)[0], "", system)
-        if answer_prefix:
-            prompt = prompt + self.tokenizer.backend_tokenizer.encode(answer_prefix, add_special_tokens=False).ids
+        prompt = encode_prompt(self.tokenizer, with_images(dict(turn), texts)[0], "", system) + self.ids(answer_prefix)
         tiles = torch.cat([tiles for tiles, _ in processed]) if processed else None
         return Questions(tiles, [prompt], [""], [None], id)
 
@@ -69,13 +67,19 @@ class Reader:
             raise ValueError(f"{bad.kind}: {bad.found}") from None
         return with_images(turn, [image_string([grid], self.processor.cfg) for grid in grids])[0]
 
-    def conversation(self, contents: Sequence[str], tiles: Sequence[torch.Tensor]) -> Questions:
+    def conversation(
+        self, contents: Sequence[str], tiles: Sequence[torch.Tensor], system: str = "", answer_prefix: str = ""
+    ) -> Questions:
         """The last question of a conversation. contents: what was said in turn, of the user as `spoken` gives it.
 
-        tiles: of all its images in order, uint8 [n, 3, S, S] each.
+        tiles: of all its images in order, uint8 [n, 3, S, S] each. answer_prefix: as in `read`.
         """
-        prompt = encode_chat(self.tokenizer, list(contents))
+        prompt = encode_chat(self.tokenizer, list(contents), system) + self.ids(answer_prefix)
         return Questions(torch.cat(list(tiles)) if tiles else None, [prompt], [""], [None], "")
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text that follows another one's ids."""
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class Asker:
@@ -169,6 +173,5 @@ class Asker:
 
     def _score(self, scores: torch.Tensor, choice: str) -> float:
         """The larger one of the first token with and without a space before it, as the prompt may end in either."""
-        encode = self.tokenizer.backend_tokenizer.encode
-        starts = {encode(text, add_special_tokens=False).ids[0] for text in (choice, f" {choice}")}
+        starts = {self.reader.ids(text)[0] for text in (choice, f" {choice}")}
         return max(scores[start].item() for start in starts)

@@ -73,8 +73,8 @@ class Task:
     id; the row's number without any. cluster: the category or column that says which rows share an image; None: rows
     with the same image. image_config, image_key: the images are rows of another configuration, found by their id.
     chance: what guessing scores; "choices": one over the number of choices; None: about nothing.
-    published_rows: how many rows the split has. lmms_metrics: our name of a number -> lmms-eval's; lmms_filter: under
-    which of its filters; lmms_scale: its number over ours.
+    stop: texts at which an answer ends. published_rows: how many rows the split has. lmms_metrics: our name of a number
+    -> lmms-eval's; lmms_filter: under which of its filters; lmms_scale: its number over ours.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Task:
     metrics: Metrics
     main: str
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
     config: str | None = None
     id_columns: tuple[str, ...] = ()
     cluster: str | None = None

@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens per image, L label positions, V vocabulary.
 """
 
+import json
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
@@ -43,6 +44,8 @@ class VisionLanguageModel(nn.Module):
         self.cfg = cfg
         self.cross_entropy = summed_cross_entropy  # compiled along with the blocks
         self.loaded_from: Path | None = None  # checkpoint
+        # Of its config.json: VLMEvalKit looks here whether a checkpoint knows tiles.
+        self._saved_config_keys: frozenset[str] = frozenset()
         self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
@@ -170,6 +173,9 @@ class VisionLanguageModel(nn.Module):
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 1")
         eos = self.cfg.lm_eos_token_id if eos_token_id is None else eos_token_id
         B, T = input_ids.shape
+        images = _stack_images(images)
+        if images is not None:  # as nanoVLM, whose callers leave them where they were decoded
+            images = images.to(input_ids.device)
         x = self.embed(input_ids, images, image_slots, image_sources)
         positions = None
         if attention_mask is not None:
@@ -199,6 +205,7 @@ class VisionLanguageModel(nn.Module):
         folder = checkpoint_folder(path, revision)
         model = load_vlm_weights(cls(VLMConfig.load(folder)), folder)
         model.loaded_from = folder
+        model._saved_config_keys = frozenset(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
