@@ -13,7 +13,7 @@ ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "e
 MAY_IMPORT = {
     "grades": {"grades"},
     "models": {"models", "grades.config", "grades.fields", "grades.files"},
-    "data": {"data", "models.config", "models.train_config"},
+    "data": {"data", "models.config", "models.train_config", "grades.files"},
     "training": {"training", "models", "grades", "data"},
     "eval": {"eval", "models", "data", "grades.files"},
 }
