@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import shutil
+import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 from tiny.data import encoded, picture
@@ -211,8 +213,7 @@ def test_rows_with_links_become_rows_with_pictures(server, run, tmp_path, capsys
     # The folder can be moved: paths are relative.
     shutil.move(tmp_path / "out", tmp_path / "moved")
     moved = load_rows(str(tmp_path / "moved" / "pixmo-ask-model-anything"))
-    with open(moved[1]["images"][0], "rb") as file:
-        assert file.read() == PNG
+    assert Path(moved[1]["images"][0]).read_bytes() == PNG
     shutil.move(tmp_path / "moved", tmp_path / "out")
     server.asked.clear()
     assert run("--dataset", "pixmo-ask-model-anything", "--skip-errors") == 0
@@ -231,7 +232,7 @@ def test_check_finds_what_is_wrong_on_disk(server, run, tmp_path, capsys):
     there[1].write_bytes(encoded(picture(seed=5)))
     there[2].unlink()
     source = tmp_path / "out" / "pixmo-ask-model-anything" / ".fetch" / "hub" / "train.parquet"
-    source.write_bytes(source.read_bytes().replace(b"what is 1?", b"what is 7?"))
+    source.write_bytes(source.read_bytes().replace(b"parquet-cpp-arrow", b"parquet-cpp-arrox"))  # who wrote it
     capsys.readouterr()
     assert run("--check") == 1
     said = capsys.readouterr().out
@@ -262,6 +263,32 @@ def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path
     server.revision = "b" * 40  # the hub moves on; the locked revision is not there any more
     assert run("--dataset", "pixmo-docs") == 1
     assert "the hub has no such revision" in capsys.readouterr().err
+
+
+def tar_of(**members: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name.replace("__", "/"))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def test_archives_are_unpacked_beside_themselves_and_nowhere_else(server, run, tmp_path, capsys):
+    repo, folder = "lmms-lab/LLaVA-Video-178K", tmp_path / "out" / "llava-video-178k"
+    said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": "1", "video": "academic/1.mp4", "conversations": said}]
+    server.repos[repo] = {"short/rows.json": json.dumps(rows).encode(), "short/1.tar.gz": tar_of(academic__1mp4=b"x")}
+    assert run("--dataset", "llava-video-178k") == 0
+    assert (folder / "short" / "academic" / "1mp4").read_bytes() == b"x"
+    assert run("--check") == 0
+    server.repos[repo] = {"short/1.tar.gz": tar_of(**{"..__..__..__evil": b"x"})}
+    assert run("--dataset", "llava-video-178k", "--force") == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("evil"))
+    assert run("--check") == 1
+    assert "is not unpacked" in capsys.readouterr().out
 
 
 def test_what_fails_is_said_and_noted(server, run, tmp_path, monkeypatch, capsys):

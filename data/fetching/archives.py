@@ -25,7 +25,7 @@ def packed(places: Places) -> list[Path]:
 
 
 def unpack(places: Places) -> int:
-    """Unpack what is not unpacked yet; how many files that were. Raises ValueError that names a damaged one, OSError."""
+    """Unpack what is not unpacked yet; how many that were. Raises ValueError that names a damaged one, OSError."""
     found = packed(places)
     for path in found:
         size = path.stat().st_size

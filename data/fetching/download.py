@@ -17,6 +17,7 @@ from data.fetching.linked_rows import links_of, row_files, write_rows
 from data.fetching.pictures import Fetcher, check_picture, known_failures
 from data.fetching.places import STATUS, Places, read_json, set_status
 from data.molmo2_sets import IMAGE_BYTES, PublicSet
+from data.rows import load_rows
 from data.web_images import FetchError, place_of
 
 DONE, PARTIAL, FAILED = "done", "partial", "failed"
@@ -182,14 +183,12 @@ def _picture_problems(places: Places, max_pictures: int | None) -> Iterator[str]
 
 
 def _row_problems(places: Places) -> Iterator[str]:
-    """Whether the rows are of a format that training reads."""
-    from data.rows import load_rows
-
+    """Whether a hundred of the rows, spread over all, can be trained on."""
     try:
-        rows = load_rows(str(places.folder))
+        rows: Any = load_rows(str(places.folder))
     except (ValueError, FileNotFoundError) as error:
         yield str(error)
         return
-    numbers = range(0, len(rows), max(1, len(rows) // 100)) if not hasattr(rows, "epoch") else ()
+    numbers = range(0, len(rows), max(1, len(rows) // 100))
     bad = Counter(str(rows[number]["bad"]) for number in numbers if "bad" in rows[number])
     yield from (f"{count} of {len(numbers)} rows: {reason}" for reason, count in bad.items())

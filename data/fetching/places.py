@@ -1,4 +1,4 @@
-"""Where the parts of a downloaded data set lie. What is no row is hidden, so that the folder can be read as a data set."""
+"""Where the parts of a downloaded data set lie. What is no row is hidden: the folder itself is read as a data set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Places:
 
     @property
     def hub(self) -> Path:
-        """Of the files as the hub has them; rows whose pictures are links are written to `folder` once these are there."""
+        """Of the files as the hub has them. From rows with links those in `folder` are made."""
         return self.own / "hub" if self.one.kind == "url" else self.folder
 
     @property

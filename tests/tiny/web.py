@@ -118,7 +118,7 @@ class PictureHandler(BaseHTTPRequestHandler):
 
 
 class HubHandler(PictureHandler):
-    """The hub's interface for data sets as well: `repos` of the server maps an id to its files, `revision` is theirs."""
+    """The hub's interface for data sets as well: `repos` of the server: id -> files, all at its `revision`."""
 
     def do_HEAD(self):
         self.do_GET()
