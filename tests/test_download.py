@@ -14,7 +14,7 @@ from tiny.web import PNG, HubHandler, serving
 
 from data import web_images
 from data.fetching import download as downloads
-from data.fetching import hosts, pictures
+from data.fetching import hosts, hub, pictures
 from data.fetching.download import Options
 from data.fetching.hosts import HostQueue
 from data.fetching.pictures import Fetcher
@@ -51,6 +51,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(web_images, "TOTAL_S", 0.6)
     monkeypatch.setattr(web_images, "MAX_BYTES", 2**20)
     monkeypatch.setattr(pictures, "PAUSE_S", 0.05)
+    monkeypatch.setattr(hub, "WAITS_S", (0.0, 0.0))
     with serving(HubHandler) as made:
         made.repos, made.revision = {}, REVISION
         yield made
@@ -260,9 +261,22 @@ def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path
     (tmp_path / "out" / "pixmo-docs" / "charts" / "notes.txt").write_bytes(b"y" * 9)
     assert run("--check") == 1
     assert "has 9 bytes, not 10" in capsys.readouterr().out
+    assert run("--dataset", "pixmo-docs") == 0  # it is fetched again
+    assert run("--check") == 0
     server.revision = "b" * 40  # the hub moves on; the locked revision is not there any more
     assert run("--dataset", "pixmo-docs") == 1
     assert "the hub has no such revision" in capsys.readouterr().err
+
+
+def test_a_file_of_the_hub_that_is_not_what_its_hash_says(server, run, tmp_path, capsys):
+    rows = [{"image": {"bytes": PNG, "path": None}, "qa_pairs": {"question": ["what?"], "answer": ["red"]}}]
+    server.repos["allenai/CoSyn-400K"] = {"train.parquet": parquet(rows)}
+    server.garbled = True
+    assert run("--dataset", "cosyn-400k") == 1
+    assert "has the SHA-256" in capsys.readouterr().err
+    server.garbled = False
+    assert run("--dataset", "cosyn-400k") == 0
+    assert run("--check") == 0
 
 
 def tar_of(**members: bytes) -> bytes:
@@ -283,8 +297,10 @@ def test_archives_are_unpacked_beside_themselves_and_nowhere_else(server, run, t
     assert run("--dataset", "llava-video-178k") == 0
     assert (folder / "short" / "academic" / "1mp4").read_bytes() == b"x"
     assert run("--check") == 0
+    shutil.rmtree(folder)
+    server.revision = "c" * 40
     server.repos[repo] = {"short/1.tar.gz": tar_of(**{"..__..__..__evil": b"x"})}
-    assert run("--dataset", "llava-video-178k", "--force") == 1
+    assert run("--dataset", "llava-video-178k") == 1
     assert "is damaged" in capsys.readouterr().err
     assert not list(tmp_path.rglob("evil"))
     assert run("--check") == 1

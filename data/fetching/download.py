@@ -16,8 +16,8 @@ from data.fetching.hub import HubError, Remote
 from data.fetching.linked_rows import links_of, row_files, write_rows
 from data.fetching.pictures import Fetcher, check_picture, known_failures
 from data.fetching.places import STATUS, Places, read_json, set_status
+from data.fetching.rows_here import rows_here
 from data.molmo2_sets import IMAGE_BYTES, PublicSet
-from data.rows import load_rows
 from data.web_images import FetchError, place_of
 
 DONE, PARTIAL, FAILED = "done", "partial", "failed"
@@ -185,7 +185,7 @@ def _picture_problems(places: Places, max_pictures: int | None) -> Iterator[str]
 def _row_problems(places: Places) -> Iterator[str]:
     """Whether a hundred of the rows, spread over all, can be trained on."""
     try:
-        rows: Any = load_rows(str(places.folder))
+        _, rows = rows_here(places.folder)
     except (ValueError, FileNotFoundError) as error:
         yield str(error)
         return

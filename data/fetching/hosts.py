@@ -63,7 +63,7 @@ class HostQueue:
             elif self.asked.get(host, 0) < self.per_host:
                 url = self.waiting[host].popleft()
                 if not self.waiting[host]:
-                    self.turns.remove(host)
+                    self.turns.pop()  # it has just been put last
                 self.asked[host] = self.asked.get(host, 0) + 1
                 return (url, given_up), None
         return None, min(pauses, default=None)

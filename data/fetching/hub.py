@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from typing import Any
 from data.fetching.places import Places, put_json, read_json
 
 CHUNK_BYTES = 8 * 2**20
+WAITS_S = (5.0, 30.0)  # before the second try and the third
 
 
 class HubError(Exception):
-    """The hub does not give what is asked for, in one sentence."""
+    """The hub does not give what is asked for, in one sentence. again: whether another try may help."""
+
+    def __init__(self, words: str, again: bool = False):
+        super().__init__(words)
+        self.again = again
 
 
 @dataclass(frozen=True)
@@ -82,29 +88,51 @@ def fetch(
 ) -> None:
     """Fetch the files that are not there, or all of them again, and write the lock file. Raises HubError.
 
-    A file that breaks off is continued by huggingface_hub.
+    A file that breaks off is continued by huggingface_hub; what has come is compared with the hub's hashes.
     """
+    missing = _missing(places, remote)
+    for file in missing:  # else huggingface_hub takes a damaged one for what it wrote there
+        (places.hub / file.path).unlink(missing_ok=True)
+    put_json(places.lock, asdict(remote))
+    for wait_s in (*WAITS_S, None):
+        try:
+            with _one_sentence(remote.repo, remote.revision):
+                _snapshot(places, remote, endpoint, cache_dir, again)
+            break
+        except HubError as error:
+            if wait_s is None or not error.again:
+                raise
+            time.sleep(wait_s)
+    new = replace(remote, files=remote.files if again else tuple(missing))
+    problems = list(damage(places, remote)) or list(damage(places, new, hashes=True))
+    for file in new.files if problems else ():
+        (places.hub / file.path).unlink(missing_ok=True)
+    if problems:
+        raise HubError(f"{remote.repo}: {len(problems)} files are not as the hub has them, the first: {problems[0]}")
+
+
+def _snapshot(places: Places, remote: Remote, endpoint: str | None, cache_dir: str | None, again: bool) -> None:
     from huggingface_hub import snapshot_download
 
-    put_json(places.lock, asdict(remote))
-    with _one_sentence(remote.repo, remote.revision):
-        snapshot_download(
-            remote.repo,
-            repo_type="dataset",
-            revision=remote.revision,
-            local_dir=places.hub,
-            allow_patterns=list(places.one.files) or None,
-            endpoint=endpoint,
-            cache_dir=cache_dir,
-            force_download=again,
-        )
-    if problems := list(damage(places, remote)):
-        raise HubError(f"{remote.repo}: {len(problems)} files are not as the hub has them, the first: {problems[0]}")
+    snapshot_download(
+        remote.repo,
+        repo_type="dataset",
+        revision=remote.revision,
+        local_dir=places.hub,
+        allow_patterns=list(places.one.files) or None,
+        endpoint=endpoint,
+        cache_dir=cache_dir,
+        force_download=again,
+    )
+
+
+def _missing(places: Places, remote: Remote) -> list[RemoteFile]:
+    return [file for file in remote.files if _size(places.hub / file.path) != file.size]
 
 
 def missing_bytes(places: Places, remote: Remote) -> int:
     """Of the files that are not there in their size."""
-    return sum(file.size for file in remote.files if _size(places.hub / file.path) != file.size)
+    return sum(file.size for file in _missing(places, remote))
 
 
 def damage(places: Places, remote: Remote, hashes: bool = False) -> Iterator[str]:
@@ -137,6 +165,7 @@ def _one_sentence(repo: str, revision: str | None) -> Iterator[None]:
     """Turns what huggingface_hub raises into a HubError."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    again = False
     try:
         yield
     except GatedRepoError:
@@ -147,7 +176,7 @@ def _one_sentence(repo: str, revision: str | None) -> Iterator[None]:
         said = "the hub has no such revision"
     except Exception as error:  # of the network, of the disk, of the library
         lines = str(error).strip().splitlines() or ["no reason given"]
-        said = f"{type(error).__name__}: {lines[0]}"
+        said, again = f"{type(error).__name__}: {lines[0]}", True
     else:
         return
-    raise HubError(f"{repo} at {revision}: {said}" if revision else f"{repo}: {said}")
+    raise HubError(f"{repo} at {revision}: {said}" if revision else f"{repo}: {said}", again)

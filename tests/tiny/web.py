@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
 def serving(handler):
     """A server; `asked` are the paths, in their order, and `stop` ends what still waits."""
     made = Server(("127.0.0.1", 0), handler)
-    made.asked, made.stop = [], threading.Event()
+    made.asked, made.stop, made.garbled = [], threading.Event(), False
     made.url = f"http://127.0.0.1:{made.server_port}"
     made.handle_error = lambda *_: None  # a client that hangs up
     threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
@@ -164,4 +164,5 @@ class HubHandler(PictureHandler):
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         range_ = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if status == 206 else {}
         body = b"" if self.command == "HEAD" else data[start:]
+        body = body[::-1] if self.server.garbled else body
         self.say(body, len(data) - start, status, ETag=etag, X_Repo_Commit=self.server.revision, **range_)
