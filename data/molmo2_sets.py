@@ -1,6 +1,6 @@
 """The public data sets of nanoMolmo2's three stages: where each is, how large, under which licence, how it is read.
 
-Numbers and licences are those of the sets' pages on the hub; None and "" where nobody has looked. The stages are those
+Numbers and licences are those of the sets' pages; None and "" where nobody has looked. The stages are those
 of Molmo2's released scripts (launch_scripts/pretrain.py, sft.py): 1 pretraining, 2 fine-tuning, 3 the same in a long
 context. What is on the hub today is asked before anything is fetched: see data.fetching.hub.
 """
@@ -73,11 +73,11 @@ SETS: tuple[PublicSet, ...] = (
     _linked("allenai/pixmo-points", "pixmo", ("1", *TRAINING), POINTS, 2_376_222),
     _linked("allenai/pixmo-count", "pixmo", ("1", *TRAINING, "eval"), POINTS, 37_996),
     _linked("allenai/pixmo-ask-model-anything", "pixmo", TRAINING, QUESTIONS, 162_000),
-    _linked("allenai/pixmo-cap-qa", "pixmo", TRAINING, "question chains", 190_000, False),
+    _linked("allenai/pixmo-cap-qa", "pixmo", TRAINING, "question chains", 190_000, False, licence=SOME),
     _linked("allenai/pixmo-point-explanations", "pixmo", TRAINING, "point explanations", None, False),
     PublicSet("allenai/pixmo-docs", "pixmo", TRAINING, "question pairs", INSIDE, 255_000, 54.6, ODC),
-    PublicSet("allenai/CoSyn-400K", "pixmo", TRAINING, "question pairs", licence=ODC),
-    PublicSet("allenai/CoSyn-point", "pixmo", ("1", *TRAINING), POINTS, rows=68_000, licence=ODC),
+    PublicSet("allenai/CoSyn-400K", "pixmo", TRAINING, "question pairs"),
+    PublicSet("allenai/CoSyn-point", "pixmo", ("1", *TRAINING), POINTS, rows=68_000),
     PublicSet("allenai/Molmo2-Cap", "molmo2", TRAINING, "video captions", YOUTUBE, 104_000),
     PublicSet("allenai/Molmo2-AskModelAnything", "molmo2", TRAINING, "video questions", YOUTUBE, 43_000),
     PublicSet("allenai/Molmo2-VideoCapQA", "molmo2", TRAINING, "video multiple choice", YOUTUBE, 1_000_000,
@@ -99,8 +99,8 @@ SETS: tuple[PublicSet, ...] = (
               licence=ODC),
     PublicSet("allenai/tulu-3-sft-mixture", "text", (), "OpenAI messages", NONE, 940_000, licence=ODC),
     PublicSet("liuhaotian/LLaVA-Instruct-150K", "other", (), "LLaVA conversations", COCO, 158_000,
-              licence="CC-BY-4.0", files=("llava_instruct_150k.json",)),
-    PublicSet("HuggingFaceH4/llava-instruct-mix-vsft", "other", (), "OpenAI messages", rows=259_000),
+              files=("llava_instruct_150k.json",)),
+    PublicSet("HuggingFaceH4/llava-instruct-mix-vsft", "other", (), "OpenAI messages"),
     _linked("merve/pixmo-cap-tiny", "other", (), "captions with transcripts", 7_170, False, licence=SOME),
     PublicSet("anthracite-org/pixmo-cap-images", "other", (), CAPTIONS, rows=717_000, gigabytes=370.0),
 )  # fmt: skip

@@ -28,6 +28,8 @@ VIDEO_TYPE = ".mp4"  # sets that name YouTube's ids alone mean a file of that na
 
 def general_record(record: Record) -> tuple[str, Record]:
     """(name of the set's format, the record as a general format has it); ("", record) of any other. Raises BadRow."""
+    if RARE.isdisjoint(record):
+        return "", record
     for name, needs, convert in SET_FORMATS:
         if _has(record, needs) and (made := convert(record)) is not None:
             return name, made
@@ -195,19 +197,20 @@ def _video_conversation(record: Record) -> Record | None:
     return {**record, "conversations": said}
 
 
-# Name, keys (one of each tuple must be there), converter.
+# Name, keys (one of each tuple must be there; those of the first are what other rows do not have), converter.
 SET_FORMATS: list[tuple[str, tuple[tuple[str, ...], ...], Callable[[Record], Record | None]]] = [
-    ("captions with transcripts", (("caption",), ("transcripts",), IMAGE_KEYS), _with_transcript),
-    ("question chains", (("question",), ("answer",), ("image_url",)), _chain),
-    ("point explanations", (("question",), ("parsed_response",)), _explanation),
+    ("captions with transcripts", (("transcripts",), ("caption",), IMAGE_KEYS), _with_transcript),
+    ("question chains", (("image_url",), ("question",), ("answer",)), _chain),
+    ("point explanations", (("parsed_response",), ("question",)), _explanation),
     ("points", (("points", "answer_points"), ("label", "questions")), _points),
     ("question pairs", (("qa_pairs",),), _pairs("qa_pairs")),
     ("question pairs", (("questions",), IMAGE_KEYS), _pairs("questions")),
-    ("video question pairs", (("video_id",), ("qa_list",)), _pairs("qa_list")),
+    ("video question pairs", (("qa_list",), ("video_id",)), _pairs("qa_list")),
     ("message lists", (("message_list",), IMAGE_KEYS), _messages),
-    ("chart questions", (("query",), ("label",), ("human_or_machine",)), _chart),
-    ("video captions", (("video_id",), VIDEO_CAPTIONS), _video_caption),
+    ("chart questions", (("human_or_machine",), ("query",), ("label",)), _chart),
+    ("video captions", (VIDEO_CAPTIONS, ("video_id",)), _video_caption),
     ("video multiple choice", (("video_id",), ("Question",), ("Answer",)), _video_choice),
     ("video questions", (("video_id",), ("question",), ("answer",)), _video_question),
-    ("LLaVA conversations", (("conversations",), VIDEO_KEYS), _video_conversation),
+    ("LLaVA conversations", (VIDEO_KEYS, ("conversations",)), _video_conversation),
 ]
+RARE = frozenset(key for _, needs, _ in SET_FORMATS for key in needs[0])

@@ -3,9 +3,13 @@
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +168,30 @@ def test_hosts_take_turns_and_have_their_limits():
     queue.done(next(url for url in taken if "big" in url), answered=True)
     thread.join(5)
     assert waited[0][0].startswith("http://big/")
+
+
+def test_a_busy_host_rests_while_others_are_asked():
+    queue = HostQueue(["http://busy/0", "http://busy/1", "http://other/0"], per_host=1)
+    first = queue.take()[0]
+    while hosts.host_of(first) != "busy":
+        first = queue.take()[0]
+    queue.done(first, answered=True, pause_s=0.1)
+    began = time.monotonic()
+    rest = [taken[0] for taken in iter(queue.take, None)]
+    assert hosts.host_of(rest[-1]) == "busy"
+    assert time.monotonic() - began > 0.09
+
+
+def test_the_time_that_a_server_asks_for_is_kept(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(web_images.time, "sleep", waits.append)
+    HubHandler.later = lambda self, seconds: self.say(b"", status=429, Retry_After=seconds)
+    for seconds, wanted in (("7", 7.0), ("100000", web_images.LONGEST_WAIT_S), ("soon", 0.0)):
+        with pytest.raises(FetchError, match="HTTP 429") as error:
+            fetch_into(tmp_path, f"{server.url}/later?{seconds}", is_allowed=local)
+        assert waits == [wanted] * 2
+        assert error.value.wait_s == wanted
+        waits.clear()
 
 
 def test_a_host_that_never_answers_is_given_up(server, tmp_path, monkeypatch):
@@ -337,6 +365,14 @@ def test_without_a_network_the_table_is_shown(no_network, tmp_path, capsys):
     assert download_datasets.main(["--stage", "1", *flags]) == 2
     assert "does not answer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_all_of_them_by_one_command(tmp_path):
+    script = Path(download_datasets.__file__).with_name("download_all.sh")
+    environment = os.environ | {"OUTPUT_DIR": str(tmp_path / "here"), "PYTHON": sys.executable}
+    done = subprocess.run([script, "--list"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(of_stage("all"))
 
 
 def test_the_flags_choose_sets(tmp_path):
