@@ -100,13 +100,20 @@ def _chain(record: Record) -> Record | None:
 def _explanation(record: Record) -> Record:
     """The text with what each point is called within it in place of its mark."""
     text = text_of(record["parsed_response"], "parsed_response") or ""
-    inline, alternative = (list(record.get(key) or []) for key in ("inline_text", "alt_text"))
+    inline, alternative = (_list(record.get(key), key) for key in ("inline_text", "alt_text"))
     pieces = text.split(POINT)
     names = [text_of(one or other, "the name of a point") or "" for one, other in zip_longest(inline, alternative)]
     if len(pieces) - 1 != len(names):
         raise BadRow(f"another number of {POINT} than of names", f"{len(pieces) - 1} and {len(names)}: {shown(text)}")
     said = "".join(piece + name for piece, name in zip(pieces, [*names, ""], strict=True))
     return _media(record) | {"question": record["question"], "answer": said}
+
+
+def _list(value: Any, field: str) -> list:
+    """With its nulls; [] of null."""
+    if not isinstance(value, list | tuple | None):
+        raise BadRow(f"{field} is {kind_of(value)}", shown(value))
+    return list(value or [])
 
 
 def _pairs(key: str) -> Callable[[Record], Record]:

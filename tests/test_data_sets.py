@@ -1,15 +1,20 @@
 """Every public data set has a reader: three rows in its columns each, written for this test."""
 
+import contextlib
 import json
+import random
+from collections import Counter
 
 import pytest
+from tiny.anything import changed
 from tiny.data import dataset, encoded, picture
 
+from data.conversations import read_record
 from data.drops import NO_VIDEO
 from data.molmo2_sets import BY_NAME, POINTS, SETS
 from data.options import RowOptions
 from data.rows import load_rows
-from data.values import image_of
+from data.values import BadRow, image_of
 
 PNG = encoded(picture())
 SHA = "ab" * 32
@@ -232,6 +237,21 @@ EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
 )  # fmt: skip
 def test_what_is_wrong_in_a_row_is_its_reason(read, record, reason):
     assert str(read(record)["bad"]) == reason
+
+
+def test_any_value_at_any_place_is_read_or_counted(tmp_path):
+    rng = random.Random(0)
+    plain = [record for records, _, _ in ROWS.values() for record in records if "bytes" not in str(record)]
+    records = [changed(rng.choice(plain), rng) for _ in range(4000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [{"question": "?", "answer": "!"}, *records])))
+    rows = load_rows(str(tmp_path / "rows.jsonl"))
+    kinds = Counter(str(rows[i].get("bad")) for i in range(len(rows)))
+    assert len(rows) == 4001
+    assert kinds["None"] > 1000
+    assert 30 < len(kinds) < 200
+    for record in filter(lambda one: isinstance(one, dict), records):  # numbers as parquet has them
+        with contextlib.suppress(BadRow):
+            assert read_record(record, None)["format"]
 
 
 def test_a_row_with_a_video_is_not_trained_as_text(read):
