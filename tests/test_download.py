@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -129,6 +130,22 @@ def test_private_addresses_are_refused_unless_they_are_allowed(server, tmp_path)
         fetch_into(tmp_path, f"{server.url}/a.png")
     assert (error.value.reason, server.asked) == ("no public address", [])
     assert fetch_into(tmp_path, f"{server.url}/a.png", is_allowed=local).read_bytes() == PNG
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_signed_is_refused(server, tmp_path):
+    files = [str(tmp_path / name) for name in ("key.pem", "certificate.pem")]
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj",
+            "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files[0], "-out",
+            files[1]]  # fmt: skip
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[1], files[0])
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    url = f"{server.url.replace('http:', 'https:')}/a.png"
+    with pytest.raises(FetchError) as error:
+        fetch_into(tmp_path, url, is_allowed=local)
+    assert (error.value.reason, error.value.again, server.asked) == ("certificate not valid", False, [])
 
 
 def test_a_killed_fetch_continues(server, tmp_path, monkeypatch):
@@ -298,13 +315,24 @@ def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path
 
 def test_a_file_of_the_hub_that_is_not_what_its_hash_says(server, run, tmp_path, capsys):
     rows = [{"image": {"bytes": PNG, "path": None}, "qa_pairs": {"question": ["what?"], "answer": ["red"]}}]
-    server.repos["allenai/CoSyn-400K"] = {"train.parquet": parquet(rows)}
+    server.repos["allenai/CoSyn-400K"] = {"train.parquet": parquet(rows), "notes.txt": b"xx"}  # the same either way
     server.garbled = True
     assert run("--dataset", "cosyn-400k") == 1
-    assert "has the SHA-256" in capsys.readouterr().err
+    assert "1 files are not as the hub has them" in capsys.readouterr().err
     server.garbled = False
+    server.asked.clear()
     assert run("--dataset", "cosyn-400k") == 0
+    assert not any(path.endswith("notes.txt") for path in server.asked)  # what was whole is kept
     assert run("--check") == 0
+
+
+def test_a_file_of_the_hub_with_a_name_that_leads_elsewhere(server, run, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    for name in ("../../../mine.txt", str(tmp_path / "mine.txt")):
+        server.repos["allenai/CoSyn-400K"] = {name: b"theirs"}
+        assert run("--dataset", "cosyn-400k") == 1
+        assert "leads elsewhere" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def tar_of(**members: bytes) -> bytes:

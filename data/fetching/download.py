@@ -149,7 +149,7 @@ def problems_of(one: PublicSet, options: Options) -> Iterator[str]:
             return
         if one.revision and one.revision != remote.revision:
             yield f"{one.name}: is of revision {remote.revision}, not {one.revision}"
-        yield from (f"{one.name}: {found}" for found in hub.damage(places, remote, hashes=True))
+        yield from (f"{one.name}: {found}" for _, found in hub.damage(places, remote, hashes=True))
         if one.kind == "url":
             facts = read_json(options.output / STATUS).get(one.name, {})
             yield from (f"{one.name}: {found}" for found in _picture_problems(places, facts.get("max_images")))

@@ -79,6 +79,9 @@ def ask(places: Places, endpoint: str | None = None) -> Remote:
     ]
     if not files:
         raise HubError(f"{one.repo}: holds no file that is wanted ({', '.join(one.files) or 'any'})")
+    for file in files:
+        if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
+            raise HubError(f"{one.repo}: the name of its file {file.path} leads elsewhere")
     words = ", ".join(licence) if isinstance(licence, list) else str(licence)
     return Remote(one.repo, str(info.sha), words, tuple(files))
 
@@ -104,11 +107,11 @@ def fetch(
                 raise
             time.sleep(wait_s)
     new = replace(remote, files=remote.files if again else tuple(missing))
-    problems = list(damage(places, remote)) or list(damage(places, new, hashes=True))
-    for file in new.files if problems else ():
-        (places.hub / file.path).unlink(missing_ok=True)
-    if problems:
-        raise HubError(f"{remote.repo}: {len(problems)} files are not as the hub has them, the first: {problems[0]}")
+    found = list(damage(places, remote)) or list(damage(places, new, hashes=True))
+    for path, _ in found:
+        path.unlink(missing_ok=True)
+    if found:
+        raise HubError(f"{remote.repo}: {len(found)} files are not as the hub has them, the first: {found[0][1]}")
 
 
 def _snapshot(places: Places, remote: Remote, endpoint: str | None, cache_dir: str | None, again: bool) -> None:
@@ -135,17 +138,17 @@ def missing_bytes(places: Places, remote: Remote) -> int:
     return sum(file.size for file in _missing(places, remote))
 
 
-def damage(places: Places, remote: Remote, hashes: bool = False) -> Iterator[str]:
-    """What is wrong with the files on disk, one sentence each. hashes: read them all."""
+def damage(places: Places, remote: Remote, hashes: bool = False) -> Iterator[tuple[Path, str]]:
+    """(file, what is wrong with it in one sentence) of those on disk. hashes: read them all."""
     for file in remote.files:
         path = places.hub / file.path
         size = _size(path)
         if size is None:
-            yield f"{path} is not there"
+            yield path, f"{path} is not there"
         elif size != file.size:
-            yield f"{path} has {size:,} bytes, not {file.size:,}"
+            yield path, f"{path} has {size:,} bytes, not {file.size:,}"
         elif hashes and file.sha256 and (found := _sha256(path)) != file.sha256:
-            yield f"{path} has the SHA-256 {found}, not {file.sha256}"
+            yield path, f"{path} has the SHA-256 {found}, not {file.sha256}"
 
 
 def _size(path: Path) -> int | None:
