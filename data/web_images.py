@@ -24,9 +24,10 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 NOT_FETCHED = "image is a URL, which --fetch_images fetches"
 NOT_REACHED = "image cannot be fetched"
-# Why an image cannot be fetched: what more than one place finds.
+# Why an image cannot be fetched: what more than one place asks for.
 NOT_WRITTEN, NO_URL, NO_HOST, TOO_LARGE = "cannot be written", "no URL", "no such host", "too large"
 SILENT, SLOW = "no answer in time", "no whole answer in time"
+NO_CONNECTION, BROKEN_OFF = "no connection", "connection breaks off"
 SCHEMES = ("http", "https")
 SILENCE_S = 10.0  # a connection, and each wait for more of an answer
 TOTAL_S = 60.0  # one answer in all
@@ -194,7 +195,7 @@ def _answer(url: str, is_allowed: Callable[[str], bool]) -> bytes | str:
         if timed_out.is_set():
             raise FetchError(f"no whole answer in {TOTAL_S:g} s", SLOW, again=True) from None
         is_certificate = isinstance(error, ssl.SSLCertVerificationError)
-        reason = "certificate not valid" if is_certificate else "connection breaks off"
+        reason = "certificate not valid" if is_certificate else BROKEN_OFF
         raise FetchError(f"{type(error).__name__}: {error}", reason, again=not is_certificate) from None
     except FetchError as error:
         if timed_out.is_set():  # it looked like the end of the answer
@@ -257,7 +258,7 @@ def _connected(addresses: Sequence[tuple]) -> socket.socket:
             return socket.create_connection(address[:2], SILENCE_S)
         except OSError as error:
             problem = error
-    raise FetchError(f"no connection ({problem})", "no connection", again=True)
+    raise FetchError(f"no connection ({problem})", NO_CONNECTION, again=True)
 
 
 @cache

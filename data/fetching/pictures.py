@@ -19,14 +19,13 @@ from typing import Any
 from PIL import Image
 
 from data.fetching.hosts import GIVEN_UP, PAUSE_S, HostQueue, host_of
-from data.web_images import NOT_WRITTEN, FetchError, fetch_into, place_of
+from data.web_images import BROKEN_OFF, NO_CONNECTION, NO_HOST, NOT_WRITTEN, SILENT, FetchError, fetch_into, place_of
 from grades.files import written_beside
 
-FAILURES = "failures.jsonl"
 DECODING = threading.Semaphore(4)  # a large picture takes half a GB
 NO_PICTURE = "no picture that decodes"
-# What says that the host itself is there.
-HOST_PROBLEMS = ("no connection", "no such host", "no answer in time", "connection breaks off", GIVEN_UP)
+# What says of a host that it may not be there at all; any other failure is an answer.
+HOST_PROBLEMS = (NO_CONNECTION, NO_HOST, SILENT, BROKEN_OFF, GIVEN_UP)
 
 
 @dataclass

@@ -68,5 +68,6 @@ def put_json(path: Path, value: Any) -> None:
 
 
 def set_status(output: Path, name: str, facts: dict[str, Any]) -> None:
-    """Write what became of a data set into the state file."""
-    put_json(output / STATUS, read_json(output / STATUS) | {name: facts})
+    """Write what became of a data set into the state file; what was known of it besides stays."""
+    status = read_json(output / STATUS)
+    put_json(output / STATUS, status | {name: status.get(name, {}) | facts})
