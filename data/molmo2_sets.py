@@ -66,30 +66,30 @@ def _linked(repo: str, group: str, stages: tuple[str, ...], read_as: str, rows: 
     )  # fmt: skip
 
 
-QUESTIONS, CAPTIONS, POINTS = "questions and answers", "captions", "points"
+QUESTIONS, CAPTIONS, NOT_READ = "questions and answers", "captions", "not read yet"
 VQA = ("text-vqa", "okvqa", "vqa2-2014", "tally-qa", "a-ok-vqa")
 SETS: tuple[PublicSet, ...] = (
     _linked("allenai/pixmo-cap", "pixmo", ("1", *TRAINING), "captions with transcripts", 717_000, False, 1.1),
-    _linked("allenai/pixmo-points", "pixmo", ("1", *TRAINING), POINTS, 2_376_222),
-    _linked("allenai/pixmo-count", "pixmo", ("1", *TRAINING, "eval"), POINTS, 37_996),
+    _linked("allenai/pixmo-points", "pixmo", ("1", *TRAINING), "pixmo-points", 2_376_222),
+    _linked("allenai/pixmo-count", "pixmo", ("1", *TRAINING, "eval"), "pixmo-count", 37_996),
     _linked("allenai/pixmo-ask-model-anything", "pixmo", TRAINING, QUESTIONS, 162_000),
     _linked("allenai/pixmo-cap-qa", "pixmo", TRAINING, "question chains", 190_000, False, licence=SOME),
     _linked("allenai/pixmo-point-explanations", "pixmo", TRAINING, "point explanations", None, False),
     PublicSet("allenai/pixmo-docs", "pixmo", TRAINING, "question pairs", INSIDE, 255_000, 54.6, ODC),
     PublicSet("allenai/CoSyn-400K", "pixmo", TRAINING, "question pairs"),
-    PublicSet("allenai/CoSyn-point", "pixmo", ("1", *TRAINING), POINTS, rows=68_000),
+    PublicSet("allenai/CoSyn-point", "pixmo", ("1", *TRAINING), "CoSyn-point", rows=68_000),
     PublicSet("allenai/Molmo2-Cap", "molmo2", TRAINING, "video captions", YOUTUBE, 104_000),
     PublicSet("allenai/Molmo2-AskModelAnything", "molmo2", TRAINING, "video questions", YOUTUBE, 43_000),
     PublicSet("allenai/Molmo2-VideoCapQA", "molmo2", TRAINING, "video multiple choice", YOUTUBE, 1_000_000,
               licence=ODC),
     PublicSet("allenai/Molmo2-VideoSubtitleQA", "molmo2", TRAINING, "video multiple choice", YOUTUBE, 300_000,
               licence=ODC),
-    PublicSet("allenai/Molmo2-VideoPoint", "molmo2", TRAINING, POINTS, YOUTUBE, 330_000, licence=ODC),
-    PublicSet("allenai/molmo2-track-instruction", "molmo2", TRAINING, POINTS, YOUTUBE),
+    PublicSet("allenai/Molmo2-VideoPoint", "molmo2", TRAINING, "video points", YOUTUBE, 330_000, licence=ODC),
+    PublicSet("allenai/molmo2-track-instruction", "molmo2", TRAINING, NOT_READ, YOUTUBE),
     _linked("allenai/Molmo2-MultiImageQA", "molmo2", TRAINING, "question pairs", 45_000, False, licence=SOME,
             column="image_urls"),
     PublicSet("allenai/Molmo2-SynMultiImageQA", "molmo2", TRAINING, "question pairs", rows=188_000),
-    _linked("allenai/molmo2-pixmo-multi-points", "molmo2", TRAINING, POINTS, 470_000, False, licence=SOME,
+    _linked("allenai/molmo2-pixmo-multi-points", "molmo2", TRAINING, NOT_READ, 470_000, False, licence=SOME,
             column="image_urls"),
     *(PublicSet(f"allenai/molmo2-{name}", "academic", TRAINING, "message lists", COCO) for name in VQA),
     PublicSet("HuggingFaceM4/ChartQA", "academic", (*TRAINING, "eval"), "chart questions"),

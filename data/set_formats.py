@@ -1,7 +1,7 @@
 """Rows as public data sets have them in columns of their own, made into rows of the general formats.
 
 Each converter takes a record and returns one that data.conversations reads, or None where it is none of its kind. The
-columns are those of the sets' pages on the hub; data.molmo2_sets names the sets. Points are read elsewhere.
+columns are those of the sets' pages on the hub; data.molmo2_sets names the sets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from data.places import PLACE
 from data.values import IMAGE_KEYS, BadRow, dict_of, kind_of, list_of, shown, text_of
-from data.video_keys import VIDEO_KEYS, VIDEO_PLACE
+from data.video_keys import VIDEO_KEYS, VIDEO_PLACE, video_of_id
+from data.video_point_rows import local_points, local_tracks, molmo2_points
 
 Record = Mapping[str, Any]
 
@@ -23,7 +24,6 @@ SPEAKER = re.compile(r"\[(USER|ASSISTANT)\]")
 POINT = "<|POINT|>"
 TRANSCRIPT = "transcript:"  # the question that a spoken description answers: Molmo's name of that style
 VIDEO_CAPTIONS = ("video_frame_merged_caption", "merged_caption", "video_caption")  # the longest first
-VIDEO_TYPE = ".mp4"  # sets that name YouTube's ids alone mean a file of that name
 
 
 def general_record(record: Record) -> tuple[str, Record]:
@@ -50,17 +50,6 @@ def _has(record: Record, needs: tuple[tuple[str, ...], ...], empty: bool = False
 def _media(record: Record) -> dict[str, Any]:
     """What the row shows, under its own keys."""
     return {key: record[key] for key in (*IMAGE_KEYS, *VIDEO_KEYS) if record.get(key) is not None}
-
-
-def _video(record: Record) -> dict[str, Any]:
-    """The video of an id, its seconds and its subtitles."""
-    video_id = text_of(record["video_id"], "video_id") or ""
-    if not video_id or video_id.startswith(("/", ".")) or ".." in video_id.split("/"):
-        raise BadRow("video_id is no name", shown(record["video_id"]))
-    first = {key: next((record[name] for name in names if record.get(name) is not None), None)
-             for key, names in {"clip_start": ("clip_start", "video_start"), "clip_end": ("clip_end", "video_end"),
-                                "subtitles": ("subtitles", "subtitle")}.items()}  # fmt: skip
-    return {"videos": [video_id + VIDEO_TYPE], **{key: value for key, value in first.items() if value is not None}}
 
 
 # PixMo
@@ -125,7 +114,7 @@ def _pairs(key: str) -> Callable[[Record], Record]:
         for one in _objects(record[key], key):
             user, assistant = (next((one[name] for name in names if name in one), None) for names in asked)
             turns.append({"user": user, "assistant": assistant, "source": record.get("source")})
-        return (_video(record) if record.get("video_id") is not None else _media(record)) | {"texts": turns}
+        return (video_of_id(record) if record.get("video_id") is not None else _media(record)) | {"texts": turns}
 
     return read
 
@@ -142,11 +131,6 @@ def _objects(value: Any, field: str) -> list[dict]:
     if not isinstance(value, list | tuple):
         raise BadRow(f"{field} is {kind_of(value)}", shown(value))
     return [dict_of(one, f"an element of {field}") for one in value]
-
-
-def _points(record: Record) -> Record:
-    """A label with points is not what the picture shows as a whole."""
-    raise BadRow("points, which are not read yet", shown(record.get("label", record.get("questions"))))
 
 
 # Academic sets
@@ -172,13 +156,13 @@ def _chart(record: Record) -> Record:
 def _video_caption(record: Record) -> Record:
     """The longest of the captions is learned, the others count as well."""
     said = [record[key] for key in VIDEO_CAPTIONS if record.get(key)]
-    return _video(record) | {"captions": said}
+    return video_of_id(record) | {"captions": said}
 
 
 def _video_choice(record: Record) -> Record:
     """Wrong answers make it multiple choice, in an order drawn by the question; without them it is open."""
     question, answer = (text_of(record[key], key) or "" for key in ("Question", "Answer"))
-    made = _video(record) | {"question": question, "source": record.get("Category")}
+    made = video_of_id(record) | {"question": question, "source": record.get("Category")}
     wrong = [text_of(one, "a wrong answer") or "" for one in list_of(record.get("NegativeAnswers"))]
     wrong = [one for one in dict.fromkeys(wrong) if one.strip() != answer.strip()]
     if not wrong:
@@ -189,7 +173,11 @@ def _video_choice(record: Record) -> Record:
 
 
 def _video_question(record: Record) -> Record:
-    return _video(record) | {"question": record["question"], "answer": record["answer"], "source": record.get("source")}
+    return video_of_id(record) | {
+        "question": record["question"],
+        "answer": record["answer"],
+        "source": record.get("source"),
+    }
 
 
 def _video_conversation(record: Record) -> Record | None:
@@ -209,12 +197,15 @@ SET_FORMATS: list[tuple[str, tuple[tuple[str, ...], ...], Callable[[Record], Rec
     ("captions with transcripts", (("transcripts",), ("caption",), IMAGE_KEYS), _with_transcript),
     ("question chains", (("image_url",), ("question",), ("answer",)), _chain),
     ("point explanations", (("parsed_response",), ("question",)), _explanation),
-    ("points", (("points", "answer_points"), ("label", "questions")), _points),
+    ("", (("answer_points",),), lambda record: record),  # CoSyn-point, which data.point_rows reads
     ("question pairs", (("qa_pairs",),), _pairs("qa_pairs")),
     ("question pairs", (("questions",), IMAGE_KEYS), _pairs("questions")),
     ("video question pairs", (("qa_list",), ("video_id",)), _pairs("qa_list")),
     ("message lists", (("message_list",), IMAGE_KEYS), _messages),
     ("chart questions", (("human_or_machine",), ("query",), ("label",)), _chart),
+    ("video points", (("two_fps_timestamps",), ("video_id",), ("points",), ("label",), ("question",)), molmo2_points),
+    ("video points", (VIDEO_KEYS, ("query",), ("points",)), local_points),
+    ("video tracks", (VIDEO_KEYS, ("query",), ("tracks",)), local_tracks),
     ("video captions", (VIDEO_CAPTIONS, ("video_id",)), _video_caption),
     ("video multiple choice", (("video_id",), ("Question",), ("Answer",)), _video_choice),
     ("video questions", (("video_id",), ("question",), ("answer",)), _video_question),

@@ -36,6 +36,19 @@ def videos_of(record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     return found
 
 
+def video_of_id(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a row for a record that names a video by its id, as Molmo2's sets do: a file ID.mp4, with its seconds
+    (clip_start or video_start, ...) and its subtitles. Raises BadRow."""
+    video_id = text_of(record["video_id"], "video_id") or ""
+    if not video_id or video_id.startswith(("/", ".")) or ".." in video_id.split("/"):
+        raise BadRow("video_id is no name", shown(record["video_id"]))
+    names = {"clip_start": ("clip_start", "video_start"), "clip_end": ("clip_end", "video_end"),
+             "subtitles": ("subtitles", "subtitle")}  # fmt: skip
+    found = {key: next((record[name] for name in given if record.get(name) is not None), None)
+             for key, given in names.items()}  # fmt: skip
+    return {"videos": [f"{video_id}.mp4"], **{key: value for key, value in found.items() if value is not None}}
+
+
 def _video(value: Any, folder: Path | None) -> Any:
     try:
         found = image_of(value, folder)

@@ -11,7 +11,7 @@ from tiny.data import dataset, encoded, picture
 
 from data.conversations import read_record
 from data.drops import NO_VIDEO
-from data.molmo2_sets import BY_NAME, POINTS, SETS
+from data.molmo2_sets import BY_NAME, NOT_READ, SETS
 from data.options import RowOptions
 from data.rows import load_rows
 from data.values import BadRow, image_of
@@ -33,8 +33,8 @@ def youtube(**more) -> list[dict]:
     return [{"video_id": f"id{i}"} | {key: value(i) for key, value in more.items()} for i in range(3)]
 
 
-def made(count: int = 3, **more) -> list[dict]:
-    return [{key: value(i) for key, value in more.items()} for i in range(count)]
+def made(**more) -> list[dict]:
+    return [{key: value(i) for key, value in more.items()} for i in range(3)]
 
 
 def asks(*texts: str) -> list[dict]:
@@ -139,7 +139,42 @@ ROWS = {
         [("a?", "1")], (1, 0),
     ),
     "pixmo-cap-images": (inside(caption=lambda i: "A red one."), [("", "A red one.")], (1, 0)),
+    "pixmo-points": (
+        linked(image_sha256=lambda i: SHA, points=lambda i: [{"x": 50.0, "y": 25.0}], count=lambda i: 1,
+               label=lambda i: "cats", collection_method=lambda i: "pointing"),
+        [("Point to cats.", '<points coords="1 1 500 250">cats</points>')], (1, 0),
+    ),
+    "pixmo-count": (linked(image_sha256=lambda i: SHA, count=lambda i: 3, label=lambda i: "cats"),
+                    [("How many cats are there?", "3")], (1, 0)),
+    "cosyn-point": (
+        inside(questions=lambda i: ["a?"], answer_points=lambda i: [{"x": [50.0], "y": [25.0]}], names=lambda i: ["b"]),
+        [("a?", '<points coords="1 1 500 250">b</points>')], (1, 0),
+    ),
+    "molmo2-videopoint": (
+        youtube(video_source=lambda i: "youtube", question=lambda i: "How many?", label=lambda i: "cats",
+                count=lambda i: 2, two_fps_timestamps=lambda i: [2.0, 3.5], raw_timestamps=lambda i: [2.1, 3.4],
+                points=lambda i: [[{"x": 50.0, "y": 25.0}], [{"x": 0.0, "y": 100.0}]], clip_start=lambda i: 1.0,
+                clip_end=lambda i: 9.0, annotator_unsure=lambda i: False, category=lambda i: "animal"),
+        [("How many?", 'Counting the <points coords="1.0 1 500 250;2.5 2 000 1000">cats</points> shows a total of 2.')],
+        (0, 1),
+    ),
     # The seed's own files.
+    "local video pointing": (
+        made(video_path=lambda i: f"{i}.mp4", query=lambda i: "cats",
+             points=lambda i: [{"x": 0.5, "y": 0.25, "timestamp": 1.5, "object_id": 0}]),
+        [("cats", '<points coords="1.5 1 500 250">cats</points>')], (0, 1),
+    ),
+    "local tracking": (
+        made(video_path=lambda i: f"{i}.mp4", query=lambda i: "cats",
+             tracks=lambda i: [{"x": 0.5, "y": 0.25, "timestamp": 1, "object_id": 7},
+                               {"x": 0.6, "y": 0.25, "timestamp": 2, "object_id": 7}]),
+        [("cats", '<tracks coords="1.0 1 500 250;2.0 1 600 250">cats</tracks>')], (0, 1),
+    ),
+    "local pointing": (made(image_path=lambda i: f"{i}.jpg", query=lambda i: "cats",
+                            points=lambda i: [{"x": 0.5, "y": 0.25, "object_id": 0}]),
+                       [("cats", '<points coords="1 1 500 250">cats</points>')], (1, 0)),
+    "local counting": (made(image_path=lambda i: f"{i}.jpg", query=lambda i: "How many cats?", count=lambda i: 2),
+                       [("How many cats?", "2")], (1, 0)),
     "local caption": (made(image_path=lambda i: f"{i}.jpg", caption=lambda i: "red"), [("", "red")], (1, 0)),
     "local VQA": (made(image_path=lambda i: f"{i}.jpg", **QA), [("What is 0?", "It is 0.")], (1, 0)),
     "local video caption": (
@@ -149,7 +184,8 @@ ROWS = {
     "local video QA": (made(video_path=lambda i: f"{i}.mp4", **QA), [("What is 0?", "It is 0.")], (0, 1)),
 }  # fmt: skip
 FORMATS = {"local caption": "captions", "local VQA": "questions and answers", "local video caption": "captions",
-           "local video QA": "questions and answers"}  # fmt: skip
+           "local video QA": "questions and answers", "local video pointing": "video points",
+           "local tracking": "video tracks", "local pointing": "points", "local counting": "points"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -178,7 +214,7 @@ def test_the_rows_of_a_set_are_read(tmp_path, monkeypatch, name, kind):
 
 
 def test_every_set_of_the_table_has_such_rows():
-    assert {one.name for one in SETS if one.format != POINTS} - set(ROWS) == {"pixmo-cap-tiny"}
+    assert {one.name for one in SETS if one.format != NOT_READ} - set(ROWS) == {"pixmo-cap-tiny"}
     assert BY_NAME["pixmo-cap-tiny"].format == BY_NAME["pixmo-cap"].format
 
 
@@ -214,6 +250,9 @@ def test_answers_of_a_turn_are_all_kept(read):
     assert row["texts"] == [{"user": "a?", "assistant": "2", "source": "vqa2", "answers": ["2", "1"]}]
 
 
+POINTED = {"video_id": "x", "label": "cats", "question": "How many?", "count": 3, "two_fps_timestamps": [1.0, 2.5],
+           "points": [[{"x": 50, "y": 20}, {"x": 10, "y": 5}], [{"x": 0, "y": 100}]]}  # fmt: skip
+TIMED = {"video_path": "a.mp4", "query": "the cat"}
 CHAIN = {"image_url": URL.format(1), "answer": "2"}
 EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
 
@@ -231,8 +270,12 @@ EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
         ({"video": "a.mp4", "caption": "b", "clip_start": 2, "clip_end": 2}, "clip_end is not after clip_start"),
         ({"video": "a.mp4", "caption": "b", "subtitles": "so"}, "subtitles is a string"),
         ({"video": "https://x.y/a.mp4", "caption": "b"}, "video is a URL, which is not fetched"),
-        ({"image_url": "a.png", "label": "a cat", "points": [{"x": 1, "y": 2}]}, "points, which are not read yet"),
-        ({"image": "a.png", "label": "a cat", "points": [{"x": 1, "y": 2}]}, "points, which are not read yet"),
+        (POINTED | {"clip_start": 3}, "a point before the clip begins"),
+        (POINTED | {"count": 4}, "count is not the number of points"),
+        (POINTED | {"two_fps_timestamps": [1]}, "another number of times than of lists of points"),
+        (TIMED | {"points": [{"x": 0.5, "y": 0.5}]}, "a point of a video without a timestamp"),
+        (TIMED | {"points": [{"x": 5, "y": 0.5, "timestamp": 1}]}, "a point lies outside 0-1"),
+        (TIMED | {"tracks": [], "points_unit": "pixels"}, "points_unit is not known"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_row_is_its_reason(read, record, reason):
