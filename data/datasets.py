@@ -20,6 +20,7 @@ from data.drops import (
     LOW_RATING,
     NO_LABEL,
     NO_TEXT,
+    NO_VIDEO,
     TOO_LONG,
     TOO_MANY_IMAGES,
     TOO_MANY_TILES,
@@ -297,6 +298,8 @@ class VQADataset:
         """(turns that can be learned, without space around them; reasons why the others cannot). Raises RowDropped."""
         if "bad" in row:
             raise RowDropped(row["bad"])
+        if row.get("videos"):
+            raise RowDropped(Reason(NO_VIDEO, where_of(row), shown(row["videos"])))
         if why := self.control_tokens.reason(row.get("system") or ""):
             raise RowDropped(Reason(why, where_of(row), "the system text"))
         if (row.get("tools") or any("steps" in turn for turn in row["texts"])) and not knows_tools(self.tokenizer):

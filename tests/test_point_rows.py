@@ -167,7 +167,7 @@ BAD = [
     (ROW | {"points": [[1, 2]], "points_unit": "pixels", "width": 0, "height": 5}, "width or height", ""),
     (COSYN | {"questions": ["a?"], "answer_points": []}, "another number of questions", "1 questions, 0"),
     (
-        {"video_path": "a", "query": "?", "points": [{"x": 0, "y": 0, "timestamp": 1}]},
+        {"image": "a.png", "query": "?", "points": [{"x": 0, "y": 0, "timestamp": 1}]},
         "which is of a video",
         "timestamp",
     ),
