@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +29,7 @@ from grades.files import write_text
 WINDOW = 8  # batches among which questions are sorted by length
 FIRST_BATCH = {"cuda": 64, "cpu": 16}  # where --batch_size auto begins; out of memory halves it
 LIKELIHOOD = "likelihood"
+Asked = TypeVar("Asked", bound=Questions | str)  # what the model gets, or why it cannot be asked
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Answering:
         questions = self._read(benchmark, left)
         bar = tqdm(total=len(left), desc=benchmark.task.name, unit="question", disable=self.rank > 0, smoothing=0.05)
         with path.open("a", encoding="utf-8") as file, bar:
-            for group in _sorted_by_length(questions, WINDOW * self.size):
+            for group in sorted_by_length(questions, WINDOW * self.size):
                 while group:
                     batch = group[: self.size]
                     answers = self._ask(batch, benchmark)
@@ -201,11 +202,12 @@ class Prompts(Dataset):
             return str(error)
 
 
-def _sorted_by_length(
-    questions: Iterator[tuple[Question, Questions]], window: int
-) -> Iterator[list[tuple[Question, Questions]]]:
-    """Lists of `window` questions, the longest prompts first: what does not fit into memory shows at once."""
-    group: list[tuple[Question, Questions]] = []
+def sorted_by_length(
+    questions: Iterator[tuple[Question, Asked]], window: int
+) -> Iterator[list[tuple[Question, Asked]]]:
+    """Lists of `window` questions, the longest prompts first: what does not fit into memory shows at once. Last, what
+    cannot be asked."""
+    group: list[tuple[Question, Asked]] = []
     for one in questions:
         group.append(one)
         if len(group) == window:
@@ -214,8 +216,8 @@ def _sorted_by_length(
     yield sorted(group, key=_length, reverse=True)
 
 
-def _length(one: tuple[Question, Questions]) -> int:
-    return len(one[1].prompts[0])
+def _length(one: tuple[Question, Questions | str]) -> int:
+    return -1 if isinstance(one[1], str) else len(one[1].prompts[0])
 
 
 def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
