@@ -175,7 +175,7 @@ class Asker:
         with self.autocast:
             return compute_dtype(next(self.model.parameters()))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def likeliest(self, questions: Sequence[Questions], choices: Sequence[Sequence[str]]) -> list[str]:
         """Which of its choices each answer most likely begins with, by the probability of the choice's first token."""
         batch = to_device(self.collator(list(questions)), self.device)

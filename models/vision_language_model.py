@@ -143,7 +143,7 @@ class VisionLanguageModel(nn.Module):
         """All that `stream` yields for the same arguments: int [B, at most max_new_tokens]."""
         return torch.stack(list(self.stream(input_ids, images, *args, **options)), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, in which autocast would cast every weight again for each token
     def stream(
         self,
         input_ids: torch.Tensor,
