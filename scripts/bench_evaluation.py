@@ -106,7 +106,8 @@ def write_data(folder: Path, rows: int) -> None:
     datasets.DatasetDict({TASKS[TASK].split: table}).save_to_disk(folder / TASK)
     (folder / "MADE_UP.md").write_text(
         "Drawn pictures and made-up questions in MMStar's columns, to measure time. They are not MMStar, and a score "
-        "on them says nothing about a model.\n"
+        "on them says nothing about a model.\n",
+        encoding="utf-8",
     )
 
 
@@ -140,7 +141,7 @@ class Evaluation:
     def run(self, name: str, kill_after: int | None = None) -> tuple[float, int]:
         """(seconds, exit status); kill_after: SIGKILL once so many answers are in its --output."""
         output = self.folder / name
-        with (self.folder / f"{name}.txt").open("a") as log:
+        with (self.folder / f"{name}.txt").open("a", encoding="utf-8") as log:
             started = time.perf_counter()
             process = subprocess.Popen(
                 [*self.command, "--output", str(output)], stdout=log, stderr=log, start_new_session=True
