@@ -128,7 +128,7 @@ def evaluate(given: argparse.Namespace) -> None:
     answers = read_answers(given.answers, [one.task.name for one in benchmarks])
     scored = []
     for one in benchmarks:
-        rows, summary = score(one, match(answers[one.task.name], one, given.missing))
+        rows, summary = score(one, match(answers[one.task.name], one, given.missing, bool(given.limit)))
         before = earlier.get("tasks", {}).get(one.task.name, {})
         scored.append((one.task, rows, summary | {"decoding": before.get("decoding")}))
     finish(given, {"model": earlier.get("model"), "answers": str(given.answers)}, scored, benchmarks)

@@ -19,6 +19,7 @@ from data.places import PLACE, place_images, with_images
 from data.text import encode_chat, encode_prompt, get_tokenizer, image_string
 from data.values import BadRow
 from eval.answer_text import AnswerText, Speed
+from eval.prompt_cache import PromptCache
 from models.attention import compute_dtype
 from models.vision_language_model import VisionLanguageModel
 
@@ -127,26 +128,45 @@ class Asker:
         return [text.text for text in texts]
 
     def stream(
-        self, question: Questions, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
+        self,
+        question: Questions,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        known: PromptCache | None = None,
+        **sampling: Any,
     ) -> Generator[str, None, None]:
-        """The same of one prompt, piece by piece as its tokens come. Close it where it is not taken to the end."""
+        """The same of one prompt, piece by piece as its tokens come. Close it where it is not taken to the end.
+
+        known: of the conversation that the question continues; it takes in what is new.
+        """
         text = AnswerText(self.tokenizer, stop, max_new_tokens)
-        with contextlib.closing(self._steps([question], [text], max_new_tokens, sampling)) as steps:
+        with contextlib.closing(self._steps([question], [text], max_new_tokens, sampling, known)) as steps:
             for _ in steps:
                 if piece := text.take():
                     yield piece
 
     def _steps(
-        self, questions: Sequence[Questions], texts: Sequence[AnswerText], max_new_tokens: int, sampling: dict[str, Any]
+        self,
+        questions: Sequence[Questions],
+        texts: Sequence[AnswerText],
+        max_new_tokens: int,
+        sampling: dict[str, Any],
+        known: PromptCache | None = None,
     ) -> Generator[None, None, None]:
-        """Give each text its next token, until all are done."""
+        """Give each text its next token, until all are done. known: as in `stream`, for a single question."""
         options: dict[str, Any] = {"greedy": not sampling, "eos_token_id": self.tokenizer.eos_token_id} | sampling
         self.speed.begin()
+        if known is not None:
+            sizes = self.model.cfg, self.device, self.compute_dtype()
+            questions = [known.continued(questions[0], max_new_tokens, *sizes)]
+            options["cache"] = known.cache
         options |= to_device(self.collator(list(questions)), self.device)
         # Held over all tokens: at its end the weights that it has cast are forgotten.
         with self.autocast, contextlib.closing(self.model.stream(max_new_tokens=max_new_tokens, **options)) as stream:
             for new_ids in stream:
                 tokens = new_ids.tolist()  # waits for the device
+                if known is not None:
+                    known.ids += tokens
                 self.speed.add(sum(not text.done for text in texts))
                 for text, token in zip(texts, tokens, strict=True):
                     text.add(token)
@@ -159,7 +179,7 @@ class Asker:
         with self.autocast:
             return compute_dtype(next(self.model.parameters()))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def likeliest(self, questions: Sequence[Questions], choices: Sequence[Sequence[str]]) -> list[str]:
         """Which of its choices each answer most likely begins with, by the probability of the choice's first token."""
         batch = to_device(self.collator(list(questions)), self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ WINDOW = 8  # batches among which questions are sorted by length
 FIRST_BATCH = {"cuda": 64, "cpu": 16}  # where --batch_size auto begins; out of memory halves it
 Row = TypeVar("Row")
 Key = TypeVar("Key")
+Asked = TypeVar("Asked", bound=Questions | str)  # what the model gets, or why it cannot be asked
 Result = TypeVar("Result")
 
 
@@ -47,17 +48,22 @@ class Batches:
                 torch.cuda.empty_cache()
             print(f"out of memory: going on with batches of {self.size}", file=sys.stderr)
 
-    def sorted_by_length(self, questions: Iterator[tuple[Key, Questions]]) -> Iterator[list[tuple[Key, Questions]]]:
-        """Lists of WINDOW batches, the longest prompts first: what does not fit into memory shows at once."""
-        group: list[tuple[Key, Questions]] = []
-        window = WINDOW * self.size
-        for one in questions:
-            group.append(one)
-            if len(group) == window:
-                yield sorted(group, key=_length, reverse=True)
-                group = []
-        yield sorted(group, key=_length, reverse=True)
+    def sorted_by_length(self, questions: Iterable[tuple[Key, Asked]]) -> Iterator[list[tuple[Key, Asked]]]:
+        """Lists of WINDOW batches, the longest prompts first: what does not fit into memory shows at once. Last, what
+        cannot be asked."""
+        return sorted_by_length(questions, WINDOW * self.size)
 
 
-def _length(one: tuple[object, Questions]) -> int:
-    return len(one[1].prompts[0])
+def sorted_by_length(questions: Iterable[tuple[Key, Asked]], window: int) -> Iterator[list[tuple[Key, Asked]]]:
+    """Lists of `window` questions, the longest prompts first and what cannot be asked last."""
+    group: list[tuple[Key, Asked]] = []
+    for one in questions:
+        group.append(one)
+        if len(group) == window:
+            yield sorted(group, key=_length, reverse=True)
+            group = []
+    yield sorted(group, key=_length, reverse=True)
+
+
+def _length(one: tuple[object, Questions | str]) -> int:
+    return -1 if isinstance(one[1], str) else len(one[1].prompts[0])

@@ -47,6 +47,7 @@ POINT_FORMATS = ("points", "pixmo-points", "pixmo-count", "CoSyn-point")
 LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
 MAX_NEW_TOKENS = 50
 POINT_TOKENS = 400  # about 40 points, where each digit is a token
+ID_KEYS, CLUSTER_KEYS = ("id", "question_id"), ("cluster",)
 
 
 @dataclass
@@ -88,10 +89,10 @@ def open_own_rows(
             bad[str(reason)] += 1
             first.setdefault(str(reason), reason.first if isinstance(reason, Reason) else "")
             continue
-        row_id = _own_id(rows, number) or row["id"]
+        row_id = _own_value(rows, number, ID_KEYS) or row["id"]
         seen[row_id] += 1
         row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"
-        found.questions += _questions(row, row_id, number, answered)
+        found.questions += _questions(row, row_id, number, answered, _own_value(rows, number, CLUSTER_KEYS))
         has_points = has_points or row.get("format") in POINT_FORMATS
     if has_points:
         found.task = replace(found.task, rules=(*POINT_RULES, *RULES), max_new_tokens=POINT_TOKENS)
@@ -125,18 +126,18 @@ def _no_records(record: Any) -> Item:
     raise AssertionError("rows are read by data.rows")
 
 
-def _own_id(rows: TableRows, number: int) -> str | None:
-    """The row's own `id` or `question_id`, where its file has one."""
+def _own_value(rows: TableRows, number: int, keys: Sequence[str]) -> str | None:
+    """What the row's file says under the first of the keys that it has."""
     start = 0
     for part, end in zip(rows.parts, rows.ends, strict=True):
         if number < end:
-            return _id_in(part, number - start)
+            return _value_in(part, number - start, keys)
         start = end
     return None
 
 
-def _id_in(part: Part, number: int) -> str | None:
-    for key in ("id", "question_id"):
+def _value_in(part: Part, number: int, keys: Sequence[str]) -> str | None:
+    for key in keys:
         if hasattr(part.table, "record"):
             value = part.table.record(number).get(key)
         elif key in part.table.column_names:
@@ -148,7 +149,7 @@ def _id_in(part: Part, number: int) -> str | None:
     return None
 
 
-def _questions(row: Row, row_id: str, number: int, answered: bool) -> list[Question]:
+def _questions(row: Row, row_id: str, number: int, answered: bool, cluster: str | None) -> list[Question]:
     asked = [turn for turn in row["texts"] if turn["user"] is not None]
     turns = [turn for turn in asked if turn["assistant"] is not None or not answered]
     found = []
@@ -161,5 +162,5 @@ def _questions(row: Row, row_id: str, number: int, answered: bool) -> list[Quest
             turn["user"], turn["user"], truth, groups, len(truth.get("letters", ())) or None, system=row.get("system")
         )
         one = row_id if len(turns) == 1 else f"{row_id}/{place}"
-        found.append(Question(one, number, item, turn["user"], "", row_id, turn))
+        found.append(Question(one, number, item, turn["user"], "", cluster or row_id, turn))
     return found

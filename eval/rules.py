@@ -29,8 +29,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a benchmark. cluster: rows with the same one share an image; answer_prefix: what the prompt style puts
-    at the start of the answer; number: the row in its table, from 0; turn: of one's own rows, as data.formats says."""
+    """One row of a benchmark.
+
+    cluster: rows with the same one share an image, or are said to belong together; answer_prefix: what the prompt
+    style puts at the start of the answer; number: the row in its table, from 0; turn: of one's own rows, as
+    data.formats says.
+    """
 
     id: str
     number: int

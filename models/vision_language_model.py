@@ -146,7 +146,7 @@ class VisionLanguageModel(nn.Module):
         """All that `stream` yields for the same arguments: int [B, at most max_new_tokens]."""
         return torch.stack(list(self.stream(input_ids, images, *args, **options)), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, in which autocast would cast every weight again for each token
     def stream(
         self,
         input_ids: torch.Tensor,
@@ -161,13 +161,15 @@ class VisionLanguageModel(nn.Module):
         eos_token_id: int | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Generator[torch.Tensor, None, None]:
         """Yields the next token id of each row, int [B], until all rows have ended; an ended one repeats its end token.
 
         Rows of different lengths are padded on the left, with attention_mask [B, T] zero there. The end token is
         eos_token_id, else cfg.lm_eos_token_id; without either every row gets max_new_tokens. Sampling: greedy, or from
         logits / temperature, limited to the top_k most likely tokens and to the most likely ones that reach top_p
-        together. images, image_slots, image_sources: as in `forward`.
+        together. images, image_slots, image_sources: as in `forward`. cache: holds the positions before input_ids, with
+        their images, and room for the new ones; only without attention_mask. It takes in all but the last new token.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 1")
@@ -180,7 +182,8 @@ class VisionLanguageModel(nn.Module):
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
-        cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, compute_dtype(x))
+        if cache is None:
+            cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, compute_dtype(x))
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
         for step in range(max_new_tokens):
             hidden = self.decoder(x, attention_mask, positions, cache=cache)[:, -1]
