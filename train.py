@@ -22,13 +22,19 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import contextlib
+import functools
 
 import torch
 
 from data.options import RowOptions
 from data.pipeline import Data, identify, load_data
 from data.rows import load_rows
+from eval.asking import ModelAsker
+from eval.benchmarks import Benchmark
 from eval.evaluation import Evaluator
+from eval.samples import sample_questions
+from eval.samples_page import make_page
+from eval.task_evaluation import TaskEvaluator, open_eval_tasks
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
 from models.config import TrainConfig
@@ -45,7 +51,7 @@ from training.meter import Meter, NonFiniteLossError
 from training.model_card import ModelCard
 from training.parallel import Parallel
 from training.profiling import StepProfiler
-from training.report import announce, log_drops, log_progress, open_report, write_report
+from training.report import announce, log_drops, log_progress, open_report, show_samples, write_report
 from training.resume import RunStart, open_run
 from training.schedule import set_learning_rate
 from training.signals import StopSignal
@@ -62,12 +68,13 @@ def main(settings: Settings) -> int:
             announce(settings)
         if settings.train.dry_run:
             return dry_run(settings, parallel.world_size) if parallel.is_main else 0
+        benchmarks = open_eval_tasks(settings.train)
         limit_tiles(settings, parallel.world_size)
         start = open_run(settings, parallel)
         if start.is_finished:
             print(f"{start.folder} has finished: see its summary.json")
             return 0
-        return run(settings, start, parallel)
+        return run(settings, start, parallel, benchmarks)
     # Of the set-up, which a user can cause: a path, a flag, an absent hub. The loop handles its own signals and errors.
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if start is not None:
@@ -77,7 +84,7 @@ def main(settings: Settings) -> int:
         return 130 if interrupted else 2
 
 
-def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
+def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: list[Benchmark]) -> int:
     """Set up, train, test and report; returns the exit code. Raises ValueError or OSError during the set-up only."""
     cfg = settings.train
     device = setup.pick_device()
@@ -106,15 +113,21 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
     evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
     monitor = watch(settings, model, optimizer, averages, evaluator, meter, parallel, log)
-    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log, averages)
+    asker = ModelAsker(model, data.tokenizer, device, autocast)
+    tasks = TaskEvaluator.make(benchmarks, asker, cfg, parallel.share, stop.until)
+    samples = sample_questions(data.val_dataset, asker, cfg)
+    show = functools.partial(show_samples, make_page, samples, start.folder, monitor, log)
+    evaluations = EvaluationSchedule(
+        cfg, evaluator, monitor, parallel, stop, meter, log, averages, tasks, samples, show
+    )
     if not parallel.is_main:
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
     # What a checkpoint holds; `load` restores it when a run resumes
     state = LoopState()
     cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
-    parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "log": log, "averages": averages,
-             "random": setup.RandomState(device, parallel.rank), "cache": cache,
+    parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "samples": samples, "log": log,
+             "averages": averages, "random": setup.RandomState(device, parallel.rank), "cache": cache,
              # With sharded weights each rank saves its part of the earlier ones that the metric compares with.
              "grades": MonitorState(monitor) if (monitor and parallel.sharded) else monitor}  # fmt: skip
     stateful = {name: part for name, part in parts.items() if part is not None}
@@ -127,6 +140,8 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     compile_model(model, settings, device)
     if parallel.is_main:
         open_report(settings, start, model, data, monitor, autocast, log, state)
+        if samples is not None:
+            show()
 
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
         try:
@@ -226,7 +241,9 @@ def train(
 
         if state.step % cfg.log_interval == 0 or evaluations.due(state):
             log_progress(log, state, meter, data, optimizer, monitor, cache)
-        if evaluations.is_full(state) or (cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0):
+        if evaluations.needs_checkpoint(state) or (
+            cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0
+        ):
             with meter.clock("save"):
                 checkpoints.save(state)
     profiler.close()

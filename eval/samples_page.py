@@ -1,0 +1,96 @@
+"""samples.html: sample questions with their pictures, and the answers over time, in one file that opens offline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from data.html_page import page, text
+from eval.answers_page import small_picture
+from eval.samples import SIDE, SampleQuestion, SampleQuestions
+
+PICTURES = 2  # per question
+Freeze = tuple[int, str, bool]  # (step, tower, whether a matrix trains again instead)
+STYLE = """
+.note { color: #555; font-size: .85em } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9em }
+th, td { text-align: left; vertical-align: top; padding: .35em .7em; border-bottom: 1px solid #ddd }
+thead th { vertical-align: bottom; white-space: nowrap }
+thead small { font-weight: normal; color: #555; display: block }
+td.question { min-width: 14em; max-width: 20em; overflow-wrap: anywhere; background: #fff; position: sticky; left: 0 }
+td.question img { float: left; margin: 0 .6em .2em 0; border: 1px solid #bbb } td.question small { color: #777 }
+td.answer { max-width: 16em; overflow-wrap: anywhere; white-space: pre-wrap }
+td.right { background: #e5f5ec } td.right::before { content: "✓ "; color: #187 }
+td.wrong { background: #fbeaea } td.wrong::before { content: "✗ "; color: #b22 }
+.froze { border-left: 3px solid #0072b2 }
+"""
+
+
+def make_page(title: str, samples: SampleQuestions, freezes: Sequence[Freeze]) -> str:
+    """The page. freezes: each matrix that froze, or that trains again, in order."""
+    steps = samples.steps
+    words = {
+        step: _froze([one for one in freezes if before < one[0] <= step])
+        for before, step in zip([0, *steps], steps, strict=False)
+    }
+    heads = [_head(step, words[step]) for step in steps]
+    rows = [_row(one, samples, words) for one in samples.questions]
+    counts = [f"step {step:,}: {_right(samples, step)}" for step in steps[:1] + steps[1:][-1:]]
+    lines = " A blue line: something froze since the time before." if any(words.values()) else ""
+    body = [
+        f'<p class="note">{len(samples.questions)} questions of the validation rows, asked at each evaluation; '
+        f"right is an exact match ({text('; '.join(counts)) or 'not asked yet'}).{lines}</p>",
+        '<div class="scroll"><table><thead><tr><th>question</th><th>expected</th>',
+        *heads,
+        "</tr></thead><tbody>",
+        *rows,
+        "</tbody></table></div>",
+    ]
+    return page(f"Sample answers of {title}", STYLE, body)
+
+
+def _right(samples: SampleQuestions, step: int) -> str:
+    given = [found for one in samples.questions if (found := samples.answer(one, step)) is not None]
+    return f"{sum(right for _, right in given)} of {len(given)} right"
+
+
+def _froze(freezes: Sequence[Freeze]) -> list[str]:
+    """What froze, a line for each tower: "3 vision matrices froze, steps 640 to 700"."""
+    found = []
+    for (tower, again), count in Counter((tower, again) for _, tower, again in freezes).items():
+        steps = [step for step, *what in freezes if what == [tower, again]]
+        when = f"step {steps[0]:,}" if steps[0] == steps[-1] else f"steps {steps[0]:,} to {steps[-1]:,}"
+        noun = "matrix" if count == 1 else "matrices"
+        verb = ("trains again" if count == 1 else "train again") if again else "froze"
+        found.append(f"{count} {tower} {noun} {verb}, {when}")
+    return found
+
+
+def _head(step: int, froze: Sequence[str]) -> str:
+    small = "".join(f"<small>{text(line)}</small>" for line in froze)
+    return f"<th{_line(froze)}>{small}step {step:,}</th>"
+
+
+def _line(froze: Sequence[str]) -> str:
+    return ' class="froze"' if froze else ""
+
+
+def _row(question: SampleQuestion, samples: SampleQuestions, words: dict[int, list[str]]) -> str:
+    source = f"<br><small>{text(question.source)}</small>" if question.source else ""
+    cells = [f'<td class="question">{"".join(_pictures(question))}{text(question.text)}{source}</td>']
+    cells.append(f'<td class="answer">{text(question.truth)}</td>')
+    for step, froze in words.items():
+        line = " froze" if froze else ""
+        if (found := samples.answer(question, step)) is None:
+            cells.append(f'<td class="note{line}">–</td>')
+        else:
+            cells.append(f'<td class="answer {"right" if found[1] else "wrong"}{line}">{text(found[0])}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _pictures(question: SampleQuestion) -> Iterator[str]:
+    for image in question.images[:PICTURES]:
+        try:
+            yield small_picture(image, SIDE)
+        except (ValueError, OSError) as error:
+            yield f"<small>no picture: {text(str(error))}</small> "
