@@ -125,11 +125,11 @@ class ModelCard:
         for one in main_numbers(tasks):
             if one.value is not None:
                 error = "" if one.stderr is None else f", standard error {one.stderr:.4f}"
-                split = tasks[one.task]["data"]["split"] or None
+                of_split = tasks[one.task]["data"]["split"] or None
                 results.append(
                     EvalResult(
                         "image-text-to-text", one.task, one.task, one.metric, round(one.value, 6),
-                        "Visual question answering", dataset_split=split,
+                        "Visual question answering", dataset_split=of_split,
                         metric_name=f"{one.metric} of {one.rows:,} rows by the rule {one.rule}{error}",
                     )
                 )  # fmt: skip
