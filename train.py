@@ -22,18 +22,15 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import contextlib
-import functools
 
 import torch
 
 from data.options import RowOptions
 from data.pipeline import Data, identify, load_data
 from data.rows import load_rows
-from eval.asking import ModelAsker
 from eval.benchmarks import Benchmark
 from eval.evaluation import Evaluator
-from eval.samples import sample_questions
-from eval.samples_page import make_page
+from eval.samples import SampleQuestions
 from eval.task_evaluation import TaskEvaluator, open_eval_tasks
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
@@ -51,7 +48,7 @@ from training.meter import Meter, NonFiniteLossError
 from training.model_card import ModelCard
 from training.parallel import Parallel
 from training.profiling import StepProfiler
-from training.report import announce, log_drops, log_progress, open_report, show_samples, write_report
+from training.report import announce, log_drops, log_progress, open_report, write_report
 from training.resume import RunStart, open_run
 from training.schedule import set_learning_rate
 from training.signals import StopSignal
@@ -105,21 +102,14 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
 
     # What the loop works with
     optimizer = setup.make_optimizer(model, cfg)
-    averages = None
-    if cfg.average_weights:
-        averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights)
+    averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights) if cfg.average_weights else None
     log = RunLog(start.folder, cfg.max_training_steps, bool(start.state)) if parallel.is_main else NoLog()
     stop = StopSignal(log.say, parallel)
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
     evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
     monitor = watch(settings, model, optimizer, averages, evaluator, meter, parallel, log)
-    asker = ModelAsker(model, data.tokenizer, device, autocast)
-    tasks = TaskEvaluator.make(benchmarks, asker, cfg, parallel.share, stop.until)
-    samples = sample_questions(data.val_dataset, asker, cfg)
-    show = functools.partial(show_samples, make_page, samples, start.folder, monitor, log)
-    evaluations = EvaluationSchedule(
-        cfg, evaluator, monitor, parallel, stop, meter, log, averages, tasks, samples, show
-    )
+    tasks, samples = TaskEvaluator.of(evaluator, benchmarks, parallel.share), SampleQuestions.of(evaluator)
+    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log, averages, tasks, samples)
     if not parallel.is_main:
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
@@ -140,8 +130,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
     compile_model(model, settings, device)
     if parallel.is_main:
         open_report(settings, start, model, data, monitor, autocast, log, state)
-        if samples is not None:
-            show()
+        evaluations.show_samples()
 
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
         try:

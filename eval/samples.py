@@ -17,12 +17,11 @@ from data.datasets import Questions, VQADataset
 from data.images import small
 from data.streams import RowStream
 from eval.asking import ModelAsker
-from eval.evaluation import evaluating
+from eval.evaluation import Evaluator, evaluating
+from eval.samples_page import SIDE, Freeze, make_page
 from eval.scoring import is_right
-from models.config import TrainConfig
 
 ROWS_PER_QUESTION = 8  # rows that are looked at, for questions of different sources
-SIDE = 112  # pixels of the longer side of a picture
 NOT_DECODED = torch.empty(0)  # in place of the tiles of rows whose text alone is wanted
 
 
@@ -60,6 +59,16 @@ class SampleQuestions:
     batch_size: int
     answers: dict[str, dict[int, str]] = field(default_factory=dict)  # question id -> step -> answer
 
+    @classmethod
+    def of(cls, evaluator: Evaluator) -> SampleQuestions | None:
+        """Those of a run; None where it has no validation rows, or wants none."""
+        cfg = evaluator.cfg
+        if not cfg.sample_questions or not cfg.validates:
+            return None
+        questions = choose(evaluator.data.val_dataset, cfg.sample_questions, cfg.seed)
+        asker = ModelAsker(evaluator.model, evaluator.data.tokenizer, evaluator.device, evaluator.autocast)
+        return cls(questions, asker, cfg.max_new_tokens, cfg.eval_batch_size) if questions else None
+
     def ask(self) -> list[str]:
         """What the model answers now."""
         found: list[str] = []
@@ -94,20 +103,16 @@ class SampleQuestions:
             rows.append([one.picture, one.text, one.source, one.truth, *(given.get(step) for step in self.steps)])
         return columns, rows
 
+    def page(self, title: str, freezes: Sequence[Freeze]) -> str:
+        """samples.html."""
+        return make_page(title, self.questions, self.steps, self.answer, freezes)
+
     def state_dict(self) -> dict[str, Any]:
         return {"answers": {one: dict(given) for one, given in self.answers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Answers to questions that are no longer among the sample stay, unseen."""
         self.answers = {one: dict(given) for one, given in state["answers"].items()}
-
-
-def sample_questions(dataset: VQADataset, asker: ModelAsker, cfg: TrainConfig) -> SampleQuestions | None:
-    """Those of a run; None where it has no validation rows, or wants none."""
-    if not cfg.sample_questions or not cfg.validates:
-        return None
-    questions = choose(dataset, cfg.sample_questions, cfg.seed)
-    return SampleQuestions(questions, asker, cfg.max_new_tokens, cfg.eval_batch_size) if questions else None
 
 
 def choose(dataset: VQADataset, count: int, seed: int) -> list[SampleQuestion]:

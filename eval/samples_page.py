@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from data.html_page import page, text
 from eval.answers_page import small_picture
-from eval.samples import SIDE, SampleQuestion, SampleQuestions
 
 PICTURES = 2  # per question
-Freeze = tuple[int, str, bool]  # (step, tower, whether a matrix trains again instead)
+SIDE = 112  # pixels of the longer side of a picture
+Freeze: TypeAlias = tuple[int, str, bool]  # (step, tower, whether a matrix trains again instead)
 STYLE = """
 .note { color: #555; font-size: .85em } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9em }
@@ -26,19 +27,35 @@ td.wrong { background: #fbeaea } td.wrong::before { content: "✗ "; color: #b22
 """
 
 
-def make_page(title: str, samples: SampleQuestions, freezes: Sequence[Freeze]) -> str:
-    """The page. freezes: each matrix that froze, or that trains again, in order."""
-    steps = samples.steps
+class Question(Protocol):
+    """A question of the page: eval.samples.SampleQuestion."""
+
+    text: str
+    source: str
+    images: list[Any]
+
+    @property
+    def truth(self) -> str:
+        """The answers that are right."""
+
+
+Answer: TypeAlias = Callable[[Any, int], tuple[str, bool] | None]  # of a question after a step, and whether it is right
+
+
+def make_page(
+    title: str, questions: Sequence[Question], steps: Sequence[int], answer: Answer, freezes: Sequence[Freeze]
+) -> str:
+    """The page. steps: after which the questions were asked. freezes: each matrix that froze, or that trains again."""
     words = {
         step: _froze([one for one in freezes if before < one[0] <= step])
         for before, step in zip([0, *steps], steps, strict=False)
     }
     heads = [_head(step, words[step]) for step in steps]
-    rows = [_row(one, samples, words) for one in samples.questions]
-    counts = [f"step {step:,}: {_right(samples, step)}" for step in steps[:1] + steps[1:][-1:]]
+    rows = [_row(one, answer, words) for one in questions]
+    counts = [f"step {step:,}: {_right(questions, answer, step)}" for step in dict.fromkeys([*steps[:1], *steps[-1:]])]
     lines = " A blue line: something froze since the time before." if any(words.values()) else ""
     body = [
-        f'<p class="note">{len(samples.questions)} questions of the validation rows, asked at each evaluation; '
+        f'<p class="note">{len(questions)} questions of the validation rows, asked at each evaluation; '
         f"right is an exact match ({text('; '.join(counts)) or 'not asked yet'}).{lines}</p>",
         '<div class="scroll"><table><thead><tr><th>question</th><th>expected</th>',
         *heads,
@@ -49,8 +66,8 @@ def make_page(title: str, samples: SampleQuestions, freezes: Sequence[Freeze]) -
     return page(f"Sample answers of {title}", STYLE, body)
 
 
-def _right(samples: SampleQuestions, step: int) -> str:
-    given = [found for one in samples.questions if (found := samples.answer(one, step)) is not None]
+def _right(questions: Sequence[Question], answer: Answer, step: int) -> str:
+    given = [found for one in questions if (found := answer(one, step)) is not None]
     return f"{sum(right for _, right in given)} of {len(given)} right"
 
 
@@ -75,20 +92,20 @@ def _line(froze: Sequence[str]) -> str:
     return ' class="froze"' if froze else ""
 
 
-def _row(question: SampleQuestion, samples: SampleQuestions, words: dict[int, list[str]]) -> str:
+def _row(question: Question, answer: Answer, words: dict[int, list[str]]) -> str:
     source = f"<br><small>{text(question.source)}</small>" if question.source else ""
     cells = [f'<td class="question">{"".join(_pictures(question))}{text(question.text)}{source}</td>']
     cells.append(f'<td class="answer">{text(question.truth)}</td>')
     for step, froze in words.items():
         line = " froze" if froze else ""
-        if (found := samples.answer(question, step)) is None:
+        if (found := answer(question, step)) is None:
             cells.append(f'<td class="note{line}">–</td>')
         else:
             cells.append(f'<td class="answer {"right" if found[1] else "wrong"}{line}">{text(found[0])}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _pictures(question: SampleQuestion) -> Iterator[str]:
+def _pictures(question: Question) -> Iterator[str]:
     for image in question.images[:PICTURES]:
         try:
             yield small_picture(image, SIDE)

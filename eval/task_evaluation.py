@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from eval.answering import Answering, Prompts
 from eval.asking import ModelAsker
 from eval.benchmarks import Benchmark
-from eval.evaluation import evaluating
+from eval.evaluation import Evaluator, evaluating
 from eval.output import is_detail
 from eval.results import score
 from eval.task_list import open_tasks
@@ -60,22 +60,19 @@ class TaskEvaluator:
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
 
     @classmethod
-    def make(
-        cls,
-        benchmarks: list[Benchmark],
-        asker: ModelAsker,
-        cfg: TrainConfig,
-        share: tuple[int, int],
-        until: Callable[[Iterable], Iterator],
-    ) -> TaskEvaluator | None:
+    def of(cls, evaluator: Evaluator, benchmarks: list[Benchmark], share: tuple[int, int]) -> TaskEvaluator | None:
         """None without benchmarks. share: (which, of how many) of the questions this rank has.
 
         Batches are as large as fit. Where all ranks have all questions, as with sharded weights, one must not take
         smaller batches than the others: there they are of eval_batch_size.
         """
+        if not benchmarks:
+            return None
+        cfg = evaluator.cfg
         size = cfg.eval_batch_size if cfg.parallel == "fsdp" else None
+        asker = ModelAsker(evaluator.model, evaluator.data.tokenizer, evaluator.device, evaluator.autocast)
         answering = Answering(asker, None, size, cfg.num_workers, rank=share[0], world_size=share[1])
-        return cls(benchmarks, answering, until) if benchmarks else None
+        return cls(benchmarks, answering, evaluator.until)
 
     def __post_init__(self) -> None:
         """Raises ValueError where the first question of a benchmark cannot be asked."""

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny.benchmarks import records
 from tiny.data import encoded, picture, write_rows
@@ -91,7 +92,9 @@ def test_answers_and_numbers_are_those_of_evaluate(data, own, tmp_path, monkeypa
     assert [*axis.containers[0].lines[0].get_ydata()] == [*found.values()]
     card = (folder / "checkpoints" / "last" / CARD).read_text(encoding="utf-8")
     assert f"| own | accuracy | {main['value']:.4f} | {main['stderr']:.4f} | 9 | 0.0000 | exact match:" in card
-    assert "accuracy of 9 rows by the rule exact match; standard error" in card
+    [of_own] = [one for one in ModelCard(card).data.eval_results if one.dataset_type == "own"]
+    assert of_own.metric_value == round(main["value"], 6)
+    assert of_own.metric_name.startswith("accuracy of 9 rows by the rule exact match, standard error ")
     assert f"own                   accuracy {main['value']:.4f}" in capsys.readouterr().out
 
 

@@ -1,7 +1,6 @@
 """Sample questions: which ones, their answers over time, and the page."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from tiny.runs import arguments, state
 
 import train
 from eval.samples import SampleQuestions, choose
-from eval.samples_page import make_page
 from training.arguments import parse_arguments
+from training.logging import RunLog
 
 ROWS = [
     row([encoded(picture(seed=i))], [turn("what?", "red", "color"), turn("is it red?", "yes", "yes_no")], f"rows#{i}")
@@ -53,7 +52,7 @@ def samples():
 
 def test_the_page_holds_answers_verdicts_and_what_froze(samples):
     freezes = [(12, "vision", False), (15, "vision", False), (15, "language", False), (18, "vision", True)]
-    page = make_page("a run", samples, freezes)
+    page = samples.page("a run", freezes)
     assert page.count('class="answer right') == 2
     assert page.count('class="answer wrong') == 2
     assert "&lt;b&gt;no&lt;/b&gt;" in page
@@ -65,7 +64,7 @@ def test_the_page_holds_answers_verdicts_and_what_froze(samples):
     ):  # fmt: skip
         assert words in page
     assert page.count(' class="froze"') == 1  # the head of step 20
-    assert "not asked yet" in make_page("a run", SampleQuestions(samples.questions, None, 4, 8), [])
+    assert "not asked yet" in SampleQuestions(samples.questions, None, 4, 8).page("a run", [])
 
 
 def test_answers_are_kept_by_question(samples):
@@ -77,7 +76,7 @@ def test_answers_are_kept_by_question(samples):
     assert rows[0][1:] == ["what?", "color", "red", "red", "blue"]
     if again.questions[1].id not in samples.answers:
         assert rows[1][-2:] == [None, None]
-        assert ">–</td>" in make_page("a run", again, [])
+        assert ">–</td>" in again.page("a run", [])
 
 
 def with_steps(known: dict) -> dict:
@@ -102,12 +101,11 @@ def test_a_run_writes_the_page_and_a_resumed_one_continues_it(data, tmp_path, mo
     assert not (tmp_path / "out" / "none" / "samples.html").exists()
 
 
-def test_a_page_that_cannot_be_written_ends_nothing(tmp_path):
-    from training.report import show_samples
-
-    said: list[str] = []
-    show_samples(lambda *_: "", None, tmp_path / "nowhere", None, SimpleNamespace(say=said.append))
-    assert "samples.html could not be written" in said[0]
+def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path, 1)
+    (tmp_path / "samples.html").mkdir()
+    log.write_page("samples.html", "")
+    assert "samples.html could not be written" in capsys.readouterr().out
 
 
 def test_answers_come_in_batches_and_leave_the_random_numbers():

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from grades import GradESMonitor
@@ -53,6 +52,9 @@ class Samples(Protocol):
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """(columns, rows) for a tracker."""
 
+    def page(self, title: str, freezes: list[tuple[int, str, bool]]) -> str:
+        """The page. freezes: (step, tower, whether a matrix trains again instead of freezing)."""
+
 
 class EvaluationSchedule:
     """When the model is evaluated, and what follows from it. It changes neither weights nor random numbers.
@@ -72,12 +74,10 @@ class EvaluationSchedule:
         averages: AveragedWeights | None = None,
         tasks: Tasks | None = None,
         samples: Samples | None = None,
-        show_samples: Callable[[], None] = lambda: None,
     ):
-        """averages: of the weights, evaluated too. tasks: of --eval_tasks. show_samples: called on rank 0 when the
-        samples have new answers."""
+        """averages: of the weights, evaluated too. tasks: of --eval_tasks."""
         self.cfg, self.evaluator, self.monitor, self.parallel = cfg, evaluator, monitor, parallel
-        self.averages, self.tasks, self.samples, self.show_samples = averages, tasks, samples, show_samples
+        self.averages, self.tasks, self.samples = averages, tasks, samples
         self.stop, self.meter, self.log = stop, meter, log
         self.early_stopping = EarlyStopping(cfg.es_delta, cfg.es_patience) if cfg.early_stopping else None
         self.loss_interval = validation_interval(cfg.es_interval, cfg.max_training_steps)
@@ -153,9 +153,20 @@ class EvaluationSchedule:
         assert self.samples is not None
         with self.meter.clock("eval"), self.weights_in_use(state):
             self.samples.add(state.step, self.parallel.with_model(self.samples.ask))
+            self.show_samples()
             if self.parallel.is_main:
-                self.show_samples()
                 self.log.tracker.table("samples", *self.samples.table(), state.step)
+
+    def show_samples(self) -> None:
+        """Write samples.html: the sample questions with their answers so far, and what froze when."""
+        if self.samples is None or not self.parallel.is_main:
+            return
+        freezes = []
+        if self.monitor is not None:
+            towers = {component.name: component.tower for component in self.monitor.components}
+            events = self.monitor.events
+            freezes = [(one["step"], towers[one["name"]], bool(one.get("unfrozen"))) for one in events]
+        self.log.write_page("samples.html", self.samples.page(self.log.folder.name, freezes))
 
     def _validate(self, state: LoopState) -> None:
         """Measure loss and answers, or the loss alone, and let early stopping see it."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,24 +121,6 @@ def log_drops(log: RunLog, data: Data, parallel: Parallel) -> None:
     """Write to dropped.jsonl the rows that could not be used since the last time. Every rank must call it."""
     for records in parallel.gather(data.take_records()):
         log.record_drops(records)
-
-
-def show_samples(
-    make_page: Callable[[str, Any, list[tuple[int, str, bool]]], str],
-    samples: Any,
-    folder: Path,
-    monitor: GradESMonitor | None,
-    log: RunLog,
-) -> None:
-    """Write samples.html. samples, make_page: of eval.samples and eval.samples_page."""
-    freezes = []
-    if monitor is not None:
-        towers = {component.name: component.tower for component in monitor.components}
-        freezes = [(one["step"], towers[one["name"]], bool(one.get("unfrozen"))) for one in monitor.events]
-    try:
-        write_text(folder / "samples.html", make_page(folder.name, samples, freezes))
-    except OSError as error:
-        log.say(f"{folder / 'samples.html'} could not be written: {error}")
 
 
 def write_report(
