@@ -230,9 +230,7 @@ def train(
 
         if state.step % cfg.log_interval == 0 or evaluations.due(state):
             log_progress(log, state, meter, data, optimizer, monitor, cache)
-        if evaluations.needs_checkpoint(state) or (
-            cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0
-        ):
+        if evaluations.checkpoint_due(state):
             with meter.clock("save"):
                 checkpoints.save(state)
     profiler.close()

@@ -97,9 +97,11 @@ class EvaluationSchedule:
         """Whether something is to be evaluated after this step that was not yet."""
         return self._validation_is_due(state) or self._tasks_are_due(state)
 
-    def needs_checkpoint(self, state: LoopState) -> bool:
-        """Whether something is due before which a checkpoint is saved: it may turn out to be the best one."""
-        return self.is_full(state) or self._tasks_are_due(state)
+    def checkpoint_due(self, state: LoopState) -> bool:
+        """Whether one is saved after this step: by checkpoint_interval, and before what may find it to be the best."""
+        interval = self.cfg.checkpoint_interval
+        by_interval = interval > 0 and state.step % interval == 0
+        return by_interval or self.is_full(state) or self._tasks_are_due(state)
 
     def _validation_is_due(self, state: LoopState) -> bool:
         return self.is_full(state) or (self._stopping_is_due(state) and state.evaluated_step != state.step)
