@@ -114,7 +114,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
     # What a checkpoint holds; `load` restores it when a run resumes
-    state = LoopState()
+    state = LoopState(best_metric=cfg.best_metric)
     cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
     parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "samples": samples, "log": log,
              "averages": averages, "random": setup.RandomState(device, parallel.rank), "cache": cache,

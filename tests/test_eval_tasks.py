@@ -223,7 +223,7 @@ def test_best_values_have_a_direction_and_a_metric():
     assert (state.best_step, state.best_value) == (2, 1.0)
     state.offer("exact_match", state.val_of("exact_match"))  # another one, as after --resume_override
     assert (state.best_step, state.best_value) == (4, 0.75)
-    older = LoopState()
+    older = LoopState(best_metric="own/accuracy")
     older.load_state_dict({"step": 7, "best_step": 5, "best_val_loss": 0.5})
     older.offer("loss", 0.6)
     assert (older.best_step, older.best_value) == (5, 0.5)

@@ -242,7 +242,7 @@ class ModelCard:
 
 def _score_lines(scores: Mapping[str, float], state: LoopState) -> list[str]:
     if not scores:
-        return ["Nothing was measured with the weights of this step."]
+        return [] if _tasks(state) else ["Nothing was measured with the weights of this step."]
     lines = ["| split | number | value | what it is |", "|---|---|--:|---|"]
     for metric, value in scores.items():
         split, kind, what = METRICS[metric]
@@ -260,7 +260,7 @@ def _task_lines(tasks: Mapping[str, Any]) -> list[str]:
     """The main number of each benchmark by each of its rules, and how it was asked."""
     if not tasks:
         return []
-    lines = ["\n| benchmark | number | value | ± | rows | chance | rule |", "|---|---|--:|--:|--:|--:|---|"]
+    lines = ["", "| benchmark | number | value | ± | rows | chance | rule |", "|---|---|--:|--:|--:|--:|---|"]
     for name, task in tasks.items():
         for rule, found in task["rules"].items():
             one = found["metrics"][task["main"]]

@@ -53,8 +53,9 @@ class LoopState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        if (loss := state.pop("best_val_loss", math.inf)) < math.inf:  # of an older version
-            self.best_value = loss
+        if "best_val_loss" in state:  # of an older version
+            loss = state.pop("best_val_loss")
+            self.best_metric, self.best_value = "loss", loss if loss < math.inf else None
         for name, value in state.items():
             setattr(self, name, value)
         self.resumed_at.append(self.step)
