@@ -63,9 +63,9 @@ def main(settings: Settings) -> int:
         parallel = Parallel.start(settings.train)
         if parallel.is_main:
             announce(settings)
+        benchmarks = open_eval_tasks(settings.train)
         if settings.train.dry_run:
             return dry_run(settings, parallel.world_size) if parallel.is_main else 0
-        benchmarks = open_eval_tasks(settings.train)
         limit_tiles(settings, parallel.world_size)
         start = open_run(settings, parallel)
         if start.is_finished:

@@ -170,6 +170,7 @@ def test_a_question_that_cannot_be_asked_ends_no_run(data, own, tmp_path, monkey
         ({"eval_tasks": "mmstar:0", "data_root": "{root}"}, "--eval_tasks mmstar:0: the number of rows must be >= 1"),
         ({"eval_tasks": ","}, "--eval_tasks ,: names no task"),
         ({"eval_tasks": "mmstar:5", "data_root": "{root}/nowhere"}, "nowhere: no such folder"),
+        ({"eval_tasks": "mmstar:5", "data_root": "{root}", "dry_run": True}, "mmstar needs the columns index"),
         ({"eval_tasks": "mmstar:5", "data_root": "{root}"}, "mmstar needs the columns index, question, image"),
         ({"eval_tasks": "{own}:3", "metric_for_best_model": "own/acuracy"},
          "--metric_for_best_model own/acuracy: must be one of loss, exact_match, own/accuracy, "
