@@ -65,6 +65,7 @@ class Questions:
     sources: list[str | None]
     id: str
     dropped: dict[str, int] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)  # of the questions, as the row has them
 
 
 @dataclass
@@ -202,6 +203,7 @@ class VQADataset:
             found.prompts.append(prompt)
             found.answers.append(answer)
             found.sources.append(turn.get("source"))
+            found.texts.append(turn["user"])
         return replace(found, dropped=drops_of(dropped, bool(found.prompts), row) | truncated)
 
     def both(self, index: int) -> tuple[Sample, Questions]:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from data.datasets import Questions
 from data.images import ImageDecodeError
+from data.loader import init_worker
 from data.readers import as_it_is
 from eval.answers import match
-from eval.asking import Asker, Reader
+from eval.asking import Asker, ModelAsker, Reader
 from eval.batches import Batches
 from eval.benchmarks import Benchmark
 from eval.results import score
@@ -34,8 +35,8 @@ LIKELIHOOD = "likelihood"
 class Answering:
     """How a model is asked. batch_size: as Batches takes it. rank, world_size: whose questions of all."""
 
-    asker: Asker
-    progress: Path
+    asker: ModelAsker
+    progress: Path | None  # folder of what `answer` has done so far
     batch_size: int | None = None
     workers: int = 0
     without_image: bool = False
@@ -69,34 +70,45 @@ class Answering:
         cut_broken_line(path)
         if not path.exists():
             write_text(path, json.dumps({"settings": settings}) + "\n")
-        mine = benchmark.questions[self.rank :: self.world_size]
+        mine = self.mine(benchmark)
         left = [question for question in mine if question.id not in known]
         if self.rank == 0 and len(left) < len(mine):
             print(f"{benchmark.task.name}: {len(mine) - len(left)} of {len(mine)} questions are answered already")
-        questions = self._read(benchmark, left)
         bar = tqdm(total=len(left), desc=benchmark.task.name, unit="question", disable=self.rank > 0, smoothing=0.05)
         with path.open("a", encoding="utf-8") as file, bar:
-            for group in self.batches.sorted_by_length(questions):
-                for batch, answers in self.batches.run(group, partial(self._ask, benchmark)):
-                    file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
-                    file.flush()
-                    bar.update(len(batch))
+            for answers in self.answers_to(benchmark, left):
+                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+                file.flush()
+                bar.update(len(answers))
+
+    def mine(self, benchmark: Benchmark) -> list[Question]:
+        """This rank's part of the questions."""
+        return benchmark.questions[self.rank :: self.world_size]
+
+    def answers_to(self, benchmark: Benchmark, questions: Sequence[Question]) -> Iterator[list[dict]]:
+        """{"id", "answer"} of each of the questions, batch by batch. Raises ValueError where one cannot be asked."""
+        for group in self.batches.sorted_by_length(self._read(benchmark, questions)):
+            for _, answers in self.batches.run(group, partial(self._ask, benchmark)):
+                yield answers
 
     def forget(self) -> None:
         """Remove what was kept for an evaluation that ends early; its results are written."""
+        assert self.progress is not None
         shutil.rmtree(self.progress)
 
     def _path(self, benchmark: Benchmark, rank: int) -> Path:
+        assert self.progress is not None
         return self.progress / f"{benchmark.task.name}-{rank}.jsonl"
 
     def paths(self, benchmark: Benchmark) -> list[Path]:
         """Of all ranks, also of an earlier run with another number of them."""
-        return sorted(self.progress.glob(f"{benchmark.task.name}-[0-9]*.jsonl"))
+        return sorted(self._path(benchmark, 0).parent.glob(f"{benchmark.task.name}-[0-9]*.jsonl"))
 
     def _read(self, benchmark: Benchmark, left: Sequence[Question]) -> Iterator[tuple[Question, Questions]]:
         """The questions with their images decoded, by worker processes while the model answers."""
         prompts = Prompts(self.asker.reader, benchmark, left, self.without_image)
         options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
+        options |= {"worker_init_fn": init_worker, "generator": torch.Generator()}  # see data.loader.train_batches
         if self.workers:
             torch.multiprocessing.set_sharing_strategy("file_system")
         for question, read in zip(left, DataLoader(prompts, **options), strict=True):

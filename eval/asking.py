@@ -83,26 +83,20 @@ class Reader:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-class Asker:
-    """A checkpoint that answers."""
+class ModelAsker:
+    """A model that answers."""
 
     def __init__(
         self,
-        folder: Path,
+        model: VisionLanguageModel,
+        tokenizer: Any,
         device: torch.device,
         autocast: contextlib.AbstractContextManager,
-        lm_tokenizer: str | None = None,
     ):
-        """folder: a checkpoint in nanoVLM's format. lm_tokenizer: in place of the checkpoint's own.
-
-        Raises ValueError or OSError for a checkpoint that cannot be used.
-        """
-        self.folder, self.device, self.autocast = folder, device, autocast
-        self.model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
-        self.model.cfg.lm_tokenizer = lm_tokenizer or self.model.cfg.lm_tokenizer
-        self.tokenizer = get_tokenizer(self.model.cfg, None if lm_tokenizer else folder)
-        self.reader = Reader(self.tokenizer, ImageProcessor(self.model.cfg))
-        self.collator = PromptCollator(self.tokenizer.pad_token_id, self.model.cfg)
+        """model: on the device, without dropout while it is asked."""
+        self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
+        self.reader = Reader(tokenizer, ImageProcessor(model.cfg))
+        self.collator = PromptCollator(tokenizer.pad_token_id, model.cfg)
         self.speed = Speed()  # of all answers so far
 
     def too_long(self, question: Questions, max_new_tokens: int) -> str | None:
@@ -195,3 +189,23 @@ class Asker:
         """The larger one of the first token with and without a space before it, as the prompt may end in either."""
         starts = {self.reader.ids(text)[0] for text in (choice, f" {choice}")}
         return max(scores[start].item() for start in starts)
+
+
+class Asker(ModelAsker):
+    """A checkpoint that answers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        autocast: contextlib.AbstractContextManager,
+        lm_tokenizer: str | None = None,
+    ):
+        """folder: a checkpoint in nanoVLM's format. lm_tokenizer: in place of the checkpoint's own.
+
+        Raises ValueError or OSError for a checkpoint that cannot be used.
+        """
+        model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
+        model.cfg.lm_tokenizer = lm_tokenizer or model.cfg.lm_tokenizer
+        super().__init__(model, get_tokenizer(model.cfg, None if lm_tokenizer else folder), device, autocast)
+        self.folder = folder

@@ -15,7 +15,7 @@ from data.options import AS_THEY_ARE, RowOptions
 from data.rows import TableRows, load_rows
 from data.values import Reason
 from eval import metrics
-from eval.benchmarks import Benchmark
+from eval.benchmarks import Benchmark, drawn
 from eval.rules import Item, Question, Rule, Task, each
 from eval.scorers import points, text
 from eval.scorers.judged import Judged
@@ -68,11 +68,17 @@ class OwnRows(Benchmark):
 
 
 def open_own_rows(
-    path: Path, limit: int | None, flag: str = "tasks", options: RowOptions = AS_THEY_ARE, answered: bool = True
+    path: Path,
+    limit: int | None,
+    flag: str = "tasks",
+    options: RowOptions = AS_THEY_ARE,
+    answered: bool = True,
+    count: int | None = None,
 ) -> OwnRows:
     """The questions of a file or folder, of its first `limit` rows. Raises ValueError that names `flag`.
 
-    answered: only those with an answer, the truth. options: how a record becomes a row.
+    answered: only those with an answer, the truth. options: how a record becomes a row. count: so many rows of all,
+    drawn as eval.benchmarks.drawn says.
     """
     rows = load_rows(str(path), split="test", flag=flag, options=options)
     assert isinstance(rows, TableRows)
@@ -83,7 +89,7 @@ def open_own_rows(
     first: dict[str, str] = {}
     seen: Counter[str] = Counter()
     has_points = False
-    for number in range(len(rows) if limit is None else min(limit, len(rows))):
+    for number in drawn(len(rows) if limit is None else min(limit, len(rows)), count):
         row = rows[number]
         if reason := row.get("bad"):
             bad[str(reason)] += 1

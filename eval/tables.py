@@ -44,15 +44,15 @@ class Table:
             return self._text_record(number)
         return self._named(self.table[number : number + 1].to_pylist()[0])
 
-    def records(self, columns: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The records in order with these columns, the first `limit` of them. Raises ValueError."""
-        count = len(self) if limit is None else min(limit, len(self))
+    def records(self, columns: Sequence[str], numbers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+        """The records with these columns, those of `numbers` or all, in order. Raises ValueError."""
+        numbers = range(len(self)) if numbers is None else numbers
         if not hasattr(self.table, "column_names"):
-            yield from (self._text_record(number) for number in range(count))
+            yield from map(self._text_record, numbers)
             return
         chosen = self.table.select_columns([column for column in self.columns if column in columns])
-        for start in range(0, count, BATCH_ROWS):
-            for record in chosen[start : min(start + BATCH_ROWS, count)].to_pylist():
+        for start in range(0, len(numbers), BATCH_ROWS):
+            for record in chosen[numbers[start : start + BATCH_ROWS]].to_pylist():
                 yield self._named(record)
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
