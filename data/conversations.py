@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data import point_rows
-from data.places import PLACE, count_places, place_images, unescaped
+from data.places import PLACE, PLACES, PLACES_OF_BOTH, count_places, place_images, unescaped
 from data.set_formats import format_of_columns, general_record
 from data.tools import calls_of, result_of, tools_of
 from data.values import (
@@ -59,10 +59,18 @@ def read_record(record: Record, folder: Path | None) -> dict:
         beside = iter(images)
         images = [next(beside, None) if one is None else image_of(one, folder) for one in own]
         images = [one for one in images if one is not None] + list(beside)
-    turns = place_images(turns, system, len(images), len(videos.get("videos", [])))
+    may_have_videos = any(key in record for key in VIDEO_KEYS)
+    turns, numbers = place_images(
+        turns, system, len(images), len(videos.get("videos", [])) if may_have_videos else None
+    )
     row = {"images": images, "texts": turns, "format": set_name or name, **videos}
+    row |= {"video_numbers": numbers} if videos else {}
     tools = tools_of(record) if name in SPOKEN else []
-    return row | ({"system": unescaped(system)} if system else {}) | ({"tools": tools} if tools else {})
+    return (
+        row
+        | ({"system": unescaped(system, PLACES_OF_BOTH if may_have_videos else PLACES)} if system else {})
+        | ({"tools": tools} if tools else {})
+    )
 
 
 def format_of(columns: Iterable[str]) -> str:
