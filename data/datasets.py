@@ -239,8 +239,8 @@ class VQADataset:
             if len(ids) > self.cfg.max_sample_length:
                 dropped[Reason(TOO_LONG, where_of(row), f"{len(ids)} tokens")] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
-                spoken = " ".join(turn[speaker] for turn in group for speaker in ("user", "assistant"))
-                words = unknown_words(self.tokenizer, spoken)
+                spoken = [turn[speaker] for turn in group for speaker in ("user", "assistant")]
+                words = unknown_words(self.tokenizer, " ".join([*image_texts, *spoken]))
                 dropped[Reason(UNKNOWN_WORD, where_of(row), shown(words))] += len(group)
             elif bool((labels == -100).all()):
                 dropped[NO_LABEL] += len(group)

@@ -15,7 +15,8 @@ import torch
 from data.formats import Row
 from data.images import ImageProcessor
 from data.text import image_string
-from data.video import BROKEN, Frame, VideoError, decoded, sampled
+from data.video import decoded, sampled
+from data.video_frames import BROKEN, Frame, VideoError
 from models.config import VLMConfig
 
 

