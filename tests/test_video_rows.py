@@ -123,6 +123,19 @@ def test_images_and_videos_stand_where_the_text_says(folder, vlm):
     assert asked(data, sample) == f"{SLOTS}0.0 {SLOTS}{FRAMES}x"
 
 
+def test_parts_of_a_message_may_be_videos(folder, vlm):
+    answer = {"role": "assistant", "content": "red"}
+    parts = [{"type": "image", "image": "p.png"}, {"type": "text", "text": "is "}, {"type": "video", "video": "b.mp4"}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": " it?"}]}, answer]
+    data, _, sample = sample_of({"messages": messages}, folder, vlm)
+    assert asked(data, sample) == f"{SLOTS}is 0.0 {SLOTS} it?"
+    messages[0]["content"][2] = {"type": "video"}
+    data, _, sample = sample_of({"messages": messages, "videos": ["b.mp4"]}, folder, vlm)
+    assert asked(data, sample) == f"{SLOTS}is 0.0 {SLOTS} it?"
+    _, read, _ = sample_of({"messages": messages}, folder, vlm)
+    assert str(read["bad"]) == "another number of <video> than of videos"
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "reason"),
     [
