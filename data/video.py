@@ -49,7 +49,8 @@ def sampled(
     source: a file or its bytes in any format of FFmpeg, a GIF, an animated WebP or PNG, or a folder of pictures, sorted
     by name, of which there are FOLDER_FRAMES_PER_S. start_s, end_s: seconds from its first frame; all of it without
     them. use_truncated: of a file that breaks off take what is there; otherwise it is a VideoError of kind BROKEN.
-    Nothing is decoded, except of animations and where packets have no time. Raises VideoError.
+    Nothing is decoded, except of animations and where packets have no time; packets are read up to end_s. Raises
+    VideoError.
     """
     source = (source.get("bytes") or source["path"]) if isinstance(source, dict) else source
     if _is_folder(source):
@@ -58,7 +59,7 @@ def sampled(
         frames = Frames(np.arange(len(files)), np.zeros(len(files), np.int64), times, len(files) / FOLDER_FRAMES_PER_S)
     else:
         files = []
-        frames = animation(source) if is_animation(source) else frames_of(source)
+        frames = animation(source) if is_animation(source) else frames_of(source, end_s)
     if frames.broken and not use_truncated:
         raise VideoError(f"{frames.broken}; --truncated_images use takes what is there", BROKEN)
     start, end = start_s or 0.0, min(frames.end_s, frames.end_s if end_s is None else end_s)

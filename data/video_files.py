@@ -45,10 +45,13 @@ def _opened(source: Any) -> Iterator[tuple[Any, Any]]:
         raise VideoError(f"{getattr(error, 'strerror', None) or error}") from None
 
 
-def frames_of(source: Any) -> Frames:
-    """The frames of a file, from its packets. Raises VideoError."""
+def frames_of(source: Any, until_s: float | None = None) -> Frames:
+    """The frames of a file, from its packets; with until_s those that begin up to then, after which it is not read.
+
+    Raises VideoError.
+    """
     with _opened(source) as (container, stream):
-        packets, end_s, broken = _packets(container, stream)
+        packets, end_s, broken, is_whole = _packets(container, stream, until_s)
         header_s = (container.duration or 0) / 1e6 + max(0, container.start_time or 0) / 1e6
         unit = float(stream.time_base or 0)
     if not packets or any(stamp is None for stamp, _, _ in packets):
@@ -62,16 +65,18 @@ def frames_of(source: Any) -> Frames:
     usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     end = float(times[-1]) + ((packets[order[-1]][1] or 0) * unit or usual)
     longest = float(np.diff(times).max()) if len(times) > 1 else 0.0
-    if not broken and header_s - max(end_s, end + first_s) > max(LACKING_S, 1.5 * longest):
+    if not is_whole:
+        end = max(end, end_s - first_s)
+    elif not broken and header_s - max(end_s, end + first_s) > max(LACKING_S, 1.5 * longest):
         broken = f"it ends at {end:.1f} s of {header_s - first_s:.1f} s"
     keys = np.sort(stamps[[is_key for _, _, is_key in packets]])
     before = keys[np.maximum(np.searchsorted(keys, stamps[order], side="right") - 1, 0)]
     return Frames(stamps[order], before, times, end, first_s, broken)
 
 
-def _packets(container: Any, stream: Any) -> tuple[list[Packet], float, str]:
+def _packets(container: Any, stream: Any, until_s: float | None) -> tuple[list[Packet], float, str, bool]:
     """(the packets of the stream that will be shown, when the last packet of any stream ends in seconds, why the file
-    is broken)."""
+    is broken, whether it was read to its end)."""
     import av
 
     found: list[Packet] = []
@@ -87,9 +92,18 @@ def _packets(container: Any, stream: Any) -> tuple[list[Packet], float, str]:
                 broken = f"its data ends at {end_s:.1f} s"
             elif packet.stream is stream and not packet.is_discard and (found or packet.is_keyframe):
                 found.append((packet.pts, packet.duration, packet.is_keyframe))
+                if until_s is not None and _begins_after(until_s, packet, found[0][0]):
+                    return found, end_s, broken, False
     except av.error.FFmpegError as error:
         broken = f"{error.strerror} at {end_s:.1f} s"
-    return found, end_s, broken
+    return found, end_s, broken, True
+
+
+def _begins_after(until_s: float, packet: Any, first: int | None) -> bool:
+    """Whether nothing from this packet on is shown up to then: a frame is never shown before its decoding time."""
+    if packet.dts is None or first is None:
+        return False
+    return float((packet.dts - first) * packet.time_base) > until_s
 
 
 def _shown_packets(source: Any) -> list[Packet]:

@@ -142,6 +142,11 @@ def test_a_clip_of_it(tmp_path):
     assert numbers(frames) == [6, 11, 12]
     assert [round(frame.time_s, 2) for frame in frames] == [0, 0.45, 0.55]
     assert numbers(sampled(path, 64, 1.9)) == [19]
+    with video_files._opened(str(path)) as opened:
+        assert len(video_files._packets(*opened, 0.5)[0]) < 12
+    for name in ("slides.mkv", "slides.mp4"):  # a frame that is shown until after the end
+        frames = sampled(write_clip(tmp_path / name, times=[0, 0.1, 8.0]), 64, 0, 5)
+        assert [round(frame.time_s, 2) for frame in frames] == [0, 0.1]
     assert numbers(sampled(path, 64, None, 100)) == [0, 5, 10, 15, 19]
     with pytest.raises(VideoError, match="begins at 5 s of 2 s") as error:
         sampled(path, 64, 5)
