@@ -33,6 +33,7 @@ class Shown:
 
     tiles: torch.Tensor  # uint8 [n, 3, S, S]
     text: str  # what stands for it in a prompt
+    grid: tuple[int, int] = (1, 1)  # rows and columns of an image's tiles
     is_video: bool = False
 
 
@@ -77,7 +78,7 @@ class Reader:
     def image(self, source: Any) -> Shown:
         """Raises ImageDecodeError."""
         tiles, _ = decode_pictures([source], self.processor)
-        return Shown(tiles[0], self._texts([source])[0])
+        return Shown(tiles[0], self._texts([source])[0], grid_of(source, self.processor))
 
     def video(self, source: Any) -> Shown:
         """Its frames, each with its time. Raises ImageDecodeError."""
