@@ -345,7 +345,7 @@ class VQADataset:
 
     def _grids(self, row: dict) -> list[tuple[int, int]]:
         """The grids of a row's images, from their headers. Raises RowDropped."""
-        if "videos" not in row:  # else they are counted
+        if "video_numbers" not in row:  # else they are counted
             self._check_count(len(row["images"]), row)
         try:
             grids = [grid_of(image, self.image_processor) for image in row["images"]]

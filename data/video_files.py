@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.images import NO_SUCH_FILE, ImageDecodeError, resized
+from data.images import NO_SUCH_FILE, resized
 from data.video_frames import NEEDS_AV, NO_PICTURES, Frame, Frames, VideoError
 
 USUAL_RATE = 25  # frames a second of a stream that does not say
 LACKING_S = 1.0  # a file that ends this much before its header says so, breaks off
 
 Packet = tuple[Any, Any, bool]  # stamp and duration in units of the file, None where it has none; is it a key frame
+
+
+class CannotSeek(Exception):
+    """A seek leads elsewhere than to the key frame."""
 
 
 @contextlib.contextmanager
@@ -35,13 +39,15 @@ def _opened(source: Any) -> Iterator[tuple[Any, Any]]:
             streams = [one for one in container.streams.video if not one.disposition & one.disposition.attached_pic]
             if not streams:
                 raise VideoError("sound alone" if container.streams.audio else "no stream of pictures", NO_PICTURES)
+            if streams[0].codec_context is None:
+                raise VideoError("nothing here knows its codec")
             streams[0].codec_context.thread_count = 1  # one of many workers
             yield container, streams[0]
+    except (VideoError, CannotSeek):
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise VideoError(f"{source}", NO_SUCH_FILE) from None
-    except (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        if isinstance(error, ImageDecodeError):
-            raise
+    except Exception as error:  # at damaged files nearly anything
         raise VideoError(f"{getattr(error, 'strerror', None) or error}") from None
 
 
@@ -190,10 +196,6 @@ class _Decoding:
         except av.error.FFmpegError:
             raise CannotSeek from None
         return self.frames(key)
-
-
-class CannotSeek(Exception):
-    """A seek leads elsewhere than to the key frame."""
 
 
 def _square(frame: Any, side: int) -> np.ndarray:

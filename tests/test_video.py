@@ -1,5 +1,6 @@
 """Frames and times of clips: against what av itself decodes, of real clips and of odd ones that are written here."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -220,6 +221,27 @@ def test_damage_in_the_middle_is_seen(tmp_path):
     path.write_bytes(data[: start + 4] + bytes(len(data) - start - 4))
     with pytest.raises(VideoError):
         decoded(frames, 16)
+
+
+def test_any_damage_is_a_video_error_or_frames(tmp_path):
+    rng = random.Random(0)
+    write_clip(tmp_path / "a.mp4", 12, options={"movflags": "faststart"})
+    write_clip(tmp_path / "a.mkv", 12, sound=True)
+    write_clip(tmp_path / "a.avi", 12, codec="mpeg4")
+    pictures = [picture(seed=number) for number in range(4)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    kinds = set()
+    for path in sorted(tmp_path.iterdir()) * 25:
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.randrange(1, 20)):
+            data[rng.randrange(rng.choice([600, len(data)]))] = rng.randrange(256)
+        try:
+            frames = sampled(bytes(data), 4, use_truncated=True)
+            assert len(decoded(frames, 16)[0]) == len(frames) <= 4
+            kinds.add("frames")
+        except VideoError as error:
+            kinds.add(error.kind)
+    assert kinds >= {"frames", NOT_DECODED}
 
 
 def test_gifs_webp_and_folders_of_frames(tmp_path):
