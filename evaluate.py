@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.prompts import STYLES
+from models.config import TrainConfig
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +39,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=_batch_size, default="auto", help="questions at once; auto: what fits")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images meanwhile; 0: none")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer, in tokens; by default the task's")
+    parser.add_argument(
+        "--max_video_frames", type=int, default=TrainConfig.max_video_frames, help="frames of a video at most"
+    )
     parser.add_argument("--without_image", action="store_true", help="ask without the images: the blind score")
     parser.add_argument("--likelihood", action="store_true", help="score the likeliest letter too, where there are any")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
@@ -59,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--checkpoint or --answers: one of them is needed, to know whose answers are scored")
     if given.checkpoint and not given.output:
         problems.append("--output: is needed with --checkpoint; each answer is there as soon as it is made")
-    bounds = (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0))
+    bounds = (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0), ("max_video_frames", 1))
     for name, least in bounds:
         if (value := getattr(given, name)) is not None and value < least:
             problems.append(f"--{name} {value}: must be >= {least}")
@@ -105,7 +109,8 @@ def open_benchmarks(given: argparse.Namespace, earlier: dict[str, Any]) -> list[
         return style or (STYLES[0] if asks else None)
 
     with_images = asks and not given.without_image
-    return open_tasks(given.tasks, given.data_root, "tasks", given.limit, style_of, with_images)
+    frames = given.max_video_frames
+    return open_tasks(given.tasks, given.data_root, "tasks", given.limit, style_of, with_images, frames)
 
 
 def evaluate(given: argparse.Namespace) -> None:

@@ -1,12 +1,14 @@
-"""Ask a trained model about images: once, in a chat, or the questions of a file.
+"""Ask a trained model about images and videos: once, in a chat, or the questions of a file.
 
     python generate.py --checkpoint grades_output/<run name> --image shape.png --prompt "what color is the shape?"
+    python generate.py --checkpoint grades_output/<run name> --video clip.mp4 --prompt "what happens?"
     python generate.py --checkpoint grades_output/<run name> --chat
     python generate.py --checkpoint grades_output/<run name> --prompts rows.jsonl --output answers.jsonl
 
 --checkpoint is a run folder, a checkpoint folder or a hub id. Without --image the model answers from the text alone.
-Images stand before the prompt, or where it says <image>, as often as there are images. In a chat /help names the
-commands. --prompts takes rows in every format of docs/data.md, or {"image": ..., "prompt": ...}.
+Images stand before the prompt, or where it says <image>, as often as there are images; videos the same with <video>.
+In a chat /help names the commands. --prompts takes rows in every format of docs/data.md, or {"image": ..., "prompt":
+...}.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.config import VLMConfig
+from models.config import TrainConfig, VLMConfig
 from models.hub import BackboneUnavailable, checkpoint_folder
 from training.checkpoint_folder import find_checkpoint
 
@@ -37,6 +39,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or hub id")
     parser.add_argument("--image", type=Path, nargs="*", default=[], help="image files, which stand before the prompt")
+    parser.add_argument(
+        "--video", type=Path, nargs="*", default=[], help="video files or folders of frames, behind the images"
+    )
+    parser.add_argument(
+        "--max_video_frames", type=int, default=TrainConfig.max_video_frames, help="frames of a video at most"
+    )
     parser.add_argument("--prompt", help="the question; with --chat the first one")
     parser.add_argument("--chat", action="store_true", help="talk with the model; /help names the commands")
     parser.add_argument("--prompts", type=Path, help="file or folder of questions, each with its images")
@@ -94,11 +102,13 @@ def _value_problems(given: argparse.Namespace) -> list[str]:
         (0 < given.top_p <= 1, "top_p", "in (0, 1]"),
         (given.generations >= 1, "generations", ">= 1"),
         (given.batch_size >= 1, "batch_size", ">= 1"),
+        (given.max_video_frames >= 1, "max_video_frames", ">= 1"),
         (given.num_workers >= 0, "num_workers", ">= 0"),
         (0 <= given.seed < 2**63, "seed", "in [0, 2^63)"),
     ]
     problems = [f"--{name} {getattr(given, name)}: must be {allowed}" for ok, name, allowed in checks if not ok]
     problems += [f"--image {shlex.quote(str(image))}: no such file" for image in given.image if not image.is_file()]
+    problems += [f"--video {shlex.quote(str(video))}: no such file" for video in given.video if not video.exists()]
     if not all(given.stop):
         problems.append("--stop '': must be a text")
     for flag, texts in (("prompt", [given.prompt or ""]), ("stop", given.stop)):
@@ -110,8 +120,10 @@ def _value_problems(given: argparse.Namespace) -> list[str]:
 def _mode_problems(given: argparse.Namespace) -> list[str]:
     """Which flags cannot be meant together."""
     problems = []
-    if given.prompts and (given.chat or given.prompt is not None or given.image):
-        problems.append("--prompts: must be without --chat, --prompt and --image; its rows name their images")
+    if given.prompts and (given.chat or given.prompt is not None or given.image or given.video):
+        problems.append(
+            "--prompts: must be without --chat, --prompt, --image and --video; its rows name what they show"
+        )
     elif not (given.prompts or given.chat or given.prompt is not None):
         problems.append("--prompt, --chat or --prompts: one of them is needed")
     if bool(given.prompts) != bool(given.output):
@@ -164,17 +176,18 @@ def ask_once(given: argparse.Namespace, asker: Asker) -> None:
 
     from data.images import ImageDecodeError
 
-    processed = []
-    for image in given.image:
-        try:
-            processed.append(asker.reader.processor(image))
-        except ImageDecodeError as error:
-            raise ValueError(f"--image {shlex.quote(str(image))}: {error}") from error
+    shown = []
+    for kind in ("image", "video"):
+        for path in getattr(given, kind):
+            try:
+                shown.append(getattr(asker.reader, kind)(path))
+            except ImageDecodeError as error:
+                raise ValueError(f"--{kind} {shlex.quote(str(path))}: {error}") from error
     try:
-        spoken = asker.reader.spoken(given.prompt, [grid for _, grid in processed])
+        spoken, tiles = asker.reader.spoken(given.prompt, shown)
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
-    question = asker.reader.conversation([spoken], [tiles for tiles, _ in processed])
+    question = asker.reader.conversation([spoken], tiles)
     question = replace(question, prompts=question.prompts * given.generations)
     for answer in asker.answer([question], given.max_new_tokens, given.stop, **sampling_of(given)):
         print(answer)
@@ -198,8 +211,9 @@ def chat(given: argparse.Namespace, asker: Asker) -> None:
 
     talk = Chat(asker, given.max_new_tokens, given.stop, sampling_of(given), show, note)
     note(f"{given.checkpoint}: ask away; /help names the commands")
-    for image in given.image:
-        talk.add_image(image)
+    for kind in ("image", "video"):
+        for path in getattr(given, kind):
+            talk.add(kind, path)
     if given.prompt is not None:
         talk.run(iter([f" {given.prompt}"]))  # with a space it is no command
     talk.run(TypedLines())
@@ -234,11 +248,12 @@ def main(given: argparse.Namespace) -> None:
     from eval.prompts_file import open_prompts
     from training.setup import autocast, pick_device, prepare_backend
 
-    rows = open_prompts(given.prompts.expanduser()) if given.prompts else None
+    frames = given.max_video_frames
+    rows = open_prompts(given.prompts.expanduser(), max_video_frames=frames) if given.prompts else None
     device = pick_device()
     prepare_backend(device)
     torch.manual_seed(given.seed)
-    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer)
+    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer, frames)
     if given.chat:
         chat(given, asker)
         return

@@ -9,10 +9,10 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import point_rows
-from data.places import PLACE, count_places, place_images, unescaped
+from data.places import PLACE, PLACES, PLACES_OF_BOTH, count_places, place_images, unescaped
 from data.set_formats import format_of_columns, general_record
 from data.tools import calls_of, result_of, tools_of
 from data.values import (
@@ -28,7 +28,7 @@ from data.values import (
     source_of,
     text_of,
 )
-from data.video_keys import VIDEO_KEYS, videos_of
+from data.video_keys import VIDEO_KEYS, VIDEO_PLACE, videos_of
 
 Record = Mapping[str, Any]
 Turns = list[dict]
@@ -44,6 +44,8 @@ SPEAKERS = {
 }
 SPOKEN = ("LLaVA conversations", "OpenAI messages")
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
+VIDEO_PARTS = ("video", "video_url", "input_video")
+PART_KEYS = ("image_url", "image", "video_url", "video", "url", "path", "base64", "bytes")
 
 
 def read_record(record: Record, folder: Path | None) -> dict:
@@ -54,15 +56,33 @@ def read_record(record: Record, folder: Path | None) -> dict:
     set_name, record = general_record(record)
     name, read = recognise(record)
     turns, system, own = read(record)
+    in_turns = [one for one in own if isinstance(one, OwnVideo)]
+    own = [one for one in own if not isinstance(one, OwnVideo)]
+    if given := [one.value for one in in_turns if one.value is not None]:
+        record = {**record, "videos": given}
     images, videos = images_of(record, folder), videos_of(record, folder)
     if own:
         beside = iter(images)
         images = [next(beside, None) if one is None else image_of(one, folder) for one in own]
         images = [one for one in images if one is not None] + list(beside)
-    turns = place_images(turns, system, len(images), len(videos.get("videos", [])))
+    may_have_videos = bool(in_turns) or any(key in record for key in VIDEO_KEYS)
+    turns, numbers = place_images(
+        turns, system, len(images), len(videos.get("videos", [])) if may_have_videos else None
+    )
     row = {"images": images, "texts": turns, "format": set_name or name, **videos}
+    row |= {"video_numbers": numbers} if videos else {}
     tools = tools_of(record) if name in SPOKEN else []
-    return row | ({"system": unescaped(system)} if system else {}) | ({"tools": tools} if tools else {})
+    return (
+        row
+        | ({"system": unescaped(system, PLACES_OF_BOTH if may_have_videos else PLACES)} if system else {})
+        | ({"tools": tools} if tools else {})
+    )
+
+
+class OwnVideo(NamedTuple):
+    """A video that stands in a message. value: None where it stands beside."""
+
+    value: Any
 
 
 def format_of(columns: Iterable[str]) -> str:
@@ -155,25 +175,29 @@ def _say(turns: Turns, speaker: str, text: str | None, message: dict, source: st
 
 
 def _content(message: dict) -> tuple[str | None, list]:
-    """(a message's text with <image> for each picture in it, these pictures: None for one that stands beside)."""
+    """(a message's text with <image> and <video> for what is in it, this: of an image its value, None where it stands
+    beside, of a video an OwnVideo)."""
     content = next((message[name] for name in ("value", "content", "text") if message.get(name) is not None), None)
     if not isinstance(content, list | tuple):
         text = text_of(content, "a message")
         return text, [None] * count_places(text)
-    texts, images = [], []
+    texts: list[str] = []
+    images: list[Any] = []
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else dict_of(part, "a part of a message")
         kind = part.get("type")
+        value = next((part[name] for name in PART_KEYS if part.get(name) is not None), None)
         if kind in IMAGE_PARTS:
-            keys = ("image_url", "image", "url", "path", "base64", "bytes")
-            value = next((part[name] for name in keys if part.get(name) is not None), None)
             images.append(value)
             texts.append(PLACE)
+        elif kind in VIDEO_PARTS:
+            images.append(OwnVideo(value))
+            texts.append(VIDEO_PLACE)
         elif kind in TEXT_PARTS:
             texts.append(text_of(part.get("text"), "a part of a message") or "")
             images += [None] * count_places(texts[-1])
         else:
-            raise BadRow("a part of a message is neither text nor image", shown(part))
+            raise BadRow("a part of a message is neither text nor image nor video", shown(part))
     return "".join(texts), images
 
 

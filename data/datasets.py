@@ -20,11 +20,11 @@ from data.drops import (
     LOW_RATING,
     NO_LABEL,
     NO_TEXT,
-    NO_VIDEO,
     TOO_LONG,
     TOO_MANY_IMAGES,
     TOO_MANY_TILES,
     TRUNCATED,
+    TRUNCATED_VIDEO,
     UNKNOWN_WORD,
     RowDropped,
     drops_of,
@@ -32,11 +32,12 @@ from data.drops import (
     where_of,
 )
 from data.formats import filter_turns
+from data.frames import decode_pictures, grid_of, picture_text, with_frames
 from data.images import ImageDecodeError, ImageProcessor
 from data.places import with_images
 from data.points import has_points
 from data.templates import TemplateRefused, knows_tools
-from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
+from data.text import Tokenizer, encode_conversation, encode_prompt, spoken_call, unknown_words
 from data.values import Reason, shown
 from models.config import TrainConfig, VLMConfig
 
@@ -187,6 +188,7 @@ class VQADataset:
     def questions_of(self, row: dict, tiles: torch.Tensor | None = None) -> Questions:
         """The same of a row that has no index."""
         try:
+            row = self._with_frames(row)
             turns, dropped = self._usable_turns(row)
             grids = self._grids(row)
             images, truncated = self._tiles(row["images"], where_of(row)) if tiles is None else (tiles, {})
@@ -194,7 +196,7 @@ class VQADataset:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
         found = Questions(images, [], [], [], row["id"])
         for turn in turns:
-            asked = turn | {"user": with_images(turn, self._image_texts(grids))[0]}
+            asked = turn | {"user": with_images(turn, self._image_texts(row, grids))[0]}
             try:
                 prompt, answer = self._prompt(asked, row), self._answer(asked, row)
             except TemplateRefused:
@@ -219,6 +221,7 @@ class VQADataset:
     def _encode_row(self, row: dict) -> PreparedSample:
         """All that is the same at each visit of a row."""
         try:
+            row = self._with_frames(row)
             turns, dropped = self._usable_turns(row)
             if not turns:
                 raise RowDropped(*drops_of(dropped, False, row))
@@ -226,7 +229,7 @@ class VQADataset:
         except RowDropped as bad:
             return PreparedSample([], row["id"], {bad.reason: 1})
         conversations, kept_turns = [], []
-        image_texts = self._image_texts(grids)
+        image_texts = self._image_texts(row, grids)
         for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
             try:
                 ids, labels = self._conversation(group, image_texts, row)
@@ -236,8 +239,8 @@ class VQADataset:
             if len(ids) > self.cfg.max_sample_length:
                 dropped[Reason(TOO_LONG, where_of(row), f"{len(ids)} tokens")] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
-                spoken = " ".join(turn[speaker] for turn in group for speaker in ("user", "assistant"))
-                words = unknown_words(self.tokenizer, spoken)
+                spoken = [turn[speaker] for turn in group for speaker in ("user", "assistant")]
+                words = unknown_words(self.tokenizer, " ".join([*image_texts, *spoken]))
                 dropped[Reason(UNKNOWN_WORD, where_of(row), shown(words))] += len(group)
             elif bool((labels == -100).all()):
                 dropped[NO_LABEL] += len(group)
@@ -252,9 +255,9 @@ class VQADataset:
             conversations, row["id"], drops, row["images"], grids, weights, None, has_points(row["texts"])
         )
 
-    def _image_texts(self, grids: list[tuple[int, int]]) -> list[str]:
-        """The text that stands for each image of a row."""
-        return [image_string([grid], self.vlm_cfg) for grid in grids]
+    def _image_texts(self, row: dict, grids: list[tuple[int, int]]) -> list[str]:
+        """The text that stands for each image of a row, and each frame of its videos."""
+        return [picture_text(one, grid, self.vlm_cfg) for one, grid in zip(row["images"], grids, strict=True)]
 
     def _conversation(self, turns: list[dict], image_texts: list[str], row: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, labels) of some turns of the row; images that stand in turns after the last of them are not in it."""
@@ -300,8 +303,6 @@ class VQADataset:
         """(turns that can be learned, without space around them; reasons why the others cannot). Raises RowDropped."""
         if "bad" in row:
             raise RowDropped(row["bad"])
-        if row.get("videos"):
-            raise RowDropped(Reason(NO_VIDEO, where_of(row), shown(row["videos"])))
         if why := self.control_tokens.reason(row.get("system") or ""):
             raise RowDropped(Reason(why, where_of(row), "the system text"))
         if (row.get("tools") or any("steps" in turn for turn in row["texts"])) and not knows_tools(self.tokenizer):
@@ -325,12 +326,29 @@ class VQADataset:
             dropped[NO_TEXT] += 1
         return turns, dropped
 
+    def _with_frames(self, row: dict) -> dict:
+        """The row with the frames of its videos among its images. Raises RowDropped."""
+        if not row.get("videos"):
+            return row
+        self._check_count(len(row["images"]) + len(row["videos"]), row)
+        if why := self.control_tokens.reason("\n".join(one["text"] for one in row.get("subtitles") or ())):
+            raise RowDropped(Reason(why, where_of(row), "the subtitles"))
+        try:
+            return with_frames(row, self.cfg.max_video_frames, self.image_processor.use_truncated)
+        except ImageDecodeError as error:
+            raise RowDropped(image_reason(error, where_of(row))) from None
+
+    def _check_count(self, count: int, row: dict) -> None:
+        """Raise RowDropped where a row has more images and videos than it may; the frames of a video count as one."""
+        if count > (limit := self.cfg.max_images_per_example):
+            raise RowDropped(Reason(TOO_MANY_IMAGES, where_of(row), f"{count}, --max_images_per_example {limit}"))
+
     def _grids(self, row: dict) -> list[tuple[int, int]]:
         """The grids of a row's images, from their headers. Raises RowDropped."""
-        if (count := len(row["images"])) > (limit := self.cfg.max_images_per_example):
-            raise RowDropped(Reason(TOO_MANY_IMAGES, where_of(row), f"{count}, --max_images_per_example {limit}"))
+        if "video_numbers" not in row:  # else they are counted
+            self._check_count(len(row["images"]), row)
         try:
-            grids = [self.image_processor.grid(image) for image in row["images"]]
+            grids = [grid_of(image, self.image_processor) for image in row["images"]]
         except ImageDecodeError as error:
             raise RowDropped(image_reason(error, where_of(row))) from None
         if self.train and sum(map(self.image_processor.count, grids)) > (self.cfg.tiles_per_row or float("inf")):
@@ -342,11 +360,12 @@ class VQADataset:
         were used, as drops are counted). Raises RowDropped."""
         before = self.image_processor.truncated
         try:
-            tiles = [self.image_processor(image)[0] for image in images]
+            tiles, videos = decode_pictures(images, self.image_processor)
         except ImageDecodeError as error:
             raise RowDropped(image_reason(error, where)) from None
         more = self.image_processor.truncated - before
         truncated = {TRUNCATED: more} if more else {}
+        truncated |= {TRUNCATED_VIDEO: videos} if videos else {}
         if len(tiles) == 1:
             return tiles[0], truncated  # copying a large image takes a third of what decoding it takes
         return torch.cat(tiles) if tiles else None, truncated

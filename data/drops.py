@@ -20,12 +20,11 @@ CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the tu
 LOW_RATING = "rating"
 TOO_LONG = "too long"
 NO_LABEL = "no label"
-NO_VIDEO = "video, which this model does not read"
 UNKNOWN_WORD = "word not in the vocabulary"
 BAD_SUBSET = "subset that cannot be loaded"
 TURN = "turn: "  # stands before the reason where a turn was dropped and its row kept
 USED = "used: "  # stands before the count of what is not whole and was used all the same
-TRUNCATED = f"{USED}truncated image"
+TRUNCATED, TRUNCATED_VIDEO = f"{USED}truncated image", f"{USED}truncated video"
 # What the user's own flags leave out; every other reason is something wrong with the row.
 FILTERED = frozenset({TOO_MANY_IMAGES, TOO_MANY_TILES, LOW_RATING, TOO_LONG, BAD_SUBSET, SKIPPED})
 REASONS_TO_SHOW = 5  # with the first row of each

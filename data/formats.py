@@ -10,7 +10,8 @@ the turns before it; without them all images stand before the first question;
 "content"}; where the last is a call, there may be no answer;
 `id`: str that says where the row comes from, as "easy-vqa/train/17" or "file.parquet#12";
 and, where it has them, `system`: a text before the first turn; `tools`: those that may be called;
-`videos`: list of videos that are not decoded yet, see data.video_keys, with `subtitles`, `clip_start` and `clip_end`;
+`videos`: list of videos that are not decoded yet, see data.video_keys, with `subtitles`, `clip_start` and `clip_end`,
+and `video_numbers`: of each its number among all that the row shows, by which the places count;
 `format`: the name of the format it was recognised by;
 `where`: its file and line in words, for messages;
 `bad`: the reason why the row cannot be used, which then has neither images nor texts; and, from FineVision,

@@ -71,13 +71,13 @@ def decode_image(source: Source, size: tuple[int, int] | None = None, use_trunca
         image.load()
         if orientation != 1:
             image = ImageOps.exif_transpose(image)
-        image = _opaque(image)
+        image = opaque(image)
         if size is not None and image.width * image.height > MANY_PIXELS:
             across, down = (max(1, int(old / new / REDUCING_GAP)) for old, new in zip(image.size, size, strict=True))
             image = image.reduce((across, down))
         pixels = torch.from_numpy(np.array(image))
         pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        return (pixels if size is None else _resize(pixels, size)).expand(3, -1, -1)
+        return (pixels if size is None else resized(pixels, size)).expand(3, -1, -1)
 
 
 def small(source: Source, side: int) -> torch.Tensor:
@@ -151,7 +151,7 @@ def _first_bytes(path: str | Path) -> bytes:
         return file.read(12)
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
     """8-bit grey or RGB of an image of any mode, with transparent parts white."""
     if image.mode[0] in "IF":
         return _to_8_bit(image)
@@ -179,7 +179,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8))
 
 
-def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 [C, H, W] resized to (width, height): at most 2 of 256 levels from Pillow's bicubic, and faster."""
     if pixels.shape[1:] == size[::-1]:
         return pixels
@@ -202,19 +202,20 @@ class ImageProcessor:
         A 1x1 grid is the image alone; a larger one is, where the config has a global_image_token, the whole image
         made S x S, and then the tiles row by row. Raises ImageDecodeError.
         """
-        resized = self._decoded(source, self.target_size(*image_size(source)))
+        whole = self.decoded(source, self.target_size(*image_size(source)))
         side = self.side
-        rows, cols = resized.shape[1] // side, resized.shape[2] // side
+        rows, cols = whole.shape[1] // side, whole.shape[2] // side
         tiles = np.empty((self.count((rows, cols)), 3, side, side), dtype=np.uint8)
         first = len(tiles) - rows * cols
         if first:
-            tiles[0] = _resize(resized, (side, side)).numpy()
+            tiles[0] = resized(whole, (side, side)).numpy()
         # NumPy: on a busy CPU torch's threads take a hundred times as long for a copy.
-        cut = resized.numpy().reshape(3, rows, side, cols, side).transpose(1, 3, 0, 2, 4)
+        cut = whole.numpy().reshape(3, rows, side, cols, side).transpose(1, 3, 0, 2, 4)
         tiles[first:].reshape(rows, cols, 3, side, side)[:] = cut
         return torch.from_numpy(tiles), (rows, cols)
 
-    def _decoded(self, source: Source, size: tuple[int, int]) -> torch.Tensor:
+    def decoded(self, source: Source, size: tuple[int, int]) -> torch.Tensor:
+        """As decode_image, with what is there of an image that breaks off where that is to be used, and counted."""
         try:
             return decode_image(source, size)
         except ImageDecodeError as error:

@@ -22,7 +22,7 @@ from data.drops import REASONS_TO_SHOW, TURN, DropCounter
 from data.formats import Row, count_formats
 from data.images import ImageDecodeError, image_size
 from data.pipeline import Data
-from data.splits import keys_of
+from data.splits import keys_of, shown_by
 from data.text import unknown_words
 
 BINS, BAR = 8, 40  # of a histogram: lines, letters of the longest bar
@@ -155,7 +155,7 @@ def _find_overlaps(facts: Facts, splits: dict[str, Any]) -> None:
 
 def _identity(row: Row) -> tuple[set[int], set[tuple]]:
     """(keys of its images, a key of each of its questions)."""
-    images = frozenset(keys_of(row["images"], None))
+    images = frozenset(keys_of(shown_by(row), None))
     return set(images), {(images, " ".join((turn["user"] or "").lower().split())) for turn in row["texts"]}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.formats import Part, Rows
+from data.formats import Part, Row, Rows
 from data.image_files import ClassFolder, TarFile
 from data.rows import RowSubset, TableRows, held_out_rows, split_rows
 from data.streams import RowStream
@@ -139,7 +139,7 @@ def _keys_of_part(part: Part) -> Iterator[list[int]]:
     if isinstance(table, ClassFolder | TarFile):  # each row has its own
         yield from ([] for _ in range(len(table)))
     elif part.options.function or part.options.columns:
-        yield from (keys_of(part[number]["images"], None) for number in range(len(table)))
+        yield from (keys_of(shown_by(part[number]), None) for number in range(len(table)))
     elif isinstance(table, TextFile):
         for number, record in enumerate(table.records()):
             yield _keys_of_record(part, number, record)
@@ -147,14 +147,14 @@ def _keys_of_part(part: Part) -> Iterator[list[int]]:
         for batch in table.select_columns([column]).iter(256):
             yield from (keys_of(value, folder) for value in batch.column(column).to_pylist())
     else:
-        yield from (keys_of(part[number]["images"], None) for number in range(len(table)))
+        yield from (keys_of(shown_by(part[number]), None) for number in range(len(table)))
 
 
 def _keys_of_record(part: Part, number: int, record: Any) -> list[int]:
     """The keys of a record of a text file: where an image key has a value, the row need not be made of it."""
     value = next((record[key] for key in IMAGE_KEYS if record.get(key) is not None), None)
     folder = part.options.image_root or part.folder
-    return keys_of(part[number]["images"], None) if value is None else keys_of(value, folder)
+    return keys_of(shown_by(part[number]), None) if value is None else keys_of(value, folder)
 
 
 def _keys_at(rows: Rows, index: int) -> list[int]:
@@ -167,7 +167,12 @@ def _keys_at(rows: Rows, index: int) -> list[int]:
                 return _keys_of_record(part, number, part.table.record(number))
             except BadRow:
                 return []
-    return keys_of(rows[index]["images"], None)
+    return keys_of(shown_by(rows[index]), None)
+
+
+def shown_by(row: Row) -> list[Any]:
+    """All images and videos of a row, by which rows are told apart."""
+    return [*row["images"], *row.get("videos", ())]
 
 
 def keys_of(value: Any, folder: Path | None) -> list[int]:

@@ -31,6 +31,8 @@ def videos_of(record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     for key in ("clip_start", "clip_end"):
         if record.get(key) is not None:
             found[key] = _seconds(record[key], key)
+    if len(videos) > 1 and len(found) > 1:
+        raise BadRow("subtitles or a clip of several videos", f"{len(videos)} videos, {', '.join([*found][1:])}")
     if found.get("clip_end", math.inf) <= found.get("clip_start", 0.0):
         raise BadRow("clip_end is not after clip_start", f"{found['clip_start']} to {found['clip_end']}")
     return found

@@ -187,10 +187,12 @@ class Prompts(Dataset):
 
     def __getitem__(self, index: int) -> Questions | str:
         question = self.questions[index]
-        turn = {"user": question.prompt} if self.without_image else self.benchmark.turn(question)
+        turn: dict[str, Any] = {"user": question.prompt}
+        images: list[Any] = []
         try:
-            self.reader.check(f"{question.item.system or ''}\n{turn['user']}")
-            images = [] if self.without_image else self.benchmark.images(question)
+            self.reader.check(f"{question.item.system or ''}\n{question.prompt}")
+            if not self.without_image:
+                turn, images = self.benchmark.asked(question)
             return self.reader.read(turn, images, question.item.system or "", question.answer_prefix, question.id)
         except (ImageDecodeError, ValueError, OSError) as error:
             return str(error)

@@ -14,14 +14,27 @@ from data.collators import PromptCollator, to_device
 from data.control_tokens import ControlTokens
 from data.datasets import Questions
 from data.drops import IMAGE_TOKEN_IN_TEXT
+from data.frames import decode_pictures, grid_of, picture_text, with_times
 from data.images import ImageProcessor
 from data.places import PLACE, place_images, with_images
-from data.text import encode_chat, encode_prompt, get_tokenizer, image_string
+from data.text import encode_chat, encode_prompt, get_tokenizer
 from data.values import BadRow
+from data.video import sampled
 from eval.answer_text import AnswerText, Speed
 from eval.prompt_cache import PromptCache
 from models.attention import compute_dtype
+from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
+
+
+@dataclass
+class Shown:
+    """An image or a video that a user shows."""
+
+    tiles: torch.Tensor  # uint8 [n, 3, S, S]
+    text: str  # what stands for it in a prompt
+    grid: tuple[int, int] = (1, 1)  # rows and columns of an image's tiles
+    is_video: bool = False
 
 
 @dataclass
@@ -30,6 +43,7 @@ class Reader:
 
     tokenizer: Any
     processor: ImageProcessor
+    max_video_frames: int = TrainConfig.max_video_frames
 
     def __post_init__(self) -> None:
         self.control_tokens = ControlTokens(self.tokenizer, self.processor.cfg)
@@ -47,26 +61,48 @@ class Reader:
         """One question as the model gets it.
 
         turn: {"user": text}, with the places of its images where they do not stand before it (data.places). images: in
-        any form that rows may have. answer_prefix: stands after the assistant's header. Raises ImageDecodeError.
+        any form that rows may have, frames among them. answer_prefix: stands after the assistant's header. Raises
+        ImageDecodeError.
         """
-        processed = [self.processor(image) for image in images]
-        texts = [image_string([grid], self.processor.cfg) for _, grid in processed]
+        texts = self._texts(images)
         prompt = encode_prompt(self.tokenizer, with_images(dict(turn), texts)[0], "", system) + self.ids(answer_prefix)
-        tiles = torch.cat([tiles for tiles, _ in processed]) if processed else None
-        return Questions(tiles, [prompt], [""], [None], id)
+        tiles, _ = decode_pictures(images, self.processor)
+        return Questions(torch.cat(tiles) if tiles else None, [prompt], [""], [None], id)
 
-    def spoken(self, text: str, grids: Sequence[tuple[int, int]]) -> str:
-        """What a user says, with the tokens of its images: before it, or where it says <image>.
+    def _texts(self, pictures: Sequence[Any]) -> list[str]:
+        """The text that stands for each image and frame. Raises ValueError as `check` does at subtitles."""
+        for one in pictures:
+            self.check(getattr(one, "after", ""))
+        return [picture_text(one, grid_of(one, self.processor), self.processor.cfg) for one in pictures]
 
-        grids: of these images, as the processor gives them. Raises ValueError where they are not as many as the
-        <image> in it, and as `check` does.
+    def image(self, source: Any) -> Shown:
+        """Raises ImageDecodeError."""
+        tiles, _ = decode_pictures([source], self.processor)
+        return Shown(tiles[0], self._texts([source])[0], grid_of(source, self.processor))
+
+    def video(self, source: Any) -> Shown:
+        """Its frames, each with its time. Raises ImageDecodeError."""
+        frames = with_times(sampled(source, self.max_video_frames))
+        tiles, _ = decode_pictures(frames, self.processor)
+        return Shown(torch.cat(tiles), "".join(self._texts(frames)), is_video=True)
+
+    def spoken(self, text: str, shown: Sequence[Shown]) -> tuple[str, list[torch.Tensor]]:
+        """(what a user says, with the tokens of what it shows: before it, or where it says <image> and <video>; the
+        tiles of these in their order).
+
+        Raises ValueError where these are not as many as the <image> or <video> in it, and as `check` does.
         """
         self.check(text)
+        images, videos = ([one for one in shown if one.is_video == kind] for kind in (False, True))
         try:
-            [turn] = place_images([{"user": text.strip(), "assistant": None}], None, len(grids))
+            [turn], numbers = place_images(
+                [{"user": text.strip(), "assistant": None}], None, len(images), len(videos) or None
+            )
         except BadRow as bad:
             raise ValueError(f"{bad.kind}: {bad.found}") from None
-        return with_images(turn, [image_string([grid], self.processor.cfg) for grid in grids])[0]
+        rest = {True: iter(videos), False: iter(images)}
+        ordered = [next(rest[number in numbers]) for number in range(len(shown))]
+        return with_images(turn, [one.text for one in ordered])[0], [one.tiles for one in ordered]
 
     def conversation(
         self, contents: Sequence[str], tiles: Sequence[torch.Tensor], system: str = "", answer_prefix: str = ""
@@ -92,10 +128,11 @@ class ModelAsker:
         tokenizer: Any,
         device: torch.device,
         autocast: contextlib.AbstractContextManager,
+        max_video_frames: int = TrainConfig.max_video_frames,
     ):
         """model: on the device, without dropout while it is asked."""
         self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
-        self.reader = Reader(tokenizer, ImageProcessor(model.cfg))
+        self.reader = Reader(tokenizer, ImageProcessor(model.cfg), max_video_frames)
         self.collator = PromptCollator(tokenizer.pad_token_id, model.cfg)
         self.speed = Speed()  # of all answers so far
 
@@ -200,6 +237,7 @@ class Asker(ModelAsker):
         device: torch.device,
         autocast: contextlib.AbstractContextManager,
         lm_tokenizer: str | None = None,
+        max_video_frames: int = TrainConfig.max_video_frames,
     ):
         """folder: a checkpoint in nanoVLM's format. lm_tokenizer: in place of the checkpoint's own.
 
@@ -207,5 +245,6 @@ class Asker(ModelAsker):
         """
         model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
         model.cfg.lm_tokenizer = lm_tokenizer or model.cfg.lm_tokenizer
-        super().__init__(model, get_tokenizer(model.cfg, None if lm_tokenizer else folder), device, autocast)
+        tokenizer = get_tokenizer(model.cfg, None if lm_tokenizer else folder)
+        super().__init__(model, tokenizer, device, autocast, max_video_frames)
         self.folder = folder

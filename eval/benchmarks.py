@@ -62,6 +62,10 @@ class Benchmark:
         """The question with the places of its images: see data.places."""
         return {"user": question.prompt}
 
+    def asked(self, question: Question) -> tuple[dict[str, Any], list[Any]]:
+        """(turn, images) of a question, with the frames of its videos among these. Raises ImageDecodeError as well."""
+        return self.turn(question), self.images(question)
+
     def describe(self) -> dict[str, Any]:
         """Where the data is from, for the results."""
         return {

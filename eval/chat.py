@@ -13,11 +13,12 @@ import torch
 
 from data.images import ImageDecodeError
 from eval.answer_text import Speed
-from eval.asking import Asker
+from eval.asking import Asker, Shown
 from eval.prompt_cache import PromptCache
 
 HELP = """\
 /image PATH ...  show the model these images: before your next question, or where it says <image>
+/video PATH ...  the same with videos, and <video>
 /reset           forget the conversation and its images
 /help            this
 /quit            end, as Ctrl-D does; Ctrl-C ends an answer"""
@@ -44,24 +45,23 @@ class Chat:
         """Forget all."""
         self.contents: list[str] = []  # what user and assistant have said, with the images' tokens
         self.tiles: list[torch.Tensor] = []  # of the images in it
-        self.waiting: list[tuple[torch.Tensor, tuple[int, int]]] = []  # (tiles, grid) of those of the next question
+        self.waiting: list[Shown] = []  # with the next question
         self.known = PromptCache()  # what the model has read of it
 
-    def add_image(self, path: Path) -> None:
-        """Show it with the next question. Raises ValueError where it is not an image."""
+    def add(self, kind: str, path: Path) -> None:
+        """Show an "image" or a "video" with the next question. Raises ValueError where it is none."""
         try:
-            tiles, grid = self.asker.reader.processor(path)
+            self.waiting.append(getattr(self.asker.reader, kind)(path))
         except ImageDecodeError as error:
             raise ValueError(f"{shlex.quote(str(path))}: {error.kind}: {error}") from None
-        self.waiting.append((tiles, grid))
 
     def ask(self, text: str) -> None:
         """Show the answer, and keep both. What Ctrl-C has ended counts as the answer, unless it had not begun.
 
         Raises ValueError for a question that cannot be asked; it is not kept, and its images wait for the next.
         """
-        content = self.asker.reader.spoken(text, [grid for _, grid in self.waiting])
-        contents, tiles = [*self.contents, content], [*self.tiles, *(tiles for tiles, _ in self.waiting)]
+        content, new_tiles = self.asker.reader.spoken(text, self.waiting)
+        contents, tiles = [*self.contents, content], [*self.tiles, *new_tiles]
         question = self.asker.reader.conversation(contents, tiles)
         if problem := self.asker.too_long(question, self.max_new_tokens):
             raise ValueError(f"{problem}; /reset begins a new conversation")
@@ -103,11 +103,11 @@ class Chat:
         elif command == "/reset":
             self.reset()
             self.note("a new conversation")
-        elif command == "/image":
+        elif command in ("/image", "/video"):
             if not rest.strip():
-                raise ValueError("/image needs a path: /image PATH")
+                raise ValueError(f"{command} needs a path: {command} PATH")
             for path in paths_of(rest.strip()):
-                self.add_image(path)
+                self.add(command[1:], path)
                 self.note(f"{path}: with your next question")
         elif command.startswith("/"):
             raise ValueError(f"no command {command}; /help names them, and with a space before it it is a question")

@@ -40,16 +40,16 @@ def show_answer(
     processed = []
     for image in images:
         try:
-            processed.append(asker.reader.processor(image))
+            processed.append(asker.reader.image(image))
         except ImageDecodeError as error:
             raise ValueError(f"{error.kind}: {error}") from None
-    spoken = asker.reader.spoken(text, [grid for _, grid in processed])
-    question = asker.reader.conversation([spoken], [tiles for tiles, _ in processed])
+    spoken, tiles = asker.reader.spoken(text, processed)
+    question = asker.reader.conversation([spoken], tiles)
     if problem := asker.too_long(question, max_new_tokens):
         raise ValueError(problem)
     prompt = question.prompts[0]
     counted = f"{prompt.count(asker.model.cfg.image_token_id)} image tokens of {len(prompt)} in the prompt"
-    seen = drawn(processed) if processed else None
+    seen = drawn([(one.tiles, one.grid) for one in processed]) if processed else None
     answer = ""
     yield Shown(answer, counted, seen)
     asker.speed = Speed()

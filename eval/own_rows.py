@@ -20,6 +20,7 @@ from eval.rules import Item, Question, Rule, Task, each
 from eval.scorers import points, text
 from eval.scorers.judged import Judged
 from eval.tables import Table
+from models.config import TrainConfig
 
 
 def _rule(name: str, source: str, judge: Callable[[str, Sequence[str]], Judged]) -> Rule:
@@ -56,12 +57,28 @@ class OwnRows(Benchmark):
 
     rows: Rows = field(default_factory=list)
     not_usable: dict[str, str] = field(default_factory=dict)  # reason -> how many, and the first
+    max_video_frames: int = TrainConfig.max_video_frames
+    has_videos: bool = False
 
     def images(self, question: Question) -> list[Any]:
         return self.rows[question.number]["images"]
 
     def turn(self, question: Question) -> dict[str, Any]:
         return question.turn or super().turn(question)
+
+    def asked(self, question: Question) -> tuple[dict[str, Any], list[Any]]:
+        row = self.rows[question.number]
+        if not row.get("videos"):
+            return super().asked(question)
+        from data.frames import with_frames  # torch, which scoring does without
+
+        place = row["texts"].index(question.turn)
+        row = with_frames(row, self.max_video_frames)
+        return row["texts"][place], row["images"]
+
+    @property
+    def fingerprint(self) -> str:
+        return super().fingerprint + (f", {self.max_video_frames} frames of a video" if self.has_videos else "")
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"not_usable": self.not_usable}
@@ -74,6 +91,7 @@ def open_own_rows(
     options: RowOptions = AS_THEY_ARE,
     answered: bool = True,
     count: int | None = None,
+    max_video_frames: int = TrainConfig.max_video_frames,
 ) -> OwnRows:
     """The questions of a file or folder, of its first `limit` rows. Raises ValueError that names `flag`.
 
@@ -83,7 +101,13 @@ def open_own_rows(
     rows = load_rows(str(path), split="test", flag=flag, options=options)
     assert isinstance(rows, TableRows)
     found = OwnRows(
-        own_task(re.sub(r"\W+", "_", path.stem) or "rows"), [], Table(str(path), ()), "", "as written", rows=rows
+        own_task(re.sub(r"\W+", "_", path.stem) or "rows"),
+        [],
+        Table(str(path), ()),
+        "",
+        "as written",
+        rows=rows,
+        max_video_frames=max_video_frames,
     )
     bad: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -95,6 +119,7 @@ def open_own_rows(
             bad[str(reason)] += 1
             first.setdefault(str(reason), reason.first if isinstance(reason, Reason) else "")
             continue
+        found.has_videos |= bool(row.get("videos"))
         row_id = _own_value(rows, number, ID_KEYS) or row["id"]
         seen[row_id] += 1
         row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"

@@ -28,7 +28,8 @@ def open_eval_tasks(cfg: TrainConfig) -> list[Benchmark]:
     root = None if cfg.data_root is None else Path(cfg.data_root)
     if cfg.dry_run and root is None:  # which downloads nothing
         return []
-    benchmarks = [] if cfg.eval_tasks is None else open_tasks(cfg.eval_tasks, root, "eval_tasks")
+    tasks, frames = cfg.eval_tasks, cfg.max_video_frames
+    benchmarks = [] if tasks is None else open_tasks(tasks, root, "eval_tasks", max_video_frames=frames)
     unanswered = {one.task.name: score(one, {question.id: "" for question in one.questions})[1] for one in benchmarks}
     named = [name for name in numbers_of(unanswered) if not name.endswith("_stderr")]
     allowed = [*VALIDATION_METRICS, *(name for name in named if name.split("/")[1] not in NO_DIRECTION)]

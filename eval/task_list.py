@@ -9,6 +9,7 @@ from eval.benchmarks import Benchmark, open_benchmark
 from eval.own_rows import open_own_rows
 from eval.prompts import STYLES
 from eval.tasks import TASKS
+from models.config import TrainConfig
 
 
 def open_tasks(
@@ -18,6 +19,7 @@ def open_tasks(
     limit: int | None = None,
     style_of: Callable[[str], str | None] = lambda name: STYLES[0],
     with_images: bool = True,
+    max_video_frames: int = TrainConfig.max_video_frames,
 ) -> list[Benchmark]:
     """The benchmarks that `tasks` names, separated by commas: names of eval.tasks, files or folders of one's own rows.
 
@@ -35,7 +37,7 @@ def open_tasks(
             style = style_of(name)
             one = open_benchmark(TASKS[name], root, limit, style, with_images, alone, count)
         elif (path := Path(name).expanduser()).exists():
-            one = open_own_rows(path, limit, flag, count=count)
+            one = open_own_rows(path, limit, flag, count=count, max_video_frames=max_video_frames)
         else:
             raise ValueError(f"--{flag} {name}: no such task, file or folder; the tasks are {', '.join(TASKS)}")
         if one.task.name in found:

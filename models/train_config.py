@@ -34,7 +34,7 @@ class TrainConfig(Checked):
     image_root: str | None = doc("folder of relative image paths; by default that of the file with the rows", None)
     fetch_images: bool = doc("fetch images of http and https URLs into the cache of datasets", False)
     truncated_images: str = doc(
-        "an image whose file breaks off: drop its row, or use what is there and count it",
+        "an image or video whose file breaks off: drop its row, or use what is there and count it",
         "drop",
         choices=("drop", "use"),
     )
@@ -98,7 +98,10 @@ class TrainConfig(Checked):
         choices=("auto",),
     )
     max_images_per_knapsack: int = doc("packing: images in one row; a sample with more has a row of its own", 18, gt=0)
-    max_images_per_example: int = doc("rows with more images are dropped", 4, ge=0)
+    max_images_per_example: int = doc("rows with more images and videos are dropped", 4, ge=0)
+    max_video_frames: int = doc(
+        "frames of a video at most: two a second and the last one, or as many evenly spread over a longer one", 16, gt=0
+    )
     max_sample_length: int = doc("samples with more tokens are dropped", 4096, gt=0)
     relevance_min_rating: int = doc("FineVision: drop turns rated lower", 1)
     image_correspondence_min_rating: int = doc("FineVision: drop turns rated lower", 1)

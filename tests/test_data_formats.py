@@ -197,7 +197,7 @@ BAD = {
     "a system message elsewhere than at the beginning": {"messages": [
         {"role": "user", "content": "?"}, {"role": "system", "content": "no"}]},
     "a message of messages is a string": {"messages": ["?"]},
-    "a part of a message is neither text nor image": {"messages": [
+    "a part of a message is neither text nor image nor video": {"messages": [
         {"role": "user", "content": [{"type": "audio"}]}]},
     "a message is an object": {"messages": [{"role": "user", "content": {"type": "text"}}]},
     "choices is a string": {"question": "?", "choices": "a, b", "answer": "a"},

@@ -242,8 +242,8 @@ def test_more_pixels_than_the_limit_are_a_dropped_row_before_they_are_decoded():
 
 def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):
     decoded = []
-    opaque = images._opaque
-    monkeypatch.setattr(images, "_opaque", lambda image: decoded.append(image.size) or opaque(image))
+    real = images.opaque
+    monkeypatch.setattr(images, "opaque", lambda image: decoded.append(image.size) or real(image))
     image = picture(60, 40).resize((1200, 800), BICUBIC)
     data = encoded(image, "JPEG")
     for size, at in (((64, 48), (150, 100)), ((240, 160), (600, 400)), ((512, 512), (1200, 800)), (None, (1200, 800))):

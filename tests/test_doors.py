@@ -103,7 +103,7 @@ def opens_text_unsaid(call: ast.Call) -> bool:
         return False
     if function.attr == "open":
         is_text = not any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in mode)
-        return is_text and ast.unparse(function.value) not in ("Image", "os", "tarfile")
+        return is_text and ast.unparse(function.value) not in ("Image", "av", "os", "tarfile")
     return function.attr in ("read_text", "write_text")
 
 

@@ -1,0 +1,53 @@
+"""A frame of a video that is not decoded yet, and why a video cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images import ImageDecodeError
+
+NOT_DECODED = "video does not decode"
+NO_PICTURES = "video without pictures"
+OUTSIDE = "clip outside of its video"
+BROKEN = "video breaks off or is damaged"
+NEEDS_AV = "video, which needs av"
+
+Source = str | Path | bytes | dict[str, Any]  # a dict has "bytes" or "path"
+
+
+class VideoError(ImageDecodeError):
+    """A video cannot be used."""
+
+    def __init__(self, found: str, kind: str = NOT_DECODED):
+        super().__init__(found, kind)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a video that is not decoded yet."""
+
+    source: Source  # the video's; of a folder the file of this picture
+    time_s: float  # when it is shown, from the start of the clip
+    stamp: int | None = None  # in units of the file, of a GIF its number; None: the source is this picture alone
+    file_s: float = 0.0  # the same in seconds
+    number: int = 0  # among the file's frames
+    key: int = 0  # the stamp of the frame at which decoding can begin
+    is_broken: bool = False  # whether the file breaks off
+    before: str = ""  # the texts around it
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """All frames of a video. n of them, int64 [n] each, sorted."""
+
+    stamps: np.ndarray
+    keys: np.ndarray
+    times_s: np.ndarray  # float64 [n], from 0
+    end_s: float  # when the last one ends
+    first_s: float = 0.0  # when the first one is shown by the file's clock
+    broken: str = ""  # why they are not all that the file should have
