@@ -63,7 +63,7 @@ def _with_scores(rows: Sequence[dict], rule: Rule, scores: Sequence[float]) -> l
 
 def _chances(task: Task, rule: Rule, rows: Sequence[dict], items: Sequence[Item]) -> dict[str, float | None]:
     """What guessing scores on average, for the metrics that are means."""
-    if task.chance is None:
+    if task.chance is None or (task.chance == "choices" and not any(item.choices for item in items)):
         return {}
     if isinstance(task.chance, float):
         scores = [task.chance] * len(rows)

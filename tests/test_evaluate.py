@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -378,6 +379,9 @@ def test_ones_own_rows(tmp_path, capsys):
         {"exact match": 0.2, "contains": 0.6, "number within 5 %": 0.4, "ANLS": values["ANLS"], "choice": 0.4}
     )
     assert summary["rules"]["contains"]["metrics"]["source/two"]["value"] == 0.5
+    first = dict(list(zip([one.id for one in benchmark.questions], given, strict=True))[:1])
+    _, open_only = score(replace(benchmark, questions=benchmark.questions[:1]), first)
+    assert open_only["rules"]["contains"]["metrics"]["accuracy"]["chance"] is None  # nobody knows what guessing scores
     assert "no known format" in next(iter(summary["data"]["not_usable"]))
     write_answers(tmp_path / "a.jsonl", zip([one.id for one in benchmark.questions], given, strict=True))
     run("--tasks", path, "--answers", tmp_path / "a.jsonl", "--output", tmp_path / "out")
