@@ -139,7 +139,8 @@ class Parser(ArgumentParser):
             elif "alone" in field.metadata:
                 self.add_argument(f"--{name}", nargs="?", const=str(field.metadata["alone"]))
             else:
-                self.add_argument(f"--{name}", nargs="+" if get_origin(types[name]) is list else None)
+                several = list in map(get_origin, (types[name], *get_args(types[name])))
+                self.add_argument(f"--{name}", nargs="+" if several else None)
 
     def error(self, message: str) -> NoReturn:
         end([message])
