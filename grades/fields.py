@@ -18,9 +18,9 @@ Relation = tuple[bool, str, str]  # whether it holds, the field to blame, what i
 def doc(help: str, default: Any, **rules: Any) -> Any:
     """A dataclass field whose help text is its documentation, on the command line too.
 
-    rules: gt, ge, lt, le, the bounds of a number, or of each number of a mapping or list; choices, all values that are allowed
-    (with bounds: those that are allowed besides the numbers); section, the title of the fields from this one on; alone,
-    the value of a flag that is given without one. None is allowed where it is the default.
+    rules: gt, ge, lt, le, the bounds of a number, or of each number of a mapping or list; choices, all values that are
+    allowed (with bounds: those that are allowed besides the numbers); section, the title of the fields from this one
+    on; alone, the value of a flag that is given without one. None is allowed where it is the default.
     """
     assert rules.keys() <= RULES, rules
     metadata = {"help": help} | rules

@@ -167,9 +167,7 @@ class VLMConfig(Checked):
 
     def pixel_scaling(self) -> list[tuple[float, float]]:
         """(factor, what is then subtracted) for pixels of 0 to 255: one pair, or one for each colour."""
-        mean, std = (
-            value if isinstance(value, list) else [value] * 3 for value in (self.image_mean, self.image_std)
-        )
+        mean, std = (value if isinstance(value, list) else [value] * 3 for value in (self.image_mean, self.image_std))
         pairs = [(1.0 / (255.0 * s), m / s) for m, s in zip(mean, std, strict=True)]
         return pairs if len(set(pairs)) > 1 else pairs[:1]
 

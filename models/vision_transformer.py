@@ -1,4 +1,4 @@
-"""The vision tower: the ViT of SigLIP (gelu tanh, last LayerNorm) or of CLIP (class token, first LayerNorm, quick gelu).
+"""The vision tower: the ViT of SigLIP (tanh gelu, last LayerNorm) or CLIP (class token, first LayerNorm, quick gelu).
 
 Shapes: B images, T patches, C width, H heads, D = C / H.
 """

@@ -139,7 +139,7 @@ class Parser(ArgumentParser):
             elif "alone" in field.metadata:
                 self.add_argument(f"--{name}", nargs="?", const=str(field.metadata["alone"]))
             else:
-                several = list in map(get_origin, (types[name], *get_args(types[name])))
+                several = any(get_origin(kind) is list for kind in (types[name], *get_args(types[name])))
                 self.add_argument(f"--{name}", nargs="+" if several else None)
 
     def error(self, message: str) -> NoReturn:
