@@ -113,7 +113,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
 def end(problems: Iterable[str]) -> NoReturn:
     """End the program with a line for each problem; a usage text of a hundred flags would hide them."""
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        program = "inspect_data.py" if Path(sys.argv[0]).name == "inspect_data.py" else "train.py"
+        name = Path(sys.argv[0]).name
+        program = name if name in ("inspect_data.py", "verify_model_setup.py") else "train.py"
         print("\n".join(f"{program}: error: {problem}" for problem in problems), file=sys.stderr)
     sys.exit(2)
 
