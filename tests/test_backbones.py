@@ -141,6 +141,20 @@ def test_features_of_chosen_blocks_need_no_block_above(tmp_path, family, layers,
     assert (len(vit.blocks), cfg.vit_n_blocks, cfg.vit_feature_dim) == (built, 6, 24 * len(layers))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_clip_loads_from_what_torch_saved(tmp_path, zipped):
+    """Older repositories hold pytorch_model.bin alone; here with both towers and old names."""
+    hf = save_vision(tmp_path, family="CLIP")
+    tensors = {f"vision_model.{name}": tensor for name, tensor in hf.state_dict().items()}
+    tensors |= {"text_model.final_layer_norm.bias": torch.zeros(3), "logit_scale": torch.tensor(2.0)}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_same_features(tmp_path, hf, skip=("post_layernorm",))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: is damaged"):
+        ViT.from_pretrained(config(vision=tmp_path))
+
+
 def test_a_clip_brings_its_pixel_statistics(tmp_path):
     save_vision(tmp_path, family="CLIP")
     cfg, own = config(vision=tmp_path), config(vision=tmp_path, image_mean=0.3)
