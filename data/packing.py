@@ -22,7 +22,7 @@ import torch
 from data.collators import Collator
 from data.datasets import PreparedSample, Sample, VQADataset
 from data.drops import count_drops, drop_records
-from data.order import EpochIndices
+from data.order import row_visits
 from data.readers import FruitlessCounter, Place, Readers
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
@@ -148,7 +148,8 @@ class Piece:
 class PackedReaders(Readers):
     """Endless batches of batch_size packed rows.
 
-    In each epoch one of the readers reads each row of the data set once (or as often as --mixture_weights says).
+    In each epoch one of the readers reads each row of the data set once (or as often as --mixture_weights or
+    --mixture says).
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class PackedReaders(Readers):
     ):
         super().__init__(dataset, collator, start, rank, world_size)
         if not isinstance(dataset.rows, RowStream):
-            self.order = EpochIndices(dataset.rows, dataset.cfg.mixture_weights, dataset.cfg.seed)
+            self.order = row_visits(dataset.rows, dataset.cfg)
 
     def items(self, reader: int, place: Place) -> Iterator[tuple[list[Sample], Place]]:
         """(samples of a row and those dropped before it, place after it)."""
@@ -206,9 +207,7 @@ class PackedReaders(Readers):
         dataset = self.dataset
         if stream is not None:
             return (dataset.prepare_row(row, f"{epoch}/{row['id']}") for row in stream)
-        # Where there are fewer rows than readers, other readers have one in each epoch.
-        mine = self.order[epoch][(reader + epoch) % self.readers :: self.readers]
-        return (dataset.prepare((epoch, index)) for index in mine[offset:].tolist())
+        return map(dataset.prepare, self.order.keys(epoch, reader, self.readers)[offset:])
 
     def _packed(self, window: list[PreparedSample], key: str) -> list[list[Piece]]:
         """The rows of a window. Their order and that of the samples in each are drawn by `key`: not by length."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grades.fields import Checked, Relation, doc
 
@@ -22,6 +23,11 @@ class TrainConfig(Checked):
     )
     train_dataset_name: list[str] = doc(
         "configurations (subsets) of the data set, for easy-vqa kinds of question: all, or several names", ["all"]
+    )
+    mixture: list[dict[str, Any]] = doc(
+        "train on several data sets in place of train_dataset_path: a YAML file of groups with shares, none for none, "
+        "or the groups themselves in a recipe. Inside a group a set's share goes with sqrt(rows); see docs/data.md",
+        [],
     )
     test_dataset_path: str | None = doc("rows for the exact match at the end; easy-vqa brings its own test split", None)
     columns: dict[str, str] = doc(
@@ -258,6 +264,12 @@ class TrainConfig(Checked):
         return 0 if isinstance(self.max_tiles_per_batch, str) else self.max_tiles_per_batch // self.batch_size
 
     @property
+    def train_data(self) -> list[str]:
+        """The path of the training data set, or those of all sets of the mixture."""
+        paths = [one["path"] for group in self.mixture for one in group["sets"]]
+        return list(dict.fromkeys(paths)) or [self.train_dataset_path]
+
+    @property
     def validates(self) -> bool:
         """Whether there are validation rows."""
         return self.val_size != 0 or self.val_dataset_path is not None
@@ -271,6 +283,7 @@ class TrainConfig(Checked):
             (self.val_size < 1 or self.val_size % 1 == 0, "val_size", "a share below 1 or a whole number of rows"),
             (self.validates or not self.early_stopping, "val_size", "> 0 with early_stopping"),
             (self.es_weights == "last" or self.average_weights > 0, "es_weights", "last without average_weights"),
+            (not self.mixture or not self.mixture_weights, "mixture_weights", "empty with a mixture, which has rates"),
             (draws_turns or not self.source_weights, "source_weights", "empty without turns_per_image"),
             (draws_turns or not self.balance_answers, "balance_answers", "off without turns_per_image"),
             (not self.log_wandb or self.log_with in (None, "wandb"), "log_with", "left out with --log_wandb"),
