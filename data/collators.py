@@ -14,6 +14,7 @@ import torch
 
 from data.datasets import Questions, Sample
 from data.drops import count_drops, drop_records
+from data.loss_weights import LossWeight
 from models.config import VLMConfig
 
 
@@ -46,8 +47,8 @@ class Collator:
         self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
 
     def _inputs(self, input_ids: np.ndarray, targets: np.ndarray, samples: list[Sample]) -> dict:
-        """The model's arguments and num_labels, from ids and targets (int64 [B, T]), which hold the samples'
-        conversations one after the other."""
+        """The model's arguments, num_labels, and total_weight where labels have weights; from ids and targets (int64
+        [B, T]), which hold the samples' conversations one after the other."""
         label_positions = np.flatnonzero(targets != -100)
         ids = [[conversation.numpy() for conversation, _ in sample.conversations] for sample in samples]
         return {
@@ -62,6 +63,7 @@ class Collator:
             ],
             "label_positions": torch.from_numpy(label_positions),
             "num_labels": len(label_positions),
+            **_label_weights(samples),
         }
 
 
@@ -73,6 +75,7 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
+        label_weights: float32 [L], and total_weight: float, their sum, where a sample has a loss_weight.
         num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
         the rows in it; image_keys: for each of the N images its row, whether it is mirrored, and its place in the row.
         If every row was dropped, input_ids is None and the batch has only ids, dropped and drop_records besides.
@@ -115,6 +118,19 @@ class PromptCollator(Collator):
             "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
             **_image_inputs(input_ids, [row.images for row in rows], ids, self.vlm_cfg),
         }
+
+
+def _label_weights(samples: list[Sample]) -> dict:
+    """label_weights and total_weight of the samples' conversations; nothing where each label counts 1."""
+    if all(sample.loss_weight is None for sample in samples):
+        return {}
+    each = [
+        (sample.loss_weight or LossWeight(1.0)).of_labels(labels.numpy())
+        for sample in samples
+        for _, labels in sample.conversations
+    ]
+    weights = np.concatenate(each)
+    return {"label_weights": torch.from_numpy(weights), "total_weight": float(weights.sum(dtype=np.float64))}
 
 
 def _fill(filled: np.ndarray, values: list[np.ndarray], padding: int) -> np.ndarray:

@@ -32,6 +32,7 @@ from data.drops import (
 )
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
+from data.loss_weights import LossWeight, loss_weight_of
 from data.places import with_images
 from data.templates import TemplateRefused, knows_tools
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
@@ -51,6 +52,7 @@ class Sample:
     id: str
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
     mirrored: bool = False  # the images, left to right
+    loss_weight: LossWeight | None = None  # in training; None: each label counts 1
 
 
 @dataclass
@@ -77,6 +79,8 @@ class PreparedSample:
     weights: list[float] = field(default_factory=list)  # of each conversation, for the draws of turns_per_image
     tiles: torch.Tensor | None = None  # uint8 [n, 3, S, S]: the images, once they are decoded
     mirrored: bool = False  # left to right
+    fixed_weight: float | None = None  # the row's loss_weight
+    loss_weight: LossWeight | None = None  # as in Sample, once the turns are drawn
 
 
 class VQADataset:
@@ -144,7 +148,8 @@ class VQADataset:
         images = prepared.tiles
         if prepared.mirrored and images is not None:
             images = self._mirror(images, prepared.grids)
-        return Sample(images, prepared.conversations, prepared.id, prepared.dropped, prepared.mirrored)
+        weight = prepared.loss_weight
+        return Sample(images, prepared.conversations, prepared.id, prepared.dropped, prepared.mirrored, weight)
 
     def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
         """With the tiles in place of the images."""
@@ -159,7 +164,7 @@ class VQADataset:
     def _drawn(self, prepared: PreparedSample, key: str) -> PreparedSample:
         """With what is drawn at each visit of a row: its turns, and whether it is mirrored."""
         cfg = self.cfg
-        if not self.train or not prepared.conversations or not (cfg.turns_per_image or cfg.flip_images):
+        if not self.train or not prepared.conversations:
             return prepared
         rng = random.Random(key)
         conversations = prepared.conversations
@@ -167,7 +172,8 @@ class VQADataset:
             drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
         mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5
-        return replace(prepared, conversations=conversations, mirrored=mirrored)
+        weight = loss_weight_of(conversations, cfg.loss_weighting, prepared.fixed_weight)
+        return replace(prepared, conversations=conversations, mirrored=mirrored, loss_weight=weight)
 
     def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer. tiles: of its images, if decoded."""
@@ -243,7 +249,8 @@ class VQADataset:
             return PreparedSample([], row["id"], drops_of(dropped, False, row))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
         drops = drops_of(dropped, True, row)
-        return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
+        fixed = row.get("loss_weight")
+        return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights, fixed_weight=fixed)
 
     def _image_texts(self, grids: list[tuple[int, int]]) -> list[str]:
         """The text that stands for each image of a row."""

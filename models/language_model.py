@@ -148,6 +148,7 @@ class LanguageModelBlock(nn.Module):
         self.attn = LanguageModelGroupedQueryAttention(cfg)
         self.norm2 = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
         self.mlp = LanguageModelMLP(cfg)
+        self.response_dropout = 0.0  # in training, of what is added at positions that have a label
 
     def forward(
         self,
@@ -157,9 +158,18 @@ class LanguageModelBlock(nn.Module):
         mask: Mask = None,
         cache: KVCache | None = None,
         block: int = 0,
+        response: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, mask, cache, block)
-        return x + self.mlp(self.norm2(x))
+        """response: bool [B, T, 1], where what is added to the residual stream has response_dropout."""
+        added = self.attn(self.norm1(x), cos, sin, mask, cache, block)
+        x = x + (added if response is None else dropped_at(added, response, self.response_dropout))
+        added = self.mlp(self.norm2(x))
+        return x + (added if response is None else dropped_at(added, response, self.response_dropout))
+
+
+def dropped_at(x: torch.Tensor, where: torch.Tensor, rate: float) -> torch.Tensor:
+    """x [B, T, C] with dropout at the positions where `where`, bool [B, T, 1], is true."""
+    return torch.where(where, F.dropout(x, rate), x)
 
 
 class LanguageModel(nn.Module):
@@ -191,6 +201,10 @@ class LanguageModel(nn.Module):
             block.attn.out_proj.weight.mul_(0.5)
             block.mlp.down_proj.weight.mul_(0.5)
 
+    def drops_responses(self) -> bool:
+        """Whether `forward` is to be told which positions have a label."""
+        return self.training and any(getattr(block, "response_dropout", 0.0) for block in self.blocks)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -198,11 +212,13 @@ class LanguageModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        response: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """attention_mask: [B, S], zero at padding; None without padding or with padding on the right.
 
         position_ids: int [B, T], counting from 0 along the row by default. document_ids: int [B, T]; attention is
         confined to equal ids. cache: holds the S - T positions before x and takes in the new ones.
+        response: bool [B, T], the positions with a label, where `drops_responses`.
         """
         x = x.to(compute_dtype(x))
         T, start = x.shape[1], cache.length if cache is not None else 0
@@ -214,8 +230,10 @@ class LanguageModel(nn.Module):
         mask = self._mask(attention_mask, document_ids, T)
         if mask is None and T > 1 and start > 0:
             raise ValueError("several new positions after cached ones need an attention_mask")
+        if response is not None:
+            response = F.pad(response, (0, x.shape[1] - T))[..., None]
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, index)
+            x = block(x, cos, sin, mask, cache, index, response)
         if cache is not None:
             cache.length += T
         return self.norm(x[:, :T])

@@ -70,6 +70,12 @@ class TrainConfig(Checked):
         "answers",
         choices=("answers", "last_answer", "all"),
     )
+    loss_weighting: str = doc(
+        "how much a learned token counts: none, each the same; sqrt_answer, 2 / sqrt(tokens of its answer) / sqrt("
+        "answers of the row). Sets of a mixture with a loss_weight have that instead",
+        "none",
+        choices=("none", "sqrt_answer"),
+    )
     source_weights: dict[str, float] = doc(
         "with turns_per_image: how often to draw the `source`s of a row's turns, as a=2,b=0.5; 1 for those not named",
         {},
@@ -148,6 +154,17 @@ class TrainConfig(Checked):
         ge=0,
     )
     weight_decay: float = doc("AdamW's decoupled weight decay", 0.01, ge=0)
+    z_loss: float = doc(
+        "this much of log(sum(exp(logits)))^2 is added to the training loss of each learned token; Molmo2: 1e-4",
+        0.0,
+        ge=0,
+    )
+    response_dropout: float = doc(
+        "dropout of what each block of the language model adds at positions that have a label; Molmo2: 0.1",
+        0.0,
+        ge=0,
+        lt=1,
+    )
     adam_beta1: float = doc("AdamW: decay of the first moment", 0.9, ge=0, lt=1)
     adam_beta2: float = doc("AdamW: decay of the second moment", 0.999, ge=0, lt=1)
     seed: int = doc("seed of weights, order of the data and dropout", 0)
@@ -284,6 +301,11 @@ class TrainConfig(Checked):
             (self.validates or not self.early_stopping, "val_size", "> 0 with early_stopping"),
             (self.es_weights == "last" or self.average_weights > 0, "es_weights", "last without average_weights"),
             (not self.mixture or not self.mixture_weights, "mixture_weights", "empty with a mixture, which has rates"),
+            (
+                self.loss_weighting == "none" or self.train_on != "all",
+                "loss_weighting",
+                "none with train_on all, which has no answers",
+            ),
             (draws_turns or not self.source_weights, "source_weights", "empty without turns_per_image"),
             (draws_turns or not self.balance_answers, "balance_answers", "off without turns_per_image"),
             (not self.log_wandb or self.log_with in (None, "wandb"), "log_with", "left out with --log_wandb"),

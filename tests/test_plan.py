@@ -78,7 +78,7 @@ def test_saved_bytes_of_a_tiny_model_are_those_counted_by_hand():
 def really_held(settings, model) -> dict[str, int]:
     """Bytes by what they hold, after two steps on the CPU."""
     setup.freeze_untrained(model, settings.train)
-    setup.spare_memory(model, settings.train)
+    setup.apply_to_model(model, settings.train)
     optimizer, batch = setup.make_optimizer(model, settings.train), full_batch(settings, CPU)
     grades = dataclasses.replace(settings.grades, freeze_vision=False, freeze_language=False)
     averages = AveragedWeights(model.parameters(), optimizer, settings.train.average_weights or 0.9)
