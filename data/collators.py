@@ -15,6 +15,7 @@ import torch
 from data.datasets import Questions, Sample
 from data.drops import count_drops, drop_records
 from data.loss_weights import LossWeight
+from data.message_tree import positions_of
 from models.config import VLMConfig
 
 
@@ -75,6 +76,7 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
+        position_ids, int64 [B, T], and branch_ids, int32 [B, T], -1 at padding, with message trees.
         label_weights: float32 [L], and total_weight: float, their sum, where a sample has a loss_weight.
         num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
         the rows in it; image_keys: for each of the N images its row, whether it is mirrored, and its place in the row.
@@ -90,7 +92,14 @@ class TrainCollator(Collator):
         filled = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
         input_ids = _fill(filled, [ids.numpy() for ids, _ in conversations], self.pad_id)
         targets = _fill(filled, [labels.numpy() for _, labels in conversations], -100)
-        return self._inputs(input_ids, targets, samples) | {"num_tokens": int(lengths.sum()), **rest}
+        trees = {}
+        if any(sample.branches for sample in samples):
+            branches = branches_of(samples)
+            trees = {
+                "position_ids": torch.from_numpy(_fill(filled, [positions_of(one) for one in branches], 0)),
+                "branch_ids": torch.from_numpy(_fill(filled, branches, -1).astype(np.int32)),
+            }
+        return self._inputs(input_ids, targets, samples) | trees | {"num_tokens": int(lengths.sum()), **rest}
 
     def blank(self) -> dict:
         """The inputs of a batch without a row: two positions of padding, B 1, T 2."""
@@ -118,6 +127,15 @@ class PromptCollator(Collator):
             "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
             **_image_inputs(input_ids, [row.images for row in rows], ids, self.vlm_cfg),
         }
+
+
+def branches_of(samples: list[Sample]) -> list[np.ndarray]:
+    """The branch ids, int32 [T], of each conversation of the samples; 0 where there is no message tree."""
+    found = []
+    for sample in samples:
+        given = [branches.numpy() for branches in sample.branches]
+        found += given or [np.zeros(len(ids), dtype=np.int32) for ids, _ in sample.conversations]
+    return found
 
 
 def _label_weights(samples: list[Sample]) -> dict:

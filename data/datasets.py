@@ -33,6 +33,7 @@ from data.drops import (
 from data.formats import filter_turns
 from data.images import ImageDecodeError, ImageProcessor
 from data.loss_weights import LossWeight, loss_weight_of
+from data.message_tree import grow_trees
 from data.places import with_images
 from data.templates import TemplateRefused, knows_tools
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
@@ -53,6 +54,9 @@ class Sample:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
     mirrored: bool = False  # the images, left to right
     loss_weight: LossWeight | None = None  # in training; None: each label counts 1
+    branches: list[torch.Tensor] = field(
+        default_factory=list
+    )  # with message_tree: ids, int32 [T], of each conversation
 
 
 @dataclass
@@ -80,7 +84,8 @@ class PreparedSample:
     tiles: torch.Tensor | None = None  # uint8 [n, 3, S, S]: the images, once they are decoded
     mirrored: bool = False  # left to right
     fixed_weight: float | None = None  # the row's loss_weight
-    loss_weight: LossWeight | None = None  # as in Sample, once the turns are drawn
+    loss_weight: LossWeight | None = None  # as in Sample, as are the branches: once the turns are drawn
+    branches: list[torch.Tensor] = field(default_factory=list)
 
 
 class VQADataset:
@@ -148,8 +153,8 @@ class VQADataset:
         images = prepared.tiles
         if prepared.mirrored and images is not None:
             images = self._mirror(images, prepared.grids)
-        weight = prepared.loss_weight
-        return Sample(images, prepared.conversations, prepared.id, prepared.dropped, prepared.mirrored, weight)
+        said = {name: getattr(prepared, name) for name in ("conversations", "id", "dropped", "mirrored")}
+        return Sample(images, **said, loss_weight=prepared.loss_weight, branches=prepared.branches)
 
     def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
         """With the tiles in place of the images."""
@@ -173,7 +178,12 @@ class VQADataset:
             conversations = [conversations[i] for i in drawn]
         mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5
         weight = loss_weight_of(conversations, cfg.loss_weighting, prepared.fixed_weight)
-        return replace(prepared, conversations=conversations, mirrored=mirrored, loss_weight=weight)
+        branches: list[torch.Tensor] = []
+        if cfg.message_tree:
+            limit = min(cfg.max_sample_length, self.vlm_cfg.lm_max_length) if cfg.packing else cfg.max_sample_length
+            conversations, branches = grow_trees(conversations, limit, self.vlm_cfg.image_token_id)
+        drawn = {"conversations": conversations, "branches": branches, "mirrored": mirrored}
+        return replace(prepared, **drawn, loss_weight=weight)
 
     def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer. tiles: of its images, if decoded."""
@@ -228,7 +238,8 @@ class VQADataset:
             return PreparedSample([], row["id"], {bad.reason: 1})
         conversations, kept_turns = [], []
         image_texts = self._image_texts(grids)
-        for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
+        apart = self.cfg.turns_per_image or (self.cfg.message_tree and grids)
+        for group in [[turn] for turn in turns] if apart else [turns]:
             try:
                 ids, labels = self._conversation(group, image_texts, row)
             except TemplateRefused as error:

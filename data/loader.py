@@ -127,7 +127,7 @@ def eval_batches(
 
 
 def _sample_batches(samples: Iterator[Sample], collator: TrainCollator, size: int) -> Iterator[dict]:
-    for chunk in _chunks(samples, ("conversations",), size):
+    for chunk in _chunks(samples, ("conversations", "branches"), size):
         yield collator(chunk)
 
 

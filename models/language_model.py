@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.attention import Mask, attention, compute_dtype, document_block_mask, takes_flex_attention
+from models.attention import Mask, attention, block_mask, compute_dtype, takes_flex_attention
 from models.backbones import configure_language
 from models.buckets import bucket
 from models.config import SCRATCH, VLMConfig
@@ -65,14 +65,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def attention_mask_4d(
-    attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int
+    attention_mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    length: int,
+    branch_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Which of the S positions each of the last `length` may see: bool [B, 1, T, S], or None for plain causal.
 
     attention_mask: bool or int [B, S], zero at padding on either side. document_ids: int [B, T], attention stays
-    within equal ids.
+    within equal ids. branch_ids: int [B, T], of the keys those are seen that have the query's id, or 0.
     """
-    given = [ids for ids in (attention_mask, document_ids) if ids is not None]
+    given = [ids for ids in (attention_mask, document_ids, branch_ids) if ids is not None]
     if not given:
         return None
     total, device = given[0].shape[1], given[0].device
@@ -83,6 +86,8 @@ def attention_mask_4d(
         mask = mask & attention_mask[:, None].bool()
     if document_ids is not None:
         mask = mask & (document_ids[:, :, None] == document_ids[:, None])
+    if branch_ids is not None:
+        mask = mask & ((branch_ids[:, None] == 0) | (branch_ids[:, :, None] == branch_ids[:, None]))
     # A padding position that may see nothing would turn into NaN and spread; it sees itself instead.
     return (mask | (key == query))[:, None]
 
@@ -213,12 +218,14 @@ class LanguageModel(nn.Module):
         document_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
         response: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """attention_mask: [B, S], zero at padding; None without padding or with padding on the right.
 
         position_ids: int [B, T], counting from 0 along the row by default. document_ids: int [B, T]; attention is
         confined to equal ids. cache: holds the S - T positions before x and takes in the new ones.
-        response: bool [B, T], the positions with a label, where `drops_responses`.
+        response: bool [B, T], the positions with a label, where `drops_responses`. branch_ids: int [B, T], needs
+        position_ids; a position sees those with its own id and those with 0.
         """
         x = x.to(compute_dtype(x))
         T, start = x.shape[1], cache.length if cache is not None else 0
@@ -227,7 +234,7 @@ class LanguageModel(nn.Module):
                 x = F.pad(x, (0, 0, 0, bucket(T) - T))  # on the right, where causal attention does not look
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         cos, sin = (table.to(x.dtype) for table in self.rotary_embd(position_ids, start + T))
-        mask = self._mask(attention_mask, document_ids, T)
+        mask = self._mask(attention_mask, document_ids, branch_ids, T)
         if mask is None and T > 1 and start > 0:
             raise ValueError("several new positions after cached ones need an attention_mask")
         if response is not None:
@@ -238,14 +245,21 @@ class LanguageModel(nn.Module):
             cache.length += T
         return self.norm(x[:, :T])
 
-    def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int) -> Mask:
+    def _mask(
+        self,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        branch_ids: torch.Tensor | None,
+        length: int,
+    ) -> Mask:
         """Which positions each of the last `length` may see, in the form with which attention is fastest here."""
-        if attention_mask is None and document_ids is not None:
+        given = document_ids if document_ids is not None else branch_ids
+        if attention_mask is None and given is not None:
             head_dim = self.cfg.lm_hidden_dim // self.cfg.lm_n_heads
             dropout = self.cfg.lm_dropout if self.training else 0.0
-            if takes_flex_attention(document_ids.device, length, head_dim, dropout):
-                return document_block_mask(document_ids)
-        return attention_mask_4d(attention_mask, document_ids, length)
+            if takes_flex_attention(given.device, length, head_dim, dropout):
+                return block_mask(document_ids, branch_ids)
+        return attention_mask_4d(attention_mask, document_ids, length, branch_ids)
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "LanguageModel":

@@ -65,6 +65,11 @@ class TrainConfig(Checked):
         None,
         ge=1,
     )
+    message_tree: bool = doc(
+        "take the turns of a row with images as questions that do not know of each other, in one sequence that has the "
+        "images once: each turn sees the images and itself alone",
+        False,
+    )
     train_on: str = doc(
         "the tokens that are learned: answers (each with its end), last_answer of a conversation, or all of its text",
         "answers",
@@ -301,6 +306,7 @@ class TrainConfig(Checked):
             (self.validates or not self.early_stopping, "val_size", "> 0 with early_stopping"),
             (self.es_weights == "last" or self.average_weights > 0, "es_weights", "last without average_weights"),
             (not self.mixture or not self.mixture_weights, "mixture_weights", "empty with a mixture, which has rates"),
+            (not self.message_tree or self.train_on != "all", "message_tree", "off with train_on all"),
             (
                 self.loss_weighting == "none" or self.train_on != "all",
                 "loss_weighting",

@@ -58,6 +58,7 @@ class VisionLanguageModel(nn.Module):
         *,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
@@ -76,11 +77,11 @@ class VisionLanguageModel(nn.Module):
         label_weights, float32 [L]: how much each of them counts in the sum (default: 1).
         image_features, [N, patches, vit_hidden_dim]: what the vision tower gave for `images`, which are then not
         needed. loss_per_label: with label_positions, the loss of each of them without weights, float32 [L].
-        position_ids, document_ids, int [B, T]: see LanguageModel.forward.
+        position_ids, document_ids, branch_ids, int [B, T]: see LanguageModel.forward.
         """
         x = self.embed(input_ids, images, image_slots, image_sources, image_features)
         response = targets != -100 if targets is not None and self.decoder.drops_responses() else None
-        x = self.decoder(x, attention_mask, position_ids, document_ids, response=response)
+        x = self.decoder(x, attention_mask, position_ids, document_ids, response=response, branch_ids=branch_ids)
         if label_positions is not None:
             assert targets is not None
             hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
