@@ -182,8 +182,8 @@ class VQADataset:
         if cfg.message_tree:
             limit = min(cfg.max_sample_length, self.vlm_cfg.lm_max_length) if cfg.packing else cfg.max_sample_length
             conversations, branches = grow_trees(conversations, limit, self.vlm_cfg.image_token_id)
-        drawn = {"conversations": conversations, "branches": branches, "mirrored": mirrored}
-        return replace(prepared, **drawn, loss_weight=weight)
+        found = replace(prepared, conversations=conversations, branches=branches, mirrored=mirrored)
+        return replace(found, loss_weight=weight)
 
     def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer. tiles: of its images, if decoded."""

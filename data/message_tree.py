@@ -17,8 +17,8 @@ def grow_trees(
 ) -> tuple[list[Conversation], list[torch.Tensor]]:
     """(conversations that hold the given ones as branches, the branch ids of each, int32 [T]).
 
-    They have at most `limit` tokens, as the given ones have. The prefix is all that they have in common before the first label. Where it does not hold all of their image tokens
-    they stay as they are.
+    They have at most `limit` tokens, as the given ones have. The prefix is all that these have in common before the
+    first label. Where it does not hold all of their image tokens they stay as they are.
     """
     prefix = _shared(conversations) if len(conversations) > 1 else 0
     if prefix == 0 or any(bool((ids[prefix:] == image_token).any()) for ids, _ in conversations):
