@@ -29,7 +29,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="name the tasks, their data and rules, and end")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two --output folders")
-    parser.add_argument("--tasks", help="names, as mmstar,pope, or a file or folder of your own rows (docs/data.md)")
+    parser.add_argument(
+        "--tasks",
+        help="names, as mmstar,pope, or a file or folder of your own rows (docs/data.md); mmstar:200: 200 drawn rows",
+    )
     parser.add_argument("--data_root", type=Path, help="folder with the benchmarks' data; without it, the hub")
     parser.add_argument("--checkpoint", help="the model that answers: a run folder, a checkpoint folder or a hub id")
     parser.add_argument("--batch_size", type=_batch_size, default="auto", help="questions at once; auto: what fits")
@@ -93,29 +96,16 @@ def list_tasks() -> str:
 def open_benchmarks(given: argparse.Namespace, earlier: dict[str, Any]) -> list[Any]:
     """The benchmarks that --tasks names, rows of one's own among them, asked as `earlier` says, the results.json of the
     answers, unless --prompt_style does. Raises ValueError, OSError."""
-    from eval.benchmarks import open_benchmark
-    from eval.own_rows import open_own_rows
-    from eval.tasks import TASKS
+    from eval.task_list import open_tasks
 
-    names = list(dict.fromkeys(name.strip() for name in given.tasks.split(",") if name.strip()))
-    root = given.data_root and given.data_root.expanduser()
-    found: dict[str, Any] = {}
-    for name in names:
-        if name in TASKS:
-            alone = sum(other in TASKS for other in names) == 1
-            style = given.prompt_style or earlier.get("tasks", {}).get(name, {}).get("prompt", {}).get("style")
-            asks = bool(given.checkpoint)
-            style = style or (STYLES[0] if asks else None)
-            with_images = asks and not given.without_image
-            one: Any = open_benchmark(TASKS[name], root, given.limit, style, with_images, alone)
-        elif (path := Path(name).expanduser()).exists():
-            one = open_own_rows(path, given.limit)
-        else:
-            raise ValueError(f"--tasks {name}: no such task, file or folder; the tasks are {', '.join(TASKS)}")
-        if one.task.name in found:
-            raise ValueError(f"--tasks {given.tasks}: two of them are called {one.task.name}; rename a file")
-        found[one.task.name] = one
-    return list(found.values())
+    asks = bool(given.checkpoint)
+
+    def style_of(name: str) -> str | None:
+        style = given.prompt_style or earlier.get("tasks", {}).get(name, {}).get("prompt", {}).get("style")
+        return style or (STYLES[0] if asks else None)
+
+    with_images = asks and not given.without_image
+    return open_tasks(given.tasks, given.data_root, "tasks", given.limit, style_of, with_images)
 
 
 def evaluate(given: argparse.Namespace) -> None:
@@ -128,7 +118,7 @@ def evaluate(given: argparse.Namespace) -> None:
     answers = read_answers(given.answers, [one.task.name for one in benchmarks])
     scored = []
     for one in benchmarks:
-        rows, summary = score(one, match(answers[one.task.name], one, given.missing))
+        rows, summary = score(one, match(answers[one.task.name], one, given.missing, bool(given.limit)))
         before = earlier.get("tasks", {}).get(one.task.name, {})
         scored.append((one.task, rows, summary | {"decoding": before.get("decoding")}))
     finish(given, {"model": earlier.get("model"), "answers": str(given.answers)}, scored, benchmarks)

@@ -26,6 +26,7 @@ from training.checkpoint_folder import find_checkpoint
 if TYPE_CHECKING:
     from eval.asking import Asker
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # that --draw_points writes
 TOP_K = 50  # or the whole vocabulary, where that is smaller
 
 
@@ -53,6 +54,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument(
         "--speed", action="store_true", help="time to first token and tokens/s on stderr; always so in a chat"
+    )
+    parser.add_argument(
+        "--draw_points",
+        type=Path,
+        metavar="OUT.png",
+        help="draw the points of the answer onto --image; _1, _2 if several",
     )
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
@@ -113,8 +120,22 @@ def _mode_problems(given: argparse.Namespace) -> list[str]:
         problems.append(f"--prompts {given.prompts}: no such file or folder")
     if given.output and (given.output.is_dir() or given.output.suffix != ".jsonl"):
         problems.append(f"--output {given.output}: must be a file that ends in .jsonl")
+    if given.draw_points:
+        problems += _drawing_problems(given)
     if given.chat and given.generations > 1:
         problems.append(f"--generations {given.generations}: must be 1 in a chat")
+    return problems
+
+
+def _drawing_problems(given: argparse.Namespace) -> list[str]:
+    """Why --draw_points cannot be done."""
+    problems, flag = [], f"--draw_points {given.draw_points}"
+    if given.prompts or given.chat or not given.image or given.generations > 1:
+        problems.append(f"{flag}: needs --image and --prompt, without --chat, and one answer (--generations 1)")
+    if given.draw_points.suffix.lower() not in PICTURES or given.draw_points.is_dir():
+        problems.append(f"{flag}: must be a file that ends in {', '.join(PICTURES)}")
+    if not given.draw_points.absolute().parent.is_dir():
+        problems.append(f"{flag}: no such folder {given.draw_points.parent}")
     return problems
 
 
@@ -157,6 +178,12 @@ def ask_once(given: argparse.Namespace, asker: Asker) -> None:
     question = replace(question, prompts=question.prompts * given.generations)
     for answer in asker.answer([question], given.max_new_tokens, given.stop, **sampling_of(given)):
         print(answer)
+    if given.draw_points:
+        from data.points import find_points
+        from eval.drawing import save_drawings
+
+        for line in save_drawings(find_points(answer), given.image, given.draw_points):
+            print(line, file=sys.stderr)
 
 
 def chat(given: argparse.Namespace, asker: Asker) -> None:

@@ -27,7 +27,10 @@ import torch
 
 from data.mixture_rows import load_training_rows
 from data.pipeline import Data, identify, load_data
+from eval.benchmarks import Benchmark
 from eval.evaluation import Evaluator
+from eval.samples import SampleQuestions
+from eval.task_evaluation import TaskEvaluator, open_eval_tasks
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
 from models.config import TrainConfig
@@ -59,6 +62,7 @@ def main(settings: Settings) -> int:
         parallel = Parallel.start(settings.train)
         if parallel.is_main:
             announce(settings)
+        benchmarks = open_eval_tasks(settings.train)
         if settings.train.dry_run:
             return dry_run(settings, parallel.world_size) if parallel.is_main else 0
         limit_tiles(settings, parallel.world_size)
@@ -66,7 +70,7 @@ def main(settings: Settings) -> int:
         if start.is_finished:
             print(f"{start.folder} has finished: see its summary.json")
             return 0
-        return run(settings, start, parallel)
+        return run(settings, start, parallel, benchmarks)
     # Of the set-up, which a user can cause: a path, a flag, an absent hub. The loop handles its own signals and errors.
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if start is not None:
@@ -76,7 +80,7 @@ def main(settings: Settings) -> int:
         return 130 if interrupted else 2
 
 
-def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
+def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: list[Benchmark]) -> int:
     """Set up, train, test and report; returns the exit code. Raises ValueError or OSError during the set-up only."""
     cfg = settings.train
     device = setup.pick_device()
@@ -96,23 +100,22 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
 
     # What the loop works with
     optimizer = setup.make_optimizer(model, cfg)
-    averages = None
-    if cfg.average_weights:
-        averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights)
+    averages = AveragedWeights(model.parameters(), optimizer, cfg.average_weights) if cfg.average_weights else None
     log = RunLog(start.folder, cfg.max_training_steps, bool(start.state)) if parallel.is_main else NoLog()
     stop = StopSignal(log.say, parallel)
     meter = Meter(FlopCounter(model, parallel.rank, parallel.world_size), parallel, device)
     evaluator = Evaluator(model, data, cfg, device, autocast, until=stop.until)
     monitor = watch(settings, model, optimizer, averages, evaluator, meter, parallel, log)
-    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log, averages)
+    tasks, samples = TaskEvaluator.of(evaluator, benchmarks, parallel.share), SampleQuestions.of(evaluator)
+    evaluations = EvaluationSchedule(cfg, evaluator, monitor, parallel, stop, meter, log, averages, tasks, samples)
     if not parallel.is_main:
         setup.set_seed(cfg.seed + parallel.rank)  # each rank has its own dropout
 
     # What a checkpoint holds; `load` restores it when a run resumes
-    state = LoopState()
+    state = LoopState(best_metric=cfg.best_metric)
     cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
-    parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "log": log, "averages": averages,
-             "random": setup.RandomState(device, parallel.rank), "cache": cache,
+    parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "samples": samples, "log": log,
+             "averages": averages, "random": setup.RandomState(device, parallel.rank), "cache": cache,
              # With sharded weights each rank saves its part of the earlier ones that the metric compares with.
              "grades": MonitorState(monitor) if (monitor and parallel.sharded) else monitor}  # fmt: skip
     stateful = {name: part for name, part in parts.items() if part is not None}
@@ -125,6 +128,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel) -> int:
     compile_model(model, settings, device)
     if parallel.is_main:
         open_report(settings, start, model, data, monitor, autocast, log, state)
+        evaluations.show_samples()
 
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
         try:
@@ -224,7 +228,7 @@ def train(
 
         if state.step % cfg.log_interval == 0 or evaluations.due(state):
             log_progress(log, state, meter, data, optimizer, monitor, cache)
-        if evaluations.is_full(state) or (cfg.checkpoint_interval and state.step % cfg.checkpoint_interval == 0):
+        if evaluations.checkpoint_due(state):
             with meter.clock("save"):
                 checkpoints.save(state)
     profiler.close()

@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data import point_rows
 from data.places import PLACE, count_places, place_images, unescaped
+from data.set_formats import format_of_columns, general_record
 from data.tools import calls_of, result_of, tools_of
-from data.values import BadRow, dict_of, image_of, images_of, is_number, kind_of, list_of, shown, source_of, text_of
+from data.values import (
+    IMAGE_KEYS,
+    BadRow,
+    dict_of,
+    image_of,
+    images_of,
+    is_number,
+    kind_of,
+    list_of,
+    shown,
+    source_of,
+    text_of,
+)
+from data.video_keys import VIDEO_KEYS, videos_of
 
 Record = Mapping[str, Any]
 Turns = list[dict]
@@ -32,25 +47,32 @@ TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "imag
 
 
 def read_record(record: Record, folder: Path | None) -> dict:
-    """{"images", "texts", "format"} of a record, and "system" and "tools" where it has them: see data.formats.
+    """{"images", "texts", "format"} of a record, and what else it has: see data.formats.
 
     folder: where relative image paths start. Raises BadRow with what was found.
     """
+    set_name, record = general_record(record)
     name, read = recognise(record)
     turns, system, own = read(record)
-    images = images_of(record, folder)
+    images, videos = images_of(record, folder), videos_of(record, folder)
     if own:
         beside = iter(images)
         images = [next(beside, None) if one is None else image_of(one, folder) for one in own]
         images = [one for one in images if one is not None] + list(beside)
-    turns = place_images(turns, system, len(images))
-    row = {"images": images, "texts": turns, "format": name}
+    turns = place_images(turns, system, len(images), len(videos.get("videos", [])))
+    row = {"images": images, "texts": turns, "format": set_name or name, **videos}
     tools = tools_of(record) if name in SPOKEN else []
     return row | ({"system": unescaped(system)} if system else {}) | ({"tools": tools} if tools else {})
 
 
+def format_of(columns: Iterable[str]) -> str:
+    """The name of the format that has these columns. Raises BadRow where none has."""
+    columns = list(columns)
+    return format_of_columns(columns) or recognise(dict.fromkeys(columns))[0]
+
+
 def recognise(record: Record) -> tuple[str, Callable[[Record], Found]]:
-    """(name, reader) of a record's format. Raises BadRow where it has none."""
+    """(name, reader) of a record's general format. Raises BadRow where it has none."""
     filled = {key for key, value in record.items() if value is not None}
     for keys in (filled, set(record)):  # null in place of the turns is a row without text
         for name, needs, read in FORMATS:
@@ -73,10 +95,13 @@ def _turns(record: Record) -> Found:
         if not isinstance(turn, Mapping | None):
             raise BadRow(f"texts is {kind_of(texts)}", shown(texts))
         turn = turn or {}
-        if turn and not {"user", "assistant"} & set(turn):
+        if turn and not {"user", "assistant", "answers"} & set(turn):
             raise BadRow("a turn has neither user nor assistant", f"it has the keys {', '.join(map(str, turn))}")
         user, assistant = (text_of(turn.get(who), f"{who} of a turn") for who in ("user", "assistant"))
-        turns.append(_turn(user, assistant, source_of(turn.get("source"), record.get("source"))))
+        made = _turn(user, assistant, source_of(turn.get("source"), record.get("source")))
+        if assistant is None and turn.get("answers") is not None:
+            made = _answered(made, _answers(turn, ("answers",), "answer"))
+        turns.append(made)
     return turns, None, []
 
 
@@ -244,14 +269,20 @@ def _said_of(keys: tuple[str, ...], field: str) -> Callable[[Record], Found]:
     return read
 
 
-_IMAGES = ("images", "image", "file_name")
+_SHOWN = (*IMAGE_KEYS, *VIDEO_KEYS)
 # Name, keys (one of each tuple must be there), reader.
 FORMATS: list[tuple[str, tuple[tuple[str, ...], ...], Callable[[Record], Found]]] = [
     ("the_cauldron turns", (("texts",),), _turns),
     ("LLaVA conversations", (("conversations",),), _conversation("conversations")),
     ("OpenAI messages", (("messages",),), _conversation("messages")),
+    ("pixmo-points", (("points",), ("label",), ("collection_method",)), point_rows.pixmo_points_row),
+    ("pixmo-count", (("image_url",), ("image_sha256",), ("count",), ("label",)), point_rows.pixmo_count_row),
+    ("CoSyn-point", (("questions",), ("answer_points",)), point_rows.cosyn_row),
     ("multiple choice", (("question",), ("choices", "options")), _choice),
     ("questions and answers", (("question",), ("answer", "answers")), _question),
-    ("captions", (_IMAGES, ("caption", "captions", "text")), _said_of(("caption", "captions", "text"), "caption")),
-    ("labels", (_IMAGES, ("label",)), _said_of(("label",), "label")),
+    ("captions", (_SHOWN, ("caption", "captions", "text")), _said_of(("caption", "captions", "text"), "caption")),
+    ("points", (("points",), ("query",)), point_rows.pointing_row),
+    ("points", (("points",), ("label",)), point_rows.pointing_row),
+    ("points", (("count",), ("query",)), point_rows.pointing_row),
+    ("labels", (IMAGE_KEYS, ("label",)), _said_of(("label",), "label")),
 ]

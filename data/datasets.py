@@ -20,6 +20,7 @@ from data.drops import (
     LOW_RATING,
     NO_LABEL,
     NO_TEXT,
+    NO_VIDEO,
     TOO_LONG,
     TOO_MANY_IMAGES,
     TOO_MANY_TILES,
@@ -35,6 +36,7 @@ from data.images import ImageDecodeError, ImageProcessor
 from data.loss_weights import LossWeight, loss_weight_of
 from data.message_tree import grow_trees
 from data.places import with_images
+from data.points import has_points
 from data.templates import TemplateRefused, knows_tools
 from data.text import Tokenizer, encode_conversation, encode_prompt, image_string, spoken_call, unknown_words
 from data.values import Reason, shown
@@ -69,6 +71,7 @@ class Questions:
     sources: list[str | None]
     id: str
     dropped: dict[str, int] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)  # of the questions, as the row has them
 
 
 @dataclass
@@ -82,6 +85,7 @@ class PreparedSample:
     grids: list[tuple[int, int]] = field(default_factory=list)  # rows and columns of each image's tiles
     weights: list[float] = field(default_factory=list)  # of each conversation, for the draws of turns_per_image
     tiles: torch.Tensor | None = None  # uint8 [n, 3, S, S]: the images, once they are decoded
+    has_points: bool = False  # in its texts: their coordinates hold for the images as they are
     mirrored: bool = False  # left to right
     fixed_weight: float | None = None  # the row's loss_weight
     loss_weight: LossWeight | None = None  # as in Sample, as are the branches: once the turns are drawn
@@ -176,7 +180,7 @@ class VQADataset:
         if cfg.turns_per_image:
             drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
-        mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5
+        mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5 and not prepared.has_points
         weight = loss_weight_of(conversations, cfg.loss_weighting, prepared.fixed_weight)
         branches: list[torch.Tensor] = []
         if cfg.message_tree:
@@ -215,6 +219,7 @@ class VQADataset:
             found.prompts.append(prompt)
             found.answers.append(answer)
             found.sources.append(turn.get("source"))
+            found.texts.append(turn["user"])
         return replace(found, dropped=drops_of(dropped, bool(found.prompts), row) | truncated)
 
     def both(self, index: int) -> tuple[Sample, Questions]:
@@ -260,8 +265,8 @@ class VQADataset:
             return PreparedSample([], row["id"], drops_of(dropped, False, row))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
         drops = drops_of(dropped, True, row)
-        fixed = row.get("loss_weight")
-        return PreparedSample(conversations, row["id"], drops, row["images"], grids, weights, fixed_weight=fixed)
+        made = PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
+        return replace(made, has_points=has_points(row["texts"]), fixed_weight=row.get("loss_weight"))
 
     def _image_texts(self, grids: list[tuple[int, int]]) -> list[str]:
         """The text that stands for each image of a row."""
@@ -311,6 +316,8 @@ class VQADataset:
         """(turns that can be learned, without space around them; reasons why the others cannot). Raises RowDropped."""
         if "bad" in row:
             raise RowDropped(row["bad"])
+        if row.get("videos"):
+            raise RowDropped(Reason(NO_VIDEO, where_of(row), shown(row["videos"])))
         if why := self.control_tokens.reason(row.get("system") or ""):
             raise RowDropped(Reason(why, where_of(row), "the system text"))
         if (row.get("tools") or any("steps" in turn for turn in row["texts"])) and not knows_tools(self.tokenizer):

@@ -20,6 +20,7 @@ CONTROL_TOKEN_IN_TEXT = "control token in text"  # "<|im_end|>" would end the tu
 LOW_RATING = "rating"
 TOO_LONG = "too long"
 NO_LABEL = "no label"
+NO_VIDEO = "video, which this model does not read"
 UNKNOWN_WORD = "word not in the vocabulary"
 BAD_SUBSET = "subset that cannot be loaded"
 TURN = "turn: "  # stands before the reason where a turn was dropped and its row kept

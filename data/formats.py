@@ -10,6 +10,7 @@ the turns before it; without them all images stand before the first question;
 "content"}; where the last is a call, there may be no answer;
 `id`: str that says where the row comes from, as "easy-vqa/train/17" or "file.parquet#12";
 and, where it has them, `system`: a text before the first turn; `tools`: those that may be called;
+`videos`: list of videos that are not decoded yet, see data.video_keys, with `subtitles`, `clip_start` and `clip_end`;
 `format`: the name of the format it was recognised by;
 `where`: its file and line in words, for messages;
 `bad`: the reason why the row cannot be used, which then has neither images nor texts; and, from FineVision,
@@ -27,8 +28,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.arrow_values import exact_floats
-from data.conversations import read_record, recognise
+from data.conversations import format_of, read_record
 from data.options import AS_THEY_ARE, RATINGS, RowOptions, renamed
+from data.point_rows import with_pixel_answers
 from data.values import BadRow, Reason, ratings_of, shortened
 from models.config import TrainConfig
 
@@ -84,7 +86,7 @@ class Part:
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raise ValueError if these are not the columns of a known format."""
         try:
-            self.format, _ = recognise(renamed(dict.fromkeys(columns), self.options.columns))
+            self.format = format_of(renamed(dict.fromkeys(columns), self.options.columns))
         except BadRow:
             raise ValueError(
                 f"{self.name}: has the columns {', '.join(columns)}; it needs images (or image) and texts, a list of "
@@ -120,6 +122,7 @@ class Part:
             record = self.options.read(record)
             row = read_record(record, self.options.image_root or self.folder) | {"id": row_id}
             self.options.check_images(row["images"])
+            row = with_pixel_answers(row)
             row["format"] = getattr(self.table, "format_name", row["format"])
             kinds = [f"{kind}_ratings" for kind in RATINGS]
             return row | {kind: ratings_of(record[kind], kind) for kind in kinds if kind in record}

@@ -80,6 +80,16 @@ def decode_image(source: Source, size: tuple[int, int] | None = None, use_trunca
         return (pixels if size is None else _resize(pixels, size)).expand(3, -1, -1)
 
 
+def small(source: Source, side: int) -> torch.Tensor:
+    """An image for a page, at most `side` pixels wide or high: uint8 [3, H, W]. One that breaks off is used too.
+
+    Raises ImageDecodeError.
+    """
+    width, height = image_size(source)
+    scale = min(1.0, side / max(width, height))
+    return decode_image(source, (max(1, round(scale * width)), max(1, round(scale * height))), use_truncated=True)
+
+
 @contextlib.contextmanager
 def _opened(source: Source, use_truncated: bool = False) -> Iterator[tuple[Image.Image, int]]:
     """The image, of which only the header is read, and the EXIF orientation that is left to apply once it is loaded.

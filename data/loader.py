@@ -25,7 +25,7 @@ FRUITLESS_ROWS = 10_000  # bad rows, one after the other, after which the rest o
 PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]
 
 
-def _init_worker(_worker: int) -> None:
+def init_worker(_worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; only the main one shall act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -67,7 +67,7 @@ def train_batches(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "prefetch_factor": 4 if workers else None,
-        "worker_init_fn": _init_worker,
+        "worker_init_fn": init_worker,
         "generator": torch.Generator(),  # else a loader draws from the one that dropout draws from
     }
     blank = collator.blank() if world_size > 1 else None
@@ -191,7 +191,7 @@ def _in_order(dataset: VQADataset, workers: int, what: str) -> Iterator[Any]:
         return (rows[index] for index in range(len(rows)))
     # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
     torch.multiprocessing.set_sharing_strategy("file_system")
-    options: dict[str, Any] = {"worker_init_fn": _init_worker, "generator": torch.Generator()}  # see train_batches
+    options: dict[str, Any] = {"worker_init_fn": init_worker, "generator": torch.Generator()}  # see train_batches
     return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, **options))
 
 

@@ -12,15 +12,20 @@ from typing import Any
 
 from data.conversations import FORMATS
 from data.values import IMAGE_KEYS, BadRow, kind_of, plain_numbers, shortened, shown
+from data.video_keys import CLIP_KEYS, VIDEO_KEYS
 from data.web_images import NOT_FETCHED, WebImage
 from models.config import TrainConfig
 
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+SHOWN_KEYS = (*IMAGE_KEYS, *VIDEO_KEYS)
 SAME_KEYS = [set(alternatives) for _, needs, _ in FORMATS for alternatives in needs]
-FORMAT_KEYS = [set().union(*needs) - set(IMAGE_KEYS) for _, needs, _ in FORMATS]
+FORMAT_KEYS = [set().union(*needs) - set(SHOWN_KEYS) for _, needs, _ in FORMATS]
 TEXT_KEYS = set().union(*FORMAT_KEYS)
+POINT_KEYS = ("points_unit", "width", "height", "names")
 # What --columns may map a column to.
-KNOWN_KEYS = sorted({*TEXT_KEYS, *IMAGE_KEYS, "source", *(f"{kind}_ratings" for kind in RATINGS)})
+KNOWN_KEYS = sorted(
+    {*TEXT_KEYS, *SHOWN_KEYS, *CLIP_KEYS, *POINT_KEYS, "source", *(f"{kind}_ratings" for kind in RATINGS)}
+)
 SKIPPED = "skipped by --row_function"  # it returned None, which is no mistake
 FUNCTION_FAILED = "--row_function failed"
 NO_ROW = "--row_function returned no row"

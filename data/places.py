@@ -16,7 +16,7 @@ def count_places(text: str | None) -> int:
     return len(PLACES.findall(text or ""))
 
 
-def place_images(turns: list[dict], system: str | None, images: int) -> list[dict]:
+def place_images(turns: list[dict], system: str | None, images: int, videos: int = 0) -> list[dict]:
     """The turns without <image>, and with where the pictures stand: see data.formats.
 
     Those at the start or at the end of a question stand before it, as LLaVA reads both; any other exactly there.
@@ -31,7 +31,7 @@ def place_images(turns: list[dict], system: str | None, images: int) -> list[dic
     if where := next((text for text in (system, *said) if count_places(text)), None):
         raise BadRow(f"{PLACE} elsewhere than in a question", shown(where))
     turns = _placed(turns) if total else [turn | {"user": unescaped(turn["user"])} for turn in turns]
-    if any(turn.get("image_only") for turn in turns) and not images:
+    if any(turn.get("image_only") for turn in turns) and not images + videos:
         raise BadRow("a caption or label without an image", shown(turns[0]["assistant"]))
     return [_unescaped_answer(turn) for turn in turns]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,8 @@ def get_tokenizer(
 
         # Not AutoTokenizer: it would take the checkpoint's config.json for a transformers model's.
         tokenizer: Tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    elif cfg.lm_tokenizer == easy_vqa.NAME:
-        tokenizer = easy_vqa.tokenizer()
     else:
-        tokenizer = _pretrained_tokenizer(str(cfg.lm_tokenizer), local_only)
+        tokenizer = named_tokenizer(str(cfg.lm_tokenizer), local_only)
     _add_extra_tokens(tokenizer, cfg)
     tokenizer.chat_template = cfg.lm_chat_template
     if cleared := _clear_cuts(tokenizer):
@@ -71,7 +70,10 @@ def _clear_cuts(tokenizer: Tokenizer) -> str:
     return " and ".join(found)
 
 
-def _pretrained_tokenizer(name: str, local_only: bool) -> Any:
+def named_tokenizer(name: str, local_only: bool = False) -> Any:
+    """The tokenizer that --lm_tokenizer names, as it is. Raises ValueError, and NotHere as get_tokenizer does."""
+    if name == easy_vqa.NAME:
+        return easy_vqa.tokenizer()
     from transformers import AutoTokenizer
 
     if name.endswith(".gguf"):
@@ -103,8 +105,7 @@ def _add_extra_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> None:
     from tokenizers import AddedToken
 
     extra = list(cfg.vlm_extra_tokens.values())
-    vocabulary = tokenizer.get_vocab()
-    base = len(vocabulary) - sum(token in vocabulary for token in extra)
+    base = base_vocab_size(tokenizer, extra)
     if base != cfg.lm_base_vocab_size:
         raise ValueError(
             f"--lm_base_vocab_size {cfg.lm_base_vocab_size}: must be {base}, the number of tokens of --lm_tokenizer "
@@ -120,6 +121,12 @@ def _add_extra_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> None:
             f"--vlm_extra_tokens: {token} has id {found} in --lm_tokenizer {cfg.lm_tokenizer} and must have {needed}: "
             "the extra tokens follow its own in order, and none of them may be among its own"
         )
+
+
+def base_vocab_size(tokenizer: Tokenizer, extra: Iterable[str]) -> int:
+    """How many tokens it has besides the extra ones."""
+    vocabulary = tokenizer.get_vocab()
+    return len(vocabulary) - sum(token in vocabulary for token in extra)
 
 
 def knows_every_word(tokenizer: Tokenizer) -> bool:

@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 
 from data.web_images import SCHEMES, WebImage
 
-IMAGE_KEYS = ("images", "image", "file_name")
+IMAGE_KEYS = ("images", "image", "file_name", "image_path", "image_url", "image_urls")
 SHOWN_LETTERS = 80  # of a value, in a message
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # How PNG, JPEG, GIF, WebP, BMP, TIFF, HEIC and AVIF begin in base64; no path begins like one of them and is as long.
@@ -186,7 +186,7 @@ def ratings_of(value: Any, field: str) -> list | None:
 
 
 def images_of(record: Mapping[str, Any], folder: Path | None) -> list:
-    """The images of a record, not decoded: one or a list, under `images`, `image` or `file_name`.
+    """The images of a record, not decoded: one or a list, under the first of IMAGE_KEYS that has some.
 
     folder: where relative paths start. Raises BadRow.
     """

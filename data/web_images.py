@@ -16,7 +16,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,10 +24,15 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 NOT_FETCHED = "image is a URL, which --fetch_images fetches"
 NOT_REACHED = "image cannot be fetched"
+# Why an image cannot be fetched: what more than one place asks for.
+NOT_WRITTEN, NO_URL, NO_HOST, TOO_LARGE = "cannot be written", "no URL", "no such host", "too large"
+SILENT, SLOW = "no answer in time", "no whole answer in time"
+NO_CONNECTION, BROKEN_OFF = "no connection", "connection breaks off"
 SCHEMES = ("http", "https")
 SILENCE_S = 10.0  # a connection, and each wait for more of an answer
 TOTAL_S = 60.0  # one answer in all
 WAITS_S = (1.0, 4.0)  # before the second try and the third
+LONGEST_WAIT_S = 60.0  # that a busy server may ask for
 REDIRECTS = 5
 MAX_BYTES = 64 * 2**20  # of one image
 CHUNK_BYTES = 2**16
@@ -47,10 +52,10 @@ class WebImage:
 class FetchError(Exception):
     """An image cannot be fetched. kind: the reason that rows are counted by."""
 
-    def __init__(self, found: str, kind: str = NOT_REACHED, again: bool = False):
-        """again: whether another try may help."""
+    def __init__(self, found: str, reason: str, again: bool = False, wait_s: float = 0.0):
+        """reason: one of few, by which failures are counted. again: whether another try may help, after wait_s."""
         super().__init__(found)
-        self.kind, self.again = kind, again
+        self.kind, self.reason, self.again, self.wait_s = NOT_REACHED, reason, again, wait_s
 
 
 FAILED: dict[str, FetchError] = {}  # by URL: a process tries each in vain once
@@ -65,18 +70,43 @@ def cache_folder() -> Path:
 
 def fetched(url: str) -> Path:
     """The file in the cache that holds the image; it is fetched where there is none. Raises FetchError."""
-    key = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-    path = cache_folder() / key[:2] / key
+    path = place_of(cache_folder(), url)
     if path.exists():
         return path
     if url in FAILED:
         raise FAILED[url]
     try:
-        data = _fetch_repeatedly(url)
+        return fetch_into(cache_folder(), url)
     except FetchError as error:
         FAILED[url] = error
         raise
-    part = path.with_name(f"{key}.{os.getpid()}")
+
+
+def place_of(folder: Path, url: str) -> Path:
+    """The file in a folder of fetched images that holds the one of this URL, or would."""
+    key = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+    return folder / key[:2] / key
+
+
+def fetch_into(
+    folder: Path,
+    url: str,
+    sha256: str = "",
+    check: Callable[[bytes], None] | None = None,
+    is_allowed: Callable[[str], bool] | None = None,
+) -> Path:
+    """Fetch an image into its place in the folder, whatever is there, and return that. Raises FetchError.
+
+    sha256: of the bytes that are wanted; "": any. check: raises FetchError for bytes that are not to be kept.
+    is_allowed: of an IP address as text, in place of is_public.
+    """
+    data = _fetch_repeatedly(url, is_allowed or is_public)
+    if sha256 and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
+        raise FetchError(f"{url}: has the SHA-256 {found}, not {sha256}", "another image than the row's")
+    if check is not None:
+        check(data)
+    path = place_of(folder, url)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
@@ -84,7 +114,8 @@ def fetched(url: str) -> Path:
     except OSError as error:  # a full disk
         with contextlib.suppress(OSError):
             part.unlink()
-        raise FetchError(f"{url}: cannot be written to {path.parent}: {error.strerror}") from None
+        found = f"{url}: cannot be written to {path.parent}: {error.strerror}"
+        raise FetchError(found, NOT_WRITTEN, again=True) from None
     return path
 
 
@@ -100,47 +131,47 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _fetch_repeatedly(url: str) -> bytes:
+def _fetch_repeatedly(url: str, is_allowed: Callable[[str], bool]) -> bytes:
     for wait_s in WAITS_S:
         try:
-            return _fetch(url)
+            return _fetch(url, is_allowed)
         except FetchError as error:
             if not error.again:
                 raise
-        time.sleep(wait_s)
-    return _fetch(url)
+            time.sleep(max(wait_s, error.wait_s))
+    return _fetch(url, is_allowed)
 
 
-def _fetch(url: str) -> bytes:
+def _fetch(url: str, is_allowed: Callable[[str], bool]) -> bytes:
     """The image, after redirects. Raises FetchError."""
     at = url
     for _ in range(REDIRECTS + 1):
         try:
-            answer = _answer(at)
+            answer = _answer(at, is_allowed)
         except FetchError as error:
             way = "" if at == url else f" (redirected to {at})"
-            raise FetchError(f"{url}{way}: {error}", error.kind, error.again) from None
+            raise FetchError(f"{url}{way}: {error}", error.reason, error.again, error.wait_s) from None
         if isinstance(answer, bytes):
             return answer
         at = urljoin(at, answer)
-    raise FetchError(f"{url}: more than {REDIRECTS} redirects")
+    raise FetchError(f"{url}: more than {REDIRECTS} redirects", "too many redirects")
 
 
-def _answer(url: str) -> bytes | str:
+def _answer(url: str, is_allowed: Callable[[str], bool]) -> bytes | str:
     """An image, or where to look instead. Raises FetchError."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("idna").decode(), parts.port
     except ValueError as error:  # UnicodeError too
-        raise FetchError(f"is no URL ({error})") from None
+        raise FetchError(f"is no URL ({error})", NO_URL) from None
     if parts.scheme.lower() not in SCHEMES or not host:
-        raise FetchError("is no http or https URL of a host")
+        raise FetchError("is no http or https URL of a host", NO_URL)
     secure = parts.scheme.lower() == "https"
     port = port or (443 if secure else 80)
     make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = make(host, port)
     timed_out = threading.Event()
-    link = _connected(_public_addresses(host, port))
+    link = _connected(_allowed_addresses(host, port, is_allowed))
 
     def give_up() -> None:
         timed_out.set()
@@ -159,13 +190,16 @@ def _answer(url: str) -> bytes | str:
         with connection.getresponse() as response:
             return _read(response)
     except TimeoutError:
-        raise FetchError(f"no answer in {SILENCE_S:g} s", again=True) from None
+        raise FetchError(f"no answer in {SILENCE_S:g} s", SILENT, again=True) from None
     except (OSError, http.client.HTTPException) as error:
-        said = f"no whole answer in {TOTAL_S:g} s" if timed_out.is_set() else f"{type(error).__name__}: {error}"
-        raise FetchError(said, again=not isinstance(error, ssl.SSLCertVerificationError)) from None
+        if timed_out.is_set():
+            raise FetchError(f"no whole answer in {TOTAL_S:g} s", SLOW, again=True) from None
+        is_certificate = isinstance(error, ssl.SSLCertVerificationError)
+        reason = "certificate not valid" if is_certificate else BROKEN_OFF
+        raise FetchError(f"{type(error).__name__}: {error}", reason, again=not is_certificate) from None
     except FetchError as error:
         if timed_out.is_set():  # it looked like the end of the answer
-            raise FetchError(f"no whole answer in {TOTAL_S:g} s", again=True) from None
+            raise FetchError(f"no whole answer in {TOTAL_S:g} s", SLOW, again=True) from None
         raise error
     finally:
         timer.cancel()
@@ -184,32 +218,35 @@ def _read(response: http.client.HTTPResponse) -> bytes | str:
     if status in (301, 302, 303, 307, 308) and (place := response.headers.get("Location")):
         return place
     if status != 200:
-        raise FetchError(f"HTTP {status} {response.reason}", again=status == 429 or status >= 500)
+        said, wait = f"HTTP {status} {response.reason}", response.headers.get("Retry-After", "")
+        wait_s = min(float(wait) if wait.isdecimal() else 0.0, LONGEST_WAIT_S)
+        raise FetchError(said, f"HTTP {status}", status == 429 or status >= 500, wait_s)
     length = response.headers.get("Content-Length", "")
     promised, parts, size = int(length) if length.isdecimal() else 0, [], 0
     while max(promised, size) <= MAX_BYTES and (data := response.read1(CHUNK_BYTES)):
         parts.append(data)
         size += len(data)
     if max(promised, size) > MAX_BYTES:
-        raise FetchError(f"more than {MAX_BYTES:,} bytes")
+        raise FetchError(f"more than {MAX_BYTES:,} bytes", TOO_LARGE)
     if size < promised:
-        raise FetchError(f"the answer breaks off after {size:,} of {promised:,} bytes", again=True)
+        said = f"the answer breaks off after {size:,} of {promised:,} bytes"
+        raise FetchError(said, "answer breaks off", again=True)
     data = b"".join(parts)
     if not data.startswith(BEGINNINGS) and data[4:8] != b"ftyp":
         kind = response.headers.get("Content-Type", "no type")
-        raise FetchError(f"the answer is no image: {kind}, it begins with {data[:20]!r}")
+        raise FetchError(f"the answer is no image: {kind}, it begins with {data[:20]!r}", "no image")
     return data
 
 
-def _public_addresses(host: str, port: int) -> Sequence[tuple]:
-    """What the host's name stands for. Raises FetchError where one of it is not of the internet."""
+def _allowed_addresses(host: str, port: int, is_allowed: Callable[[str], bool]) -> Sequence[tuple]:
+    """What the host's name stands for. Raises FetchError where one of it is not allowed."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise FetchError(f"no such host ({error})", again=error.errno == socket.EAI_AGAIN) from None
+        raise FetchError(f"no such host ({error})", NO_HOST, again=error.errno == socket.EAI_AGAIN) from None
     for *_, address in found:
-        if not is_public(str(address[0])):
-            raise FetchError(f"{host} is {address[0]}, which is no public address")
+        if not is_allowed(str(address[0])):
+            raise FetchError(f"{host} is {address[0]}, which is no public address", "no public address")
     return [address for *_, address in found]
 
 
@@ -221,7 +258,7 @@ def _connected(addresses: Sequence[tuple]) -> socket.socket:
             return socket.create_connection(address[:2], SILENCE_S)
         except OSError as error:
             problem = error
-    raise FetchError(f"no connection ({problem})", again=True)
+    raise FetchError(f"no connection ({problem})", NO_CONNECTION, again=True)
 
 
 @cache

@@ -6,9 +6,9 @@ import hashlib
 import json
 import shutil
 import string
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,25 @@ from tqdm import tqdm
 
 from data.datasets import Questions
 from data.images import ImageDecodeError
+from data.loader import init_worker
 from data.readers import as_it_is
 from eval.answers import match
-from eval.asking import Asker, Reader
+from eval.asking import Asker, ModelAsker, Reader
+from eval.batches import Batches
 from eval.benchmarks import Benchmark
 from eval.results import score
 from eval.rules import Question, Task
 from grades.files import write_text
 
-WINDOW = 8  # batches among which questions are sorted by length
-FIRST_BATCH = {"cuda": 64, "cpu": 16}  # where --batch_size auto begins; out of memory halves it
 LIKELIHOOD = "likelihood"
 
 
 @dataclass
 class Answering:
-    """How a model is asked. batch_size: None begins with FIRST_BATCH. rank, world_size: whose questions of all."""
+    """How a model is asked. batch_size: as Batches takes it. rank, world_size: whose questions of all."""
 
-    asker: Asker
-    progress: Path
+    asker: ModelAsker
+    progress: Path | None  # folder of what `answer` has done so far
     batch_size: int | None = None
     workers: int = 0
     without_image: bool = False
@@ -46,12 +46,13 @@ class Answering:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        self.size = self.batch_size or FIRST_BATCH.get(self.asker.device.type, FIRST_BATCH["cpu"])
+        self.batches = Batches(self.batch_size, self.asker.device)
 
     def decoding(self, benchmark: Benchmark) -> dict[str, Any]:
         """How the answers are decoded, for the results."""
         tokens = self.max_new_tokens or benchmark.task.max_new_tokens
-        return {"greedy": True, "max_new_tokens": tokens, "without_image": self.without_image}
+        stop = {"stop": list(benchmark.task.stop)} if benchmark.task.stop else {}
+        return {"greedy": True, "max_new_tokens": tokens, **stop, "without_image": self.without_image}
 
     def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
@@ -69,39 +70,45 @@ class Answering:
         cut_broken_line(path)
         if not path.exists():
             write_text(path, json.dumps({"settings": settings}) + "\n")
-        mine = benchmark.questions[self.rank :: self.world_size]
+        mine = self.mine(benchmark)
         left = [question for question in mine if question.id not in known]
         if self.rank == 0 and len(left) < len(mine):
             print(f"{benchmark.task.name}: {len(mine) - len(left)} of {len(mine)} questions are answered already")
-        questions = self._read(benchmark, left)
         bar = tqdm(total=len(left), desc=benchmark.task.name, unit="question", disable=self.rank > 0, smoothing=0.05)
         with path.open("a", encoding="utf-8") as file, bar:
-            for group in _sorted_by_length(questions, WINDOW * self.size):
-                while group:
-                    batch = group[: self.size]
-                    answers = self._ask(batch, benchmark)
-                    if answers is None:  # out of memory: again, in smaller batches
-                        continue
-                    group = group[len(batch) :]
-                    file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
-                    file.flush()
-                    bar.update(len(batch))
+            for answers in self.answers_to(benchmark, left):
+                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+                file.flush()
+                bar.update(len(answers))
+
+    def mine(self, benchmark: Benchmark) -> list[Question]:
+        """This rank's part of the questions."""
+        return benchmark.questions[self.rank :: self.world_size]
+
+    def answers_to(self, benchmark: Benchmark, questions: Sequence[Question]) -> Iterator[list[dict]]:
+        """{"id", "answer"} of each of the questions, batch by batch. Raises ValueError where one cannot be asked."""
+        for group in self.batches.sorted_by_length(self._read(benchmark, questions)):
+            for _, answers in self.batches.run(group, partial(self._ask, benchmark)):
+                yield answers
 
     def forget(self) -> None:
         """Remove what was kept for an evaluation that ends early; its results are written."""
+        assert self.progress is not None
         shutil.rmtree(self.progress)
 
     def _path(self, benchmark: Benchmark, rank: int) -> Path:
+        assert self.progress is not None
         return self.progress / f"{benchmark.task.name}-{rank}.jsonl"
 
     def paths(self, benchmark: Benchmark) -> list[Path]:
         """Of all ranks, also of an earlier run with another number of them."""
-        return sorted(self.progress.glob(f"{benchmark.task.name}-[0-9]*.jsonl"))
+        return sorted(self._path(benchmark, 0).parent.glob(f"{benchmark.task.name}-[0-9]*.jsonl"))
 
     def _read(self, benchmark: Benchmark, left: Sequence[Question]) -> Iterator[tuple[Question, Questions]]:
         """The questions with their images decoded, by worker processes while the model answers."""
         prompts = Prompts(self.asker.reader, benchmark, left, self.without_image)
         options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
+        options |= {"worker_init_fn": init_worker, "generator": torch.Generator()}  # see data.loader.train_batches
         if self.workers:
             torch.multiprocessing.set_sharing_strategy("file_system")
         for question, read in zip(left, DataLoader(prompts, **options), strict=True):
@@ -109,27 +116,15 @@ class Answering:
                 raise ValueError(f"{benchmark.task.name}, question {question.id}: {read}")
             yield question, read
 
-    def _ask(self, batch: list[tuple[Question, Questions]], benchmark: Benchmark) -> list[dict] | None:
-        """{"id", "answer"} of each; None where the device ran out of memory and a smaller batch may do."""
-        asked = [questions for _, questions in batch]
+    def _ask(self, benchmark: Benchmark, batch: list[tuple[Question, Questions]]) -> list[dict]:
+        """{"id", "answer"} of each."""
         tokens = self.max_new_tokens or benchmark.task.max_new_tokens
-        try:
-            texts = self.asker.answer(asked, tokens)
-            chosen = self._likeliest(batch) if self.likelihood else {}
-        except torch.OutOfMemoryError:
-            if self.batch_size is not None or len(batch) == 1:
-                raise ValueError(f"--batch_size {self.size}: out of memory; take fewer, or --batch_size auto") from None
-            self.size = len(batch) // 2
-        else:
-            return [
-                {"id": question.id, "answer": text} | chosen.get(question.id, {})
-                for (question, _), text in zip(batch, texts, strict=True)
-            ]
-        # Here, as the error has let go of what it held.
-        if self.asker.device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(f"out of memory: going on with batches of {self.size}", file=sys.stderr)
-        return None
+        texts = self.asker.answer([questions for _, questions in batch], tokens, benchmark.task.stop)
+        chosen = self._likeliest(batch) if self.likelihood else {}
+        return [
+            {"id": question.id, "answer": text} | chosen.get(question.id, {})
+            for (question, _), text in zip(batch, texts, strict=True)
+        ]
 
     def _likeliest(self, batch: list[tuple[Question, Questions]]) -> dict[str, dict[str, str]]:
         """Of those with lettered choices."""
@@ -199,23 +194,6 @@ class Prompts(Dataset):
             return self.reader.read(turn, images, question.item.system or "", question.answer_prefix, question.id)
         except (ImageDecodeError, ValueError, OSError) as error:
             return str(error)
-
-
-def _sorted_by_length(
-    questions: Iterator[tuple[Question, Questions]], window: int
-) -> Iterator[list[tuple[Question, Questions]]]:
-    """Lists of `window` questions, the longest prompts first: what does not fit into memory shows at once."""
-    group: list[tuple[Question, Questions]] = []
-    for one in questions:
-        group.append(one)
-        if len(group) == window:
-            yield sorted(group, key=_length, reverse=True)
-            group = []
-    yield sorted(group, key=_length, reverse=True)
-
-
-def _length(one: tuple[Question, Questions]) -> int:
-    return len(one[1].prompts[0])
 
 
 def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:

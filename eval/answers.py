@@ -61,14 +61,21 @@ def _pair(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     return str(row["id"]), row["answer"]
 
 
-def match(given: Iterable[tuple[str, str]], benchmark: Benchmark, missing: str = "error") -> dict[str, str]:
-    """Id -> answer, for ids of the benchmark. missing, for questions without an answer: "error"; "wrong", an empty
-    answer; or "skip", which leaves them out. Raises ValueError that names the ids that are missing, there twice or
-    unknown."""
+def match(
+    given: Iterable[tuple[str, str]], benchmark: Benchmark, missing: str = "error", is_part: bool = False
+) -> dict[str, str]:
+    """Id -> answer, for ids of the benchmark.
+
+    missing, for questions without an answer: "error"; "wrong", an empty answer; or "skip", which leaves them out.
+    is_part: the benchmark is the first of its questions, so that answers to others may be there; they are left out.
+    Raises ValueError that names the ids that are missing, there twice or unknown.
+    """
     name, ids = benchmark.task.name, [question.id for question in benchmark.questions]
     by_number = {f"#{question.number}": question.id for question in benchmark.questions}
     known = set(ids)
     pairs = [(one if one in known else by_number.get(one, one), answer) for one, answer in given]
+    if is_part and known & {one for one, _ in pairs}:
+        pairs = [(one, answer) for one, answer in pairs if one in known]
     counts = Counter(one for one, _ in pairs)
     problems = []
     if twice := [one for one, count in counts.items() if count > 1]:

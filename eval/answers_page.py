@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.html_page import data_url, page, text
-from data.images import decode_image, image_size
+from data.images import image_size, small
 from eval.benchmarks import Benchmark
 from eval.output import UNKNOWN, is_detail, percent
 
@@ -195,6 +195,14 @@ def _short(value: str) -> str:
     return value if len(value) <= LETTERS else f"{value[:LETTERS]} … ({len(value) - LETTERS:,} more letters)"
 
 
+def small_picture(image: Any, side: int = SIDE) -> str:
+    """An image, in any form that rows may have, as HTML, at most `side` pixels wide or high. Raises ValueError or
+    OSError."""
+    width, height = image_size(image)
+    address = data_url(small(image, side), jpeg=True)
+    return f'<img alt="{width} x {height} pixels" title="{width} x {height} pixels" src="{address}">'
+
+
 class _Pictures:
     """Small pictures of questions, as HTML, up to PICTURE_BYTES of them."""
 
@@ -222,15 +230,12 @@ class _Pictures:
             self.left_out += 1
             return ""
         try:
-            width, height = image_size(image)
-            scale = min(1.0, SIDE / max(width, height))
-            size = max(1, round(scale * width)), max(1, round(scale * height))
-            address = data_url(decode_image(image, size, use_truncated=True), jpeg=True)
+            picture = small_picture(image)
         except (ValueError, OSError) as error:
             return f'<span class="note">no picture: {text(_short(str(error)))}</span>'
-        self.bytes += len(address)
+        self.bytes += len(picture)
         self.count += 1
-        return f'<img alt="{width} x {height} pixels" title="{width} x {height} pixels" src="{address}">'
+        return picture
 
     def note(self) -> str:
         """How many there are, and how large."""

@@ -19,6 +19,7 @@ from data.places import PLACE, place_images, with_images
 from data.text import encode_chat, encode_prompt, get_tokenizer, image_string
 from data.values import BadRow
 from eval.answer_text import AnswerText, Speed
+from eval.prompt_cache import PromptCache
 from models.attention import compute_dtype
 from models.vision_language_model import VisionLanguageModel
 
@@ -50,9 +51,7 @@ class Reader:
         """
         processed = [self.processor(image) for image in images]
         texts = [image_string([grid], self.processor.cfg) for _, grid in processed]
-        prompt = encode_prompt(self.tokenizer, with_images(dict(turn), texts)[0], "", system)
-        if answer_prefix:
-            prompt = prompt + self.tokenizer.backend_tokenizer.encode(answer_prefix, add_special_tokens=False).ids
+        prompt = encode_prompt(self.tokenizer, with_images(dict(turn), texts)[0], "", system) + self.ids(answer_prefix)
         tiles = torch.cat([tiles for tiles, _ in processed]) if processed else None
         return Questions(tiles, [prompt], [""], [None], id)
 
@@ -69,35 +68,35 @@ class Reader:
             raise ValueError(f"{bad.kind}: {bad.found}") from None
         return with_images(turn, [image_string([grid], self.processor.cfg) for grid in grids])[0]
 
-    def conversation(self, contents: Sequence[str], tiles: Sequence[torch.Tensor]) -> Questions:
+    def conversation(
+        self, contents: Sequence[str], tiles: Sequence[torch.Tensor], system: str = "", answer_prefix: str = ""
+    ) -> Questions:
         """The last question of a conversation. contents: what was said in turn, of the user as `spoken` gives it.
 
-        tiles: of all its images in order, uint8 [n, 3, S, S] each.
+        tiles: of all its images in order, uint8 [n, 3, S, S] each. answer_prefix: as in `read`.
         """
-        prompt = encode_chat(self.tokenizer, list(contents))
+        prompt = encode_chat(self.tokenizer, list(contents), system) + self.ids(answer_prefix)
         return Questions(torch.cat(list(tiles)) if tiles else None, [prompt], [""], [None], "")
 
+    def ids(self, text: str) -> list[int]:
+        """Of a text that follows another one's ids."""
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-class Asker:
-    """A checkpoint that answers."""
+
+class ModelAsker:
+    """A model that answers."""
 
     def __init__(
         self,
-        folder: Path,
+        model: VisionLanguageModel,
+        tokenizer: Any,
         device: torch.device,
         autocast: contextlib.AbstractContextManager,
-        lm_tokenizer: str | None = None,
     ):
-        """folder: a checkpoint in nanoVLM's format. lm_tokenizer: in place of the checkpoint's own.
-
-        Raises ValueError or OSError for a checkpoint that cannot be used.
-        """
-        self.folder, self.device, self.autocast = folder, device, autocast
-        self.model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
-        self.model.cfg.lm_tokenizer = lm_tokenizer or self.model.cfg.lm_tokenizer
-        self.tokenizer = get_tokenizer(self.model.cfg, None if lm_tokenizer else folder)
-        self.reader = Reader(self.tokenizer, ImageProcessor(self.model.cfg))
-        self.collator = PromptCollator(self.tokenizer.pad_token_id, self.model.cfg)
+        """model: on the device, without dropout while it is asked."""
+        self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
+        self.reader = Reader(tokenizer, ImageProcessor(model.cfg))
+        self.collator = PromptCollator(tokenizer.pad_token_id, model.cfg)
         self.speed = Speed()  # of all answers so far
 
     def too_long(self, question: Questions, max_new_tokens: int) -> str | None:
@@ -123,26 +122,45 @@ class Asker:
         return [text.text for text in texts]
 
     def stream(
-        self, question: Questions, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
+        self,
+        question: Questions,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        known: PromptCache | None = None,
+        **sampling: Any,
     ) -> Generator[str, None, None]:
-        """The same of one prompt, piece by piece as its tokens come. Close it where it is not taken to the end."""
+        """The same of one prompt, piece by piece as its tokens come. Close it where it is not taken to the end.
+
+        known: of the conversation that the question continues; it takes in what is new.
+        """
         text = AnswerText(self.tokenizer, stop, max_new_tokens)
-        with contextlib.closing(self._steps([question], [text], max_new_tokens, sampling)) as steps:
+        with contextlib.closing(self._steps([question], [text], max_new_tokens, sampling, known)) as steps:
             for _ in steps:
                 if piece := text.take():
                     yield piece
 
     def _steps(
-        self, questions: Sequence[Questions], texts: Sequence[AnswerText], max_new_tokens: int, sampling: dict[str, Any]
+        self,
+        questions: Sequence[Questions],
+        texts: Sequence[AnswerText],
+        max_new_tokens: int,
+        sampling: dict[str, Any],
+        known: PromptCache | None = None,
     ) -> Generator[None, None, None]:
-        """Give each text its next token, until all are done."""
+        """Give each text its next token, until all are done. known: as in `stream`, for a single question."""
         options: dict[str, Any] = {"greedy": not sampling, "eos_token_id": self.tokenizer.eos_token_id} | sampling
         self.speed.begin()
+        if known is not None:
+            sizes = self.model.cfg, self.device, self.compute_dtype()
+            questions = [known.continued(questions[0], max_new_tokens, *sizes)]
+            options["cache"] = known.cache
         options |= to_device(self.collator(list(questions)), self.device)
         # Held over all tokens: at its end the weights that it has cast are forgotten.
         with self.autocast, contextlib.closing(self.model.stream(max_new_tokens=max_new_tokens, **options)) as stream:
             for new_ids in stream:
                 tokens = new_ids.tolist()  # waits for the device
+                if known is not None:
+                    known.ids += tokens
                 self.speed.add(sum(not text.done for text in texts))
                 for text, token in zip(texts, tokens, strict=True):
                     text.add(token)
@@ -155,7 +173,7 @@ class Asker:
         with self.autocast:
             return compute_dtype(next(self.model.parameters()))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def likeliest(self, questions: Sequence[Questions], choices: Sequence[Sequence[str]]) -> list[str]:
         """Which of its choices each answer most likely begins with, by the probability of the choice's first token."""
         batch = to_device(self.collator(list(questions)), self.device)
@@ -169,6 +187,25 @@ class Asker:
 
     def _score(self, scores: torch.Tensor, choice: str) -> float:
         """The larger one of the first token with and without a space before it, as the prompt may end in either."""
-        encode = self.tokenizer.backend_tokenizer.encode
-        starts = {encode(text, add_special_tokens=False).ids[0] for text in (choice, f" {choice}")}
+        starts = {self.reader.ids(text)[0] for text in (choice, f" {choice}")}
         return max(scores[start].item() for start in starts)
+
+
+class Asker(ModelAsker):
+    """A checkpoint that answers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        autocast: contextlib.AbstractContextManager,
+        lm_tokenizer: str | None = None,
+    ):
+        """folder: a checkpoint in nanoVLM's format. lm_tokenizer: in place of the checkpoint's own.
+
+        Raises ValueError or OSError for a checkpoint that cannot be used.
+        """
+        model = VisionLanguageModel.from_pretrained(folder).to(device).eval()
+        model.cfg.lm_tokenizer = lm_tokenizer or model.cfg.lm_tokenizer
+        super().__init__(model, get_tokenizer(model.cfg, None if lm_tokenizer else folder), device, autocast)
+        self.folder = folder

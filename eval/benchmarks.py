@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,11 @@ def open_benchmark(
     style: str | None,
     with_images: bool = False,
     alone: bool = True,
+    count: int | None = None,
 ) -> Benchmark:
-    """The task's questions, the first `limit` of them, in a prompt style of eval.prompts; None: it is not known.
+    """The task's questions, in a prompt style of eval.prompts; None: it is not known.
+
+    limit: the first ones alone. count: so many of all, drawn as `drawn` says.
 
     data_root: a folder that holds the data or a subfolder with it, named after the task or its id on the hub; None: the
     hub. with_images: a model is to answer. alone: there is no other task, so that data_root may hold the data itself.
@@ -107,27 +111,48 @@ def open_benchmark(
             f"are {', '.join(there) or 'none'}"
         )
     benchmark = Benchmark(task, [], table, task.split, style)
-    seen: Counter[str] = Counter()
     digests = hashlib.sha256()
     hashes, has_images = not (task.cluster and task.cluster in there), False
     wanted = {*there} - (set() if hashes else set(task.images))
-    for number, record in enumerate(table.records(sorted(wanted), limit)):
+    rows = len(table) if limit is None else min(limit, len(table))
+    ids, numbers = _row_ids(task, table, rows), drawn(rows, count)
+    for number, record in zip(numbers, table.records(sorted(wanted), numbers), strict=True):
         item = _read(task, record, f"{table.source}, row {number}")
         digest = _digest(record, task, table.folder) if hashes else None
         has_images = has_images or digest is not None
         digests.update((digest or "").encode())
-        row_id = "/".join(str(record[column]) for column in task.id_columns) or str(number)
-        seen[row_id] += 1
-        unique = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"  # some benchmarks repeat an id
         named = item.categories.get(task.cluster or "") or record.get(task.cluster or "")
-        cluster = (digest or unique) if named is None else named  # an id may be 0
+        cluster = (digest or ids[number]) if named is None else named  # an id may be 0
         prompt, prefix = styled(task.name, item, style or STYLES[0])
-        benchmark.questions.append(Question(unique, number, item, prompt, prefix, str(cluster)))
+        benchmark.questions.append(Question(ids[number], number, item, prompt, prefix, str(cluster)))
     if not benchmark.questions:
         raise ValueError(f"{table.source}: holds no rows")
     benchmark.image_fingerprint = digests.hexdigest() if has_images else None
     _find_images(benchmark, data_root, names, there)
     return benchmark
+
+
+def _row_ids(task: Task, table: Table, rows: int) -> list[str]:
+    """An id for each of the first rows; some benchmarks repeat one."""
+    if not task.id_columns:
+        return [str(number) for number in range(rows)]
+    found: list[str] = []
+    seen: Counter[str] = Counter()
+    for record in table.records(task.id_columns, range(rows)):
+        row_id = "/".join(str(record[column]) for column in task.id_columns)
+        seen[row_id] += 1
+        found.append(row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}")
+    return found
+
+
+def drawn(rows: int, count: int | None) -> Sequence[int]:
+    """Which of so many rows are asked: `count` of them in order, the same ones each time; all without a count.
+
+    Not the first ones: benchmarks are sorted by category.
+    """
+    if count is None or count >= rows:
+        return range(rows)
+    return sorted(random.Random(0).sample(range(rows), count))
 
 
 def _needed(task: Task, with_images: bool) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from data.images import ImageDecodeError
 from eval.answer_text import Speed
 from eval.asking import Asker
+from eval.prompt_cache import PromptCache
 
 HELP = """\
 /image PATH ...  show the model these images: before your next question, or where it says <image>
@@ -44,6 +45,7 @@ class Chat:
         self.contents: list[str] = []  # what user and assistant have said, with the images' tokens
         self.tiles: list[torch.Tensor] = []  # of the images in it
         self.waiting: list[tuple[torch.Tensor, tuple[int, int]]] = []  # (tiles, grid) of those of the next question
+        self.known = PromptCache()  # what the model has read of it
 
     def add_image(self, path: Path) -> None:
         """Show it with the next question. Raises ValueError where it is not an image."""
@@ -77,13 +79,15 @@ class Chat:
         pieces, stopped = [], False
         try:
             options = self.sampling | {"stop": self.stop}
-            with contextlib.closing(self.asker.stream(question, self.max_new_tokens, **options)) as stream:
+            answer = self.asker.stream(question, self.max_new_tokens, known=self.known, **options)
+            with contextlib.closing(answer) as stream:
                 for piece in stream:
                     pieces.append(piece)
                     self.show(piece)
         except KeyboardInterrupt:
             stopped = True
         except torch.OutOfMemoryError:
+            self.known = PromptCache()
             raise ValueError("out of memory; /reset begins a new conversation") from None
         self.show("\n")
         self.note(f"({self.asker.speed}{', stopped' if stopped else ''})")

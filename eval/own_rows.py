@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from data.options import AS_THEY_ARE, RowOptions
 from data.rows import TableRows, load_rows
 from data.values import Reason
 from eval import metrics
-from eval.benchmarks import Benchmark
+from eval.benchmarks import Benchmark, drawn
 from eval.rules import Item, Question, Rule, Task, each
-from eval.scorers import text
+from eval.scorers import points, text
 from eval.scorers.judged import Judged
 from eval.tables import Table
 
@@ -36,8 +37,17 @@ RULES = (
         each(lambda answer, truth, _: text.named_choice(answer, truth["answers"], truth.get("letters", ()))),
     ),
 )
+# Of rows with points or counts, before the others.
+POINT_RULES = (
+    _rule("points", f"F1 of points, matched one to one, within {points.NEAR:g} of 1,000", points.pointed),
+    _rule("count", "the same number", points.counted_as),
+    _rule("count within 1", "the number, or one more or less", partial(points.counted_as, within=1)),
+)
+POINT_FORMATS = ("points", "pixmo-points", "pixmo-count", "CoSyn-point")
 LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
 MAX_NEW_TOKENS = 50
+POINT_TOKENS = 400  # about 40 points, where each digit is a token
+ID_KEYS, CLUSTER_KEYS = ("id", "question_id"), ("cluster",)
 
 
 @dataclass
@@ -58,11 +68,17 @@ class OwnRows(Benchmark):
 
 
 def open_own_rows(
-    path: Path, limit: int | None, flag: str = "tasks", options: RowOptions = AS_THEY_ARE, answered: bool = True
+    path: Path,
+    limit: int | None,
+    flag: str = "tasks",
+    options: RowOptions = AS_THEY_ARE,
+    answered: bool = True,
+    count: int | None = None,
 ) -> OwnRows:
     """The questions of a file or folder, of its first `limit` rows. Raises ValueError that names `flag`.
 
-    answered: only those with an answer, the truth. options: how a record becomes a row.
+    answered: only those with an answer, the truth. options: how a record becomes a row. count: so many rows of all,
+    drawn as eval.benchmarks.drawn says.
     """
     rows = load_rows(str(path), split="test", flag=flag, options=options)
     assert isinstance(rows, TableRows)
@@ -72,16 +88,20 @@ def open_own_rows(
     bad: Counter[str] = Counter()
     first: dict[str, str] = {}
     seen: Counter[str] = Counter()
-    for number in range(len(rows) if limit is None else min(limit, len(rows))):
+    has_points = False
+    for number in drawn(len(rows) if limit is None else min(limit, len(rows)), count):
         row = rows[number]
         if reason := row.get("bad"):
             bad[str(reason)] += 1
             first.setdefault(str(reason), reason.first if isinstance(reason, Reason) else "")
             continue
-        row_id = _own_id(rows, number) or row["id"]
+        row_id = _own_value(rows, number, ID_KEYS) or row["id"]
         seen[row_id] += 1
         row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"
-        found.questions += _questions(row, row_id, number, answered)
+        found.questions += _questions(row, row_id, number, answered, _own_value(rows, number, CLUSTER_KEYS))
+        has_points = has_points or row.get("format") in POINT_FORMATS
+    if has_points:
+        found.task = replace(found.task, rules=(*POINT_RULES, *RULES), max_new_tokens=POINT_TOKENS)
     found.not_usable = {reason: f"{count}, the first: {first[reason]}" for reason, count in bad.items()}
     if not found.questions:
         why = (
@@ -112,18 +132,18 @@ def _no_records(record: Any) -> Item:
     raise AssertionError("rows are read by data.rows")
 
 
-def _own_id(rows: TableRows, number: int) -> str | None:
-    """The row's own `id` or `question_id`, where its file has one."""
+def _own_value(rows: TableRows, number: int, keys: Sequence[str]) -> str | None:
+    """What the row's file says under the first of the keys that it has."""
     start = 0
     for part, end in zip(rows.parts, rows.ends, strict=True):
         if number < end:
-            return _id_in(part, number - start)
+            return _value_in(part, number - start, keys)
         start = end
     return None
 
 
-def _id_in(part: Part, number: int) -> str | None:
-    for key in ("id", "question_id"):
+def _value_in(part: Part, number: int, keys: Sequence[str]) -> str | None:
+    for key in keys:
         if hasattr(part.table, "record"):
             value = part.table.record(number).get(key)
         elif key in part.table.column_names:
@@ -135,7 +155,7 @@ def _id_in(part: Part, number: int) -> str | None:
     return None
 
 
-def _questions(row: Row, row_id: str, number: int, answered: bool) -> list[Question]:
+def _questions(row: Row, row_id: str, number: int, answered: bool, cluster: str | None) -> list[Question]:
     asked = [turn for turn in row["texts"] if turn["user"] is not None]
     turns = [turn for turn in asked if turn["assistant"] is not None or not answered]
     found = []
@@ -148,5 +168,5 @@ def _questions(row: Row, row_id: str, number: int, answered: bool) -> list[Quest
             turn["user"], turn["user"], truth, groups, len(truth.get("letters", ())) or None, system=row.get("system")
         )
         one = row_id if len(turns) == 1 else f"{row_id}/{place}"
-        found.append(Question(one, number, item, turn["user"], "", row_id, turn))
+        found.append(Question(one, number, item, turn["user"], "", cluster or row_id, turn))
     return found

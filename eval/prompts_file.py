@@ -1,10 +1,15 @@
-"""Questions of a file to answers in a file: each is there as soon as it is made, and a killed run goes on."""
+"""Questions of a file to answers in a file: each is there as soon as it is made, and a killed run goes on.
+
+Some batches of questions at a time are sorted by length, so that little is padded; once all of them are answered, their
+answers are brought into the order of the questions.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from data.options import RowOptions
 from data.readers import as_it_is
 from eval.answering import check_same_settings
 from eval.asking import Asker, Reader
+from eval.batches import WINDOW, sorted_by_length
 from eval.own_rows import OwnRows, open_own_rows
 from eval.rules import Question
 from grades.files import write_json, write_text
@@ -67,19 +73,37 @@ class PromptsFile:
 
         model: as eval.answering.describe_model says. Raises ValueError where the output has answers of other settings.
         """
-        done = self._done(self._settings(model))
+        done, known = self._done(self._settings(model))
         left = self.rows.questions[done:]
-        if done:
-            print(f"{done} of {len(self.rows.questions)} questions are answered already", file=sys.stderr)
+        if done or known:
+            print(f"{done + len(known)} of {len(self.rows.questions)} questions are answered already", file=sys.stderr)
         bar = tqdm(total=len(left), desc=self.output.name, unit="question", smoothing=0.05)
-        with self.output.open("a", encoding="utf-8") as file, bar:
-            for batch in self._batches(left):
-                torch.manual_seed(self.seed + done)  # whatever was answered before in this process
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._ask(batch)))
+        with self.output.open("r+b") as file, bar:
+            start = sum(len(file.readline()) for _ in range(done))
+            for group in sorted_by_length(self._read(left), self.window):
+                ids = [one.id for one in left[: len(group)]]
+                left = left[len(group) :]
+                file.seek(0, os.SEEK_END)
+                for batch in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
+                    if not all(question.id in known for question, _ in batch):
+                        torch.manual_seed(self.seed + done)  # whatever was answered before in this process
+                        rows = self._ask(batch)
+                        known |= {row["id"]: row for row in rows}
+                        file.write(_lines(rows))
+                        file.flush()
+                    done += len(batch)
+                    bar.update(len(batch))
+                file.seek(start)  # they are there in the order in which they were asked
+                file.write(_lines(known.pop(one) for one in ids))
+                file.truncate()
                 file.flush()
-                done += len(batch)
-                bar.update(len(batch))
-        return sum("error" in json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines())
+                start = file.tell()
+        return sum("error" in row for row in _whole_rows(self.output))
+
+    @property
+    def window(self) -> int:
+        """How many questions are sorted by length, and their answers into the order of the questions again."""
+        return WINDOW * self.batch_size
 
     def _settings(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
@@ -96,12 +120,16 @@ class PromptsFile:
             settings |= {**self.sampling, "seed": self.seed, "batch_size": self.batch_size}
         return settings
 
-    def _done(self, settings: dict[str, Any]) -> int:
-        """How many questions the output has an answer to: whole batches of them, so that a resumed run is the same."""
+    def _done(self, settings: dict[str, Any]) -> tuple[int, dict[str, dict[str, Any]]]:
+        """(how many questions the output answers in their order, id -> row of those that it answers after them).
+
+        The former are whole windows, so that a resumed run is the same.
+        """
         if not self.output.exists():
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.settings_path, settings)
-            return 0
+            self.output.touch()
+            return 0, {}
         try:
             before = json.loads(self.settings_path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -110,25 +138,24 @@ class PromptsFile:
                 "made; take another --output, or remove the file"
             ) from None
         check_same_settings(f"--output {self.output}", before, settings)
-        whole = self.output.read_text(encoding="utf-8")
-        lines = [line for line in whole.splitlines(keepends=True) if line.endswith("\n")]  # the last may break off
-        keep = len(lines) if len(lines) == len(self.rows.questions) else len(lines) // self.batch_size * self.batch_size
-        if (kept := "".join(lines[:keep])) != whole:
-            write_text(self.output, kept)
-        return keep
+        rows = _whole_rows(self.output)
+        ids = [one.id for one in self.rows.questions]
+        same = next((i for i, row in enumerate(rows) if i == len(ids) or row["id"] != ids[i]), len(rows))
+        done = same if same == len(ids) else same // self.window * self.window
+        group = set(ids[done : done + self.window])
+        known: dict[str, dict[str, Any]] = {}
+        for row in rows[done:]:
+            if row["id"] in group:
+                known.setdefault(row["id"], row)
+        write_text(self.output, _lines([*rows[:done], *known.values()]).decode())  # without what a kill broke off
+        return done, known
 
-    def _batches(self, left: Sequence[Question]) -> Iterator[list[tuple[Question, Questions | str]]]:
+    def _read(self, left: Sequence[Question]) -> Iterator[tuple[Question, Questions | str]]:
+        """The questions with their images decoded, by worker processes while the model answers."""
         options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
         if self.workers:
             torch.multiprocessing.set_sharing_strategy("file_system")
-        batch: list[tuple[Question, Questions | str]] = []
-        for pair in zip(left, DataLoader(ReadPrompts(self.asker.reader, self.rows, left), **options), strict=True):
-            batch.append(pair)
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+        yield from zip(left, DataLoader(ReadPrompts(self.asker.reader, self.rows, left), **options), strict=True)
 
     def _ask(self, batch: Sequence[tuple[Question, Questions | str]]) -> list[dict[str, Any]]:
         """The line of each question."""
@@ -151,6 +178,22 @@ class PromptsFile:
                 row["answers"] = [next(answers) for _ in range(n)]
             rows.append(row)
         return rows
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an output; a line that breaks off ends them."""
+    rows: list[dict[str, Any]] = []
+    # Not splitlines: a JSON text may hold other separators as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class ReadPrompts(Dataset):

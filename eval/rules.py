@@ -29,8 +29,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a benchmark. cluster: rows with the same one share an image; answer_prefix: what the prompt style puts
-    at the start of the answer; number: the row in its table, from 0; turn: of one's own rows, as data.formats says."""
+    """One row of a benchmark.
+
+    cluster: rows with the same one share an image, or are said to belong together; answer_prefix: what the prompt
+    style puts at the start of the answer; number: the row in its table, from 0; turn: of one's own rows, as
+    data.formats says.
+    """
 
     id: str
     number: int
@@ -73,8 +77,8 @@ class Task:
     id; the row's number without any. cluster: the category or column that says which rows share an image; None: rows
     with the same image. image_config, image_key: the images are rows of another configuration, found by their id.
     chance: what guessing scores; "choices": one over the number of choices; None: about nothing.
-    published_rows: how many rows the split has. lmms_metrics: our name of a number -> lmms-eval's; lmms_filter: under
-    which of its filters; lmms_scale: its number over ours.
+    stop: texts at which an answer ends. published_rows: how many rows the split has. lmms_metrics: our name of a number
+    -> lmms-eval's; lmms_filter: under which of its filters; lmms_scale: its number over ours.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Task:
     metrics: Metrics
     main: str
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
     config: str | None = None
     id_columns: tuple[str, ...] = ()
     cluster: str | None = None

@@ -9,6 +9,11 @@ def normalise(answer: str) -> str:
     return " ".join(answer.lower().split()).removesuffix(".")
 
 
+def is_right(answer: str, expected: str | tuple[str, ...]) -> bool:
+    """Whether it is the expected answer, or one of several."""
+    return normalise(answer) in {normalise(one) for one in ((expected,) if isinstance(expected, str) else expected)}
+
+
 def score(pairs: Iterable[tuple[str, str | tuple[str, ...], str | None]]) -> dict[str, float | None]:
     """Exact match over (answer, expected, source): "all" and one entry a source; None where there was no question.
 
@@ -16,8 +21,7 @@ def score(pairs: Iterable[tuple[str, str | tuple[str, ...], str | None]]) -> dic
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for answer, expected, source in pairs:
-        all_expected = {normalise(one) for one in ((expected,) if isinstance(expected, str) else expected)}
         for key in {"all", source or "all"}:
-            right[key].append(normalise(answer) in all_expected)
+            right[key].append(is_right(answer, expected))
     means = {key: sum(values) / len(values) for key, values in sorted(right.items())}
     return {"all": None} | means

@@ -44,15 +44,15 @@ class Table:
             return self._text_record(number)
         return self._named(self.table[number : number + 1].to_pylist()[0])
 
-    def records(self, columns: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The records in order with these columns, the first `limit` of them. Raises ValueError."""
-        count = len(self) if limit is None else min(limit, len(self))
+    def records(self, columns: Sequence[str], numbers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+        """The records with these columns, those of `numbers` or all, in order. Raises ValueError."""
+        numbers = range(len(self)) if numbers is None else numbers
         if not hasattr(self.table, "column_names"):
-            yield from (self._text_record(number) for number in range(count))
+            yield from map(self._text_record, numbers)
             return
         chosen = self.table.select_columns([column for column in self.columns if column in columns])
-        for start in range(0, count, BATCH_ROWS):
-            for record in chosen[start : min(start + BATCH_ROWS, count)].to_pylist():
+        for start in range(0, len(numbers), BATCH_ROWS):
+            for record in chosen[numbers[start : start + BATCH_ROWS]].to_pylist():
                 yield self._named(record)
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -77,13 +77,20 @@ def open_table(root: Path | None, names: Sequence[str], hub_id: str, config: str
         return _hub_table(hub_id, config, split)
     if root.is_file():
         return _file_table([root], root)
+    folder = find_folder(root, names, config)
+    if is_saved(folder):
+        return _saved_table(folder, split)
+    return _file_table(files_of_split(folder, config, split), folder)
+
+
+def find_folder(root: Path, names: Sequence[str], config: str | None) -> Path:
+    """Where a task's data is in a --data_root: see open_table."""
     folder = next((root / name for name in names if (root / name).is_dir()), root)
-    if config and (folder / config).is_dir():
-        folder = folder / config
-    return _saved_table(folder, split) if _is_saved(folder) else _of_files(folder, config, split)
+    return folder / config if config and (folder / config).is_dir() else folder
 
 
-def _is_saved(folder: Path) -> bool:
+def is_saved(folder: Path) -> bool:
+    """Whether save_to_disk has written it."""
     return any((folder / name).exists() for name in SAVED)
 
 
@@ -101,9 +108,9 @@ def _saved_table(folder: Path, split: str) -> Table:
     return Table(str(folder), saved.with_format("arrow"))
 
 
-def _of_files(folder: Path, config: str | None, split: str) -> Table:
-    """The files of the split: those whose name, or whose folder's name, is that of the split or begins with it; all
-    where the one file says nothing of a split."""
+def files_of_split(folder: Path, config: str | None, split: str) -> list[Path]:
+    """The files whose name, or whose folder's name, is that of the split or begins with it; all where the one file says
+    nothing of a split. Parquet files, or else JSON. Raises ValueError, FileNotFoundError."""
     files = [file for file in sorted(folder.rglob("*")) if file_type(file) in (".parquet", *TYPES) and file.is_file()]
     if config and (of_config := [file for file in files if config in file.relative_to(folder).parts[:-1]]):
         files = of_config
@@ -118,7 +125,7 @@ def _of_files(folder: Path, config: str | None, split: str) -> Table:
         there = sorted({_split_of(file) for file in files})
         raise ValueError(f"--data_root {folder}: no file of the split {split}; there are {', '.join(there)}")
     _check_shards(of_split, folder)
-    return _file_table(of_split, folder)
+    return of_split
 
 
 def _split_of(file: Path) -> str:

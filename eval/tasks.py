@@ -10,6 +10,7 @@ from eval.rules import Task
 
 HUB = "lmms-lab-encoder"
 
+LLAVA_TURN = ("ASSISTANT:",)  # where lmms-eval ends the answers of some tasks
 _VQA = ("question_id", "image", "question", "answers")
 TASKS: dict[str, Task] = {
     task.name: task
@@ -72,6 +73,7 @@ TASKS: dict[str, Task] = {
             metrics=metrics.means(),
             main="accuracy",
             max_new_tokens=50,
+            stop=LLAVA_TURN,
             id_columns=("question_id",),
             cluster="image_id",
             published_rows=5000,
@@ -87,6 +89,7 @@ TASKS: dict[str, Task] = {
             metrics=metrics.means(),
             main="accuracy",
             max_new_tokens=50,
+            stop=LLAVA_TURN,
             id_columns=("question_id",),
             published_rows=5046,
             lmms_metrics={"accuracy": "exact_match"},
@@ -247,6 +250,7 @@ TASKS: dict[str, Task] = {
             metrics=metrics.mmbench,
             main="accuracy",
             max_new_tokens=1024,
+            stop=LLAVA_TURN,
             id_columns=("index",),
             cluster="rotated",
             chance="choices",
@@ -273,6 +277,7 @@ TASKS: dict[str, Task] = {
             metrics=metrics.means("data_type"),
             main="accuracy",
             max_new_tokens=50,
+            stop=LLAVA_TURN,
             chance="choices",
             published_rows=17990,
             lmms_metrics={"accuracy": "seed_all", "data_type/image": "seed_image", "data_type/video": "seed_video"},

@@ -145,9 +145,12 @@ class GradESMonitor:
         """Whether max_frozen_ratio of the model's projection matrices, watched or not, are frozen: the run ends."""
         return policy.enough_frozen(len(self.frozen), self.num_matrices, self.config.max_frozen_ratio)
 
-    def note(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Keep numbers of a validation after step `step` for the pictures: "loss", "loss_averaged", in nats."""
-        self.validation = [known for known in self.validation if known["step"] != step] + [{"step": step, **values}]
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """Keep numbers of an evaluation after step `step` for the pictures: "loss", "loss_averaged", in nats; "tasks",
+        benchmarks by name, each with its value and standard error."""
+        here = next((known for known in self.validation if known["step"] == step), {})
+        self.validation = [known for known in self.validation if known["step"] != step]
+        self.validation.append({**here, "step": step, **values})
 
     def frozen_share(self, tower: str | None = None) -> float | None:
         """Share of the components (of a tower) that are frozen, in [0, 1]; None where there are none."""

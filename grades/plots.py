@@ -1,5 +1,6 @@
 """The two pictures of a run, drawn from grades_history.json alone."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from grades.policy import lasting
 
 # From Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
 COLORS = {"vision": "#0072B2", "language": "#D55E00"}
+TASK_COLORS = ("black", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 NOT_FROZEN = "#E6E6E6"
 UNITS = {
     "weight_change": "L1 weight change since last check",
@@ -39,12 +41,15 @@ def convergence(history: dict[str, Any]) -> Any:
 
     history: what GradESMonitor.history returns.
     """
-    losses = _losses(history)
-    figure, towers = _figure(history, height_per_row=3.2, rows_more=bool(losses))
-    axes = figure.subplots(len(towers) + bool(losses), 1, sharex=True, squeeze=False)[:, 0]
+    losses, tasks = _losses(history), _tasks(history)
+    more = bool(losses) + bool(tasks)
+    figure, towers = _figure(history, height_per_row=3.2, rows_more=more)
+    axes = figure.subplots(len(towers) + more, 1, sharex=True, squeeze=False)[:, 0]
     if losses:
         _draw_losses(axes[0], history, losses)
-    for axis, tower in zip(axes[bool(losses) :], towers, strict=True):
+    if tasks:
+        _draw_tasks(axes[more - 1], history, tasks)
+    for axis, tower in zip(axes[more:], towers, strict=True):
         (_draw_gain if history["config"]["metric"] == "rollback" else _draw_metric)(axis, history, tower)
         axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
         axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
@@ -68,6 +73,36 @@ def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     sampled = [(check["step"], check["loss"]) for check in history["checks"] if "loss" in check]
     found["averaged weights, on the sample of the gains"] = sampled
     return {label: points for label, points in found.items() if points} if found["averaged weights"] else {}
+
+
+def _tasks(history: dict[str, Any]) -> dict[str, list[tuple[int, float, float]]]:
+    """(step, value, standard error) of each benchmark's number by name; empty where none was asked."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for known in history.get("validation", []):
+        for name, (value, error) in known.get("tasks", {}).items():
+            if value is not None:
+                found.setdefault(name, []).append((known["step"], value, error or 0.0))
+    return found
+
+
+def _draw_tasks(axis: Any, history: dict[str, Any], tasks: dict[str, list[tuple[int, float, float]]]) -> None:
+    for (label, points), color in zip(tasks.items(), itertools.cycle(TASK_COLORS), strict=False):
+        steps, values, errors = zip(*points, strict=True)
+        axis.errorbar(
+            steps, values, yerr=errors, color=color, marker="o", markersize=4, capsize=3, elinewidth=1, label=label
+        )
+    towers = {component["name"]: component["tower"] for component in history["components"]}
+    labelled: set[str] = set()
+    for tower, step in dict.fromkeys((towers[one["name"]], one["step"]) for one in lasting(history["events"])):
+        label = f"a {tower} matrix froze"
+        axis.axvline(
+            step, color=COLORS[tower], linewidth=1, alpha=0.35, zorder=0, label=None if label in labelled else label
+        )
+        labelled.add(label)
+    axis.set_title("benchmarks, ± one standard error", loc="left", fontweight="bold")
+    axis.set_ylabel("score", fontsize=8)
+    axis.grid(axis="y", color="0.9")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
 def _draw_losses(axis: Any, history: dict[str, Any], losses: dict[str, list[tuple[int, float]]]) -> None:

@@ -27,6 +27,14 @@ class KVCache:
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
+    def make_room(self, length: int, max_length: int) -> None:
+        """Forget all but the first `length` positions; have room for max_length, at least doubled where it grows."""
+        self.length = length
+        if (room := self.buffer.shape[4]) < max_length:
+            larger = self.buffer.new_zeros((*self.buffer.shape[:4], max(max_length, 2 * room), self.buffer.shape[5]))
+            larger[:, :, :, :, :length] = self.buffer[:, :, :, :, :length]
+            self.buffer = larger
+
     def extend(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values [B, G, T, D]; return all of them [B, G, S, D]."""
         end = self.length + k.shape[2]
@@ -235,8 +243,8 @@ class LanguageModel(nn.Module):
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         cos, sin = (table.to(x.dtype) for table in self.rotary_embd(position_ids, start + T))
         mask = self._mask(attention_mask, document_ids, branch_ids, T)
-        if mask is None and T > 1 and start > 0:
-            raise ValueError("several new positions after cached ones need an attention_mask")
+        if mask is None and T > 1 and start > 0:  # SDPA's causal would let the first new one see the first cached one
+            mask = attention_mask_4d(torch.ones(1, start + T, dtype=torch.bool, device=x.device), None, T)
         if response is not None:
             response = F.pad(response, (0, x.shape[1] - T))[..., None]
         for index, block in enumerate(self.blocks):

@@ -237,6 +237,26 @@ class TrainConfig(Checked):
         "optimizer steps between two evaluations, each of which ends with a checkpoint", 500, gt=0, section="Evaluation"
     )
     eval_batch_size: int = doc("conversations in an evaluation batch", 64, gt=0)
+    eval_tasks: str | None = doc(
+        "benchmarks that are answered and scored during training, as by evaluate.py: mmstar:200,my.jsonl asks 200 "
+        "drawn rows of mmstar and all of my.jsonl",
+        None,
+    )
+    eval_tasks_interval: int | None = doc(
+        "optimizer steps between two evaluations of eval_tasks, which are also made at the end; by default those of "
+        "eval_interval",
+        None,
+        gt=0,
+    )
+    data_root: str | None = doc("folder with the data of eval_tasks, as in evaluate.py; without it, the hub", None)
+    metric_for_best_model: str = doc(
+        "which checkpoint is checkpoints/best: that of the lowest (validation) loss, or of the highest exact_match or "
+        "number of eval_tasks, as mmstar/average",
+        "loss",
+    )
+    sample_questions: int = doc(
+        "validation questions whose answers over time stand in samples.html of the run folder; 0: none", 8, ge=0
+    )
     rollback_rows: int = doc(
         "with --metric rollback: validation rows on which the rollback gain is measured", 200, gt=1
     )
@@ -296,6 +316,19 @@ class TrainConfig(Checked):
         """Whether there are validation rows."""
         return self.val_size != 0 or self.val_dataset_path is not None
 
+    @property
+    def tasks_interval(self) -> int:
+        """Steps between two evaluations of eval_tasks."""
+        return self.eval_tasks_interval or self.eval_interval
+
+    @property
+    def best_metric(self) -> str:
+        """metric_for_best_model, without the prefix that it has in metrics.jsonl or summary.json."""
+        name = self.metric_for_best_model
+        return next(
+            (name.removeprefix(one) for one in ("val/", "val_", "eval/", "eval_") if name.startswith(one)), name
+        )
+
     def relations(self) -> Iterable[Relation]:
         draws_turns = self.turns_per_image is not None
         peak_lr = max(self.lr_mp, self.lr_vision_backbone, self.lr_language_backbone)
@@ -321,6 +354,21 @@ class TrainConfig(Checked):
                 self.max_tiles_per_batch in ("auto", 0) or self.tiles_per_row > 0,
                 "max_tiles_per_batch",
                 "0, auto, or at least batch_size",
+            ),
+            (
+                self.eval_tasks is not None or self.best_metric in ("loss", "exact_match"),
+                "metric_for_best_model",
+                "loss or exact_match without eval_tasks",
+            ),
+            (
+                self.validates or self.best_metric != "exact_match",
+                "val_size",
+                "> 0 for the exact_match of the best model",
+            ),
+            (
+                self.eval_tasks is not None or self.eval_tasks_interval is None,
+                "eval_tasks",
+                "given with eval_tasks_interval",
             ),
             (not 1 <= self.average_weights < 2, "average_weights", "a decay below 1, or a window of 2 steps or more"),
             (self.feature_cache_gib == 0 or self.parallel == "ddp", "feature_cache_gib", "0 with --parallel fsdp"),

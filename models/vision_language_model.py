@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens per image, L label positions, V vocabulary.
 """
 
+import json
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
@@ -44,6 +45,8 @@ class VisionLanguageModel(nn.Module):
         self.cross_entropy = summed_cross_entropy  # compiled along with the blocks
         self.loaded_from: Path | None = None  # checkpoint
         self.z_loss = 0.0  # in training, of the squared logarithm of the softmax's denominator at each label
+        # Of its config.json: VLMEvalKit looks here whether a checkpoint knows tiles.
+        self._saved_config_keys: frozenset[str] = frozenset()
         self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
@@ -154,7 +157,7 @@ class VisionLanguageModel(nn.Module):
         """All that `stream` yields for the same arguments: int [B, at most max_new_tokens]."""
         return torch.stack(list(self.stream(input_ids, images, *args, **options)), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, in which autocast would cast every weight again for each token
     def stream(
         self,
         input_ids: torch.Tensor,
@@ -169,23 +172,29 @@ class VisionLanguageModel(nn.Module):
         eos_token_id: int | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Generator[torch.Tensor, None, None]:
         """Yields the next token id of each row, int [B], until all rows have ended; an ended one repeats its end token.
 
         Rows of different lengths are padded on the left, with attention_mask [B, T] zero there. The end token is
         eos_token_id, else cfg.lm_eos_token_id; without either every row gets max_new_tokens. Sampling: greedy, or from
         logits / temperature, limited to the top_k most likely tokens and to the most likely ones that reach top_p
-        together. images, image_slots, image_sources: as in `forward`.
+        together. images, image_slots, image_sources: as in `forward`. cache: holds the positions before input_ids, with
+        their images, and room for the new ones; only without attention_mask. It takes in all but the last new token.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 1")
         eos = self.cfg.lm_eos_token_id if eos_token_id is None else eos_token_id
         B, T = input_ids.shape
+        images = _stack_images(images)
+        if images is not None:  # as nanoVLM, whose callers leave them where they were decoded
+            images = images.to(input_ids.device)
         x = self.embed(input_ids, images, image_slots, image_sources)
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
-        cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, compute_dtype(x))
+        if cache is None:
+            cache = KVCache(self.cfg, B, T + max_new_tokens, x.device, compute_dtype(x))
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
         for step in range(max_new_tokens):
             hidden = self.decoder(x, attention_mask, positions, cache=cache)[:, -1]
@@ -210,6 +219,7 @@ class VisionLanguageModel(nn.Module):
         folder = checkpoint_folder(path, revision)
         model = load_vlm_weights(cls(VLMConfig.load(folder)), folder)
         model.loaded_from = folder
+        model._saved_config_keys = frozenset(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

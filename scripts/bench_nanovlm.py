@@ -9,13 +9,15 @@
 Both have the recipe's sizes, random weights and the step of their train.py: forward and backward pass, clipping, AdamW
 as each makes it. With --new_tokens they answer instead: the first token, of prompt and images, and the greedy tokens
 after it, through the cache of each. Prints the medians over the rounds after warm-up and the ratio of the two, with the
-range of its middle half: a machine that becomes slower slows both. Takes every flag of train.py too.
+range of its middle half: a machine that becomes slower slows both. --cpu_time is for a machine that others use. Takes
+every flag of train.py too.
 """
 
 import contextlib
 import importlib
 import statistics
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +108,13 @@ def our_answers(bench: Bench, new_tokens: int) -> None:
         bench.model.generate(**inputs, max_new_tokens=new_tokens, greedy=True)
 
 
-def in_turns(steps: dict[str, Callable[[], None]], bench: Bench, rounds: int, warmup: int) -> dict[str, list[float]]:
+def in_turns(
+    steps: dict[str, Callable[[], None]],
+    bench: Bench,
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each step of every round, all of a round after each other."""
     for _ in range(warmup):
         for step in steps.values():
@@ -114,7 +122,7 @@ def in_turns(steps: dict[str, Callable[[], None]], bench: Bench, rounds: int, wa
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            seconds[name].append(bench.seconds(step))
+            seconds[name].append(bench.seconds(step, clock))
     return seconds
 
 
@@ -123,6 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--nanovlm", type=Path, required=True, help="a clone of nanoVLM")
     made.add_argument("--rounds", type=int, default=15, help="timed steps of each")
     made.add_argument("--warmup_steps", type=int, default=3, help="steps of each before them")
+    made.add_argument(
+        "--cpu_time", action="store_true", help="count this process's CPU time, where other programs use the CPU too"
+    )
     made.add_argument("--new_tokens", type=int, default=0, help="answer with this many tokens instead of training")
     arguments, settings = parse(made, argv)
     bench = Bench(arguments, settings)
@@ -131,9 +142,12 @@ def main(argv: list[str] | None = None) -> None:
                    "--turns_per_image 1")  # fmt: skip
     theirs = TheirBench(arguments.nanovlm, bench)
     print("\n".join([*bench.describe(), f"dtype                {settings.train.dtype}"]))
+    if arguments.cpu_time:
+        print("seconds              of CPU time, all threads together")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     if not arguments.new_tokens:
         rivals = {"this": bench.step, "nanoVLM": theirs.step}
-        show("a step", "s", in_turns(rivals, bench, arguments.rounds, arguments.warmup_steps))
+        show("a step", "s", in_turns(rivals, bench, arguments.rounds, arguments.warmup_steps, clock))
         return
     bench.model.cfg.lm_eos_token_id = None  # no row ends early
     for model in (bench.model, theirs.model):
@@ -141,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = {}
     for count in (1, arguments.new_tokens):
         rivals = {"this": lambda: our_answers(bench, count), "nanoVLM": lambda: theirs.generate(count)}  # noqa: B023
-        seconds[count] = in_turns(rivals, bench, arguments.rounds, arguments.warmup_steps)
+        seconds[count] = in_turns(rivals, bench, arguments.rounds, arguments.warmup_steps, clock)
     rows, later = len(bench.micro_batches[0]["input_ids"]), arguments.new_tokens - 1
     first = {name: statistics.median(found) for name, found in seconds[1].items()}
     show("first token", "s", seconds[1])

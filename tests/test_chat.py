@@ -5,10 +5,12 @@ import torch
 from tiny.data import encoded, picture, tiny_vlm
 from tiny.grades import make_model
 
+from data.datasets import Questions
 from data.easy_vqa import NAME, VOCAB_SIZE
 from data.text import encode_conversation, encode_prompt, get_tokenizer
 from eval.asking import Asker
 from eval.chat import Chat, paths_of
+from eval.prompt_cache import PromptCache
 from training.setup import autocast
 
 
@@ -50,6 +52,55 @@ def test_later_questions_know_what_was_said_and_the_images_before(chat):
     begin = next(i for i, label in enumerate(labels) if label != -100) + 1
     assert chat.asked[2].prompts == [ids[:begin]]
     assert sum("tokens" in note for note in chat.notes) == 3
+
+
+def test_a_turn_reads_only_what_is_new(chat, monkeypatch):
+    model, lengths, images = chat.asker.model, [], []
+    embed = model.embed
+
+    def counted(input_ids, given=None, *rest):
+        lengths.append(input_ids.shape[1])
+        images.append(0 if given is None else len(given))
+        return embed(input_ids, given, *rest)
+
+    monkeypatch.setattr(model, "embed", counted)
+    chat.run(iter([chat.image, "what color?", "is it red?", chat.image, "and <image> this?", "/reset", "what color?"]))
+    prompts = [len(one.prompts[0]) for one in chat.asked]
+    assert images == [1, 0, 1, 0]
+    assert (lengths[0], lengths[3]) == (prompts[0], prompts[3])
+    # The earlier prompt is known; of this untrained model's answer not all, as it is no text that makes its tokens.
+    assert lengths[1] <= prompts[1] - prompts[0]
+    assert lengths[2] <= prompts[2] - prompts[1]
+
+
+def test_answers_are_those_to_the_whole_conversation(chat):
+    chat.run(iter(["what color?", chat.image, "is it red?", chat.image, "and <image> this?", "is it blue?"]))
+    alone = [chat.asker.answer([one], 6)[0] for one in chat.asked]
+    assert alone == "".join(chat.shown).splitlines()
+    assert len(set(alone)) > 1
+
+
+def test_another_beginning_is_read_again_and_no_image_in_part(chat):
+    known, model = PromptCache(), chat.asker.model
+    image = [model.cfg.image_token_id] * model.cfg.mp_image_token_length
+    tiles = torch.randint(0, 256, (2, 3, model.cfg.vit_img_size, model.cfg.vit_img_size), dtype=torch.uint8)
+
+    def ask(prompt, images):
+        question = Questions(images, [prompt], [""], [None], "")
+        assert "".join(chat.asker.stream(question, 3, known=known)) == chat.asker.answer([question], 3)[0]
+        return known.ids[: len(prompt)]
+
+    assert ask([5, 6, *image, 7], tiles[:1]) == [5, 6, *image, 7]
+    rest = known.continued(
+        Questions(tiles, [[5, 6, *image, *image, 8]], [""], [None], ""), 3, model.cfg, "cpu", torch.float32
+    )
+    assert rest.prompts == [[*image, 8]]
+    assert len(rest.images) == 1
+    ask([5, 6, *image[1:], 7, 8, 9][:2], None)
+    rest = known.continued(Questions(tiles[:1], [[5, *image, 8]], [""], [None], ""), 3, model.cfg, "cpu", torch.float32)
+    assert rest.prompts == [[*image, 8]]
+    ask([5, *image, 8], tiles[1:])
+    ask([9], None)
 
 
 def test_the_streamed_answer_is_the_answer(chat):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny.anything import changed
 from tiny.data import dataset, drawn, encoded, picture, tiny_train, tiny_vlm, turn
 
 from data import json_places, text_files
@@ -587,55 +588,6 @@ def test_the_first_row_of_each_reason_outlives_a_checkpoint(read, tmp_path):
     drawn(again, 6)
     assert again.dropped["train"].examples() == first
     assert again.dropped["train"]["not JSON"] > run.dropped["train"]["not JSON"]
-
-
-def anything(rng: random.Random, depth: int = 0):
-    """Any JSON value."""
-    simple = [
-        None,
-        True,
-        0,
-        -1.5,
-        "",
-        "red",
-        "<image>",
-        "\ud800",
-        "a.png",
-        "https://x.y/z.png",
-        10**30,
-        float("nan"),
-        "user",
-    ]
-    if depth > 2 or rng.random() < 0.5:
-        return rng.choice(simple)
-    if rng.random() < 0.5:
-        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
-    keys = [
-        "user",
-        "assistant",
-        "from",
-        "value",
-        "role",
-        "content",
-        "type",
-        "text",
-        "image",
-        "bytes",
-        "path",
-        "label",
-        "url",
-    ]
-    return {key: anything(rng, depth + 1) for key in rng.sample(keys, rng.randrange(4))}
-
-
-def changed(value, rng: random.Random):
-    """The value with anything in one of its places."""
-    if isinstance(value, dict | list) and value and rng.random() < 0.8:
-        made = dict(value) if isinstance(value, dict) else list(value)
-        place = rng.choice(list(made) if isinstance(made, dict) else range(len(made)))
-        made[place] = changed(made[place], rng)
-        return made
-    return anything(rng)
 
 
 def test_any_value_at_any_place_of_a_row_is_used_or_counted(read):

@@ -3,102 +3,16 @@
 import hashlib
 import json
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from tiny.data import dataset, encoded, picture
+from tiny.data import dataset
+from tiny.web import PNG, PictureHandler, serving
 
 from data import web_images
 from data.options import RowOptions
 from data.rows import load_rows
 from data.web_images import FetchError, cache_folder, fetched, is_public
-
-PNG = encoded(picture())
-
-
-class Handler(BaseHTTPRequestHandler):
-    """What each path answers."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        path, _, query = self.path.partition("?")
-        getattr(self, path.strip("/").replace("/", "_").replace(".", "_"), self.missing)(query)
-
-    def log_message(self, *_):
-        pass
-
-    def say(self, data: bytes, length: int | None = None, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if length != -1:
-            self.send_header("Content-Length", str(len(data) if length is None else length))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def missing(self, _):
-        self.say(b"no", status=404)
-
-    def a_png(self, _):
-        self.say(PNG)
-
-    def no_length(self, _):
-        self.say(PNG, length=-1)
-
-    def garbage(self, _):
-        self.say(b"\x00\x01garbage", Content_Type="image/png")
-
-    def html(self, _):
-        self.say(b"<html>log in</html>", Content_Type="text/html")
-
-    def longer(self, _):
-        self.say(PNG, length=len(PNG) + 10)
-
-    def shorter(self, _):
-        self.say(PNG, length=60)
-
-    def negative(self, _):
-        self.say(PNG, length=-5)
-
-    def large(self, _):
-        self.say(b"", length=10**12)
-
-    def endless(self, _):
-        self.send_response(200)
-        self.end_headers()
-        with_data = b"\xff\xd8\xff" + b"x" * 2**16
-        for _ in range(100):
-            self.wfile.write(with_data)
-
-    def stalls(self, _):
-        self.server.stop.wait(5)
-
-    def drips(self, _):
-        self.send_response(200)
-        self.send_header("Content-Length", "100000")
-        self.end_headers()
-        while not self.server.stop.wait(0.05):
-            self.wfile.write(b"\xff")
-
-    def busy(self, _):
-        if self.server.asked.count("/busy") < 3:
-            self.say(b"", status=503)
-        else:
-            self.say(PNG)
-
-    def always_busy(self, _):
-        self.say(b"", status=503)
-
-    def moved(self, query):
-        self.say(b"", status=302, Location=query)
-
-    def circle(self, _):
-        self.say(b"", status=301, Location="/circle")
-
-    def hangs_up(self, _):
-        self.connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -113,15 +27,8 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(web_images, "MAX_BYTES", 2**20)
     monkeypatch.setattr(web_images, "FAILED", {})
     monkeypatch.setattr(web_images, "is_public", lambda address: True)
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.asked, made.stop = [], threading.Event()
-    made.url = f"http://127.0.0.1:{made.server_port}"
-    made.handle_error = lambda *_: None  # a client that hangs up
-    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
-    yield made
-    made.stop.set()
-    made.shutdown()
-    made.server_close()
+    with serving(PictureHandler) as made:
+        yield made
 
 
 def test_an_image_is_fetched_once_into_the_cache(server):

@@ -13,7 +13,7 @@ ROOMS = ("models", "data", "training", "grades", "eval", "train", "generate", "e
 MAY_IMPORT = {
     "grades": {"grades"},
     "models": {"models", "grades.config", "grades.fields", "grades.files"},
-    "data": {"data", "models.config", "models.train_config"},
+    "data": {"data", "models.config", "models.train_config", "grades.files"},
     "training": {"training", "models", "grades", "data"},
     "eval": {"eval", "models", "data", "grades.files"},
 }
@@ -103,7 +103,7 @@ def opens_text_unsaid(call: ast.Call) -> bool:
         return False
     if function.attr == "open":
         is_text = not any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in mode)
-        return is_text and ast.unparse(function.value) not in ("Image", "os")
+        return is_text and ast.unparse(function.value) not in ("Image", "os", "tarfile")
     return function.attr in ("read_text", "write_text")
 
 

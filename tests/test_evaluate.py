@@ -280,6 +280,16 @@ def test_ids_that_do_not_match_are_named(tmp_path, pairs, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_limit_takes_the_answers_it_needs(tmp_path, capsys):
+    folder = saved(tmp_path, "mmstar")
+    answers = write_answers(tmp_path / "a.jsonl", [(f"#{number}", "A") for number in range(8)])
+    run("--tasks", "mmstar", "--data_root", folder, "--answers", answers, "--limit", 3)
+    assert "3 rows of 1500 published" in capsys.readouterr().out
+    elsewhere = write_answers(tmp_path / "b.jsonl", [("x", "A"), ("y", "B")])
+    with pytest.raises(ValueError, match="2 ids are none of its 3 questions"):
+        run("--tasks", "mmstar", "--data_root", folder, "--answers", elsewhere, "--limit", 3)
+
+
 def test_missing_answers_are_wrong_or_left_out(tmp_path):
     benchmark = opened(saved(tmp_path, "mmstar"), "mmstar")
     for missing, rows, value in (("wrong", 8, 0.25), ("skip", 2, 1.0)):
@@ -351,8 +361,8 @@ def test_other_truths_cannot_be_compared(tmp_path):
 def test_ones_own_rows(tmp_path, capsys):
     rows = [
         {"id": "x", "question": "what?", "answers": ["cat", "kitten"], "source": "one"},
-        {"id": "y", "question": "how many?", "answer": 20, "source": "two"},
-        {"id": "z", "question": "which?", "choices": ["red", "blue"], "answer": "B", "source": "two"},
+        {"id": "y", "question": "how many?", "answer": 20, "source": "two", "cluster": 7},
+        {"id": "z", "question": "which?", "choices": ["red", "blue"], "answer": "B", "source": "two", "cluster": 7},
         {"texts": [{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}]},
         {"nothing": 1},
     ]
@@ -360,6 +370,7 @@ def test_ones_own_rows(tmp_path, capsys):
     path.write_text("\n".join(map(json.dumps, rows)))
     benchmark = open_own_rows(path, None)
     assert [one.id for one in benchmark.questions] == ["x", "y", "z", "my.jsonl#3/0", "my.jsonl#3/1"]
+    assert [one.cluster for one in benchmark.questions] == ["x", "7", "7", "my.jsonl#3", "my.jsonl#3"]
     given = ["A kitten.", "It is 21", "(B)", "B.", "x"]
     _, summary = score(benchmark, dict(zip([one.id for one in benchmark.questions], given, strict=True)))
     values = {rule: found["metrics"]["accuracy"]["value"] for rule, found in summary["rules"].items()}

@@ -12,7 +12,7 @@ from tiny.data import encoded, picture
 from tiny.grades import save_answering_model
 
 import evaluate
-from eval import asking
+from eval import asking, prompts_file
 from eval.prompts_file import as_question
 from generate import main, parse_arguments
 
@@ -156,6 +156,26 @@ def test_questions_of_a_file_are_answered_in_its_order(checkpoint, prompts, tmp_
     assert twice[0]["answers"] == [rows[0]["answer"]] * 2
 
 
+def test_questions_of_a_file_are_asked_by_length(checkpoint, prompts, tmp_path, monkeypatch):
+    words = (1, 9, 3, 9, 2, 5, 1, 7)
+    rows = [{"prompt": " ".join(["red"] * count)} for count in words]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths, answer = [], asking.Asker.answer
+
+    def watched(self, questions, *rest, **more):
+        lengths.append([len(one.prompts[0]) for one in questions])
+        return answer(self, questions, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asking.Asker, "answer", watched)
+        found = answered(checkpoint, prompts, tmp_path / "a.jsonl", "--batch_size", 2)
+    shortest = lengths[-1][-1] - 1
+    assert [[length - shortest for length in batch] for batch in lengths] == [[9, 9], [7, 5], [3, 2], [1, 1]]
+    assert [row["prompt"].count("red") for row in found] == list(words)
+    monkeypatch.setattr(prompts_file, "WINDOW", 1)  # of which each is brought into order on its own
+    assert answered(checkpoint, prompts, tmp_path / "b.jsonl", "--batch_size", 3) == found
+
+
 @pytest.mark.parametrize(
     ("record", "asked"),
     [
@@ -187,9 +207,11 @@ def test_killed_answers_go_on_as_if_nothing_had_happened(checkpoint, prompts, tm
     output = tmp_path / "new" / "killed.jsonl"
     with pytest.raises(KeyboardInterrupt):
         answered(checkpoint, prompts, output, *sampled)
-    assert len(output.read_text().splitlines()) == 2
+    first = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+    assert len(first) == 2
     with output.open("a") as file:  # as a kill leaves a batch
-        file.write(json.dumps({"id": "rows.jsonl#2", "prompt": "", "answer": ""}) + '\n{"id": "brok')
+        again = next(row["id"] for row in whole if row["id"] not in first)
+        file.write(json.dumps({"id": again, "prompt": "", "answer": ""}) + '\n{"id": "brok')
     assert answered(checkpoint, prompts, output, *sampled) == whole
     calls.clear()
     assert answered(checkpoint, prompts, output, *sampled) == whole

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny.grades import TINY, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import VLMConfig
 from models.language_model import KVCache, RotaryEmbedding
@@ -160,14 +161,35 @@ def test_padded_and_cached_decoding_equals_full_forward(model, dtype, mask_dtype
 
 
 @torch.no_grad()
-def test_several_positions_after_cached_ones_need_a_mask(model):
-    cache = KVCache(model.cfg, 1, 8, "cpu", torch.float32)
+def test_several_positions_after_cached_ones_are_causal(model):
     x = torch.randn(1, 6, 24)
-    first = model.decoder(x[:, :3], cache=cache)
-    with pytest.raises(ValueError, match="attention_mask"):
-        model.decoder(x[:, 3:], cache=cache)
-    second = model.decoder(x[:, 3:], torch.ones(1, 6), cache=cache)
-    torch.testing.assert_close(torch.cat((first, second), dim=1), model.decoder(x))
+    for mask in (None, torch.ones(1, 6)):
+        cache = KVCache(model.cfg, 1, 4, "cpu", torch.float32)
+        first = model.decoder(x[:, :3], cache=cache)
+        cache.make_room(3, 6)
+        second = model.decoder(x[:, 3:], mask, cache=cache)
+        torch.testing.assert_close(torch.cat((first, second), dim=1), model.decoder(x))
+        cache.make_room(2, 6)
+        torch.testing.assert_close(model.decoder(x[:, 2:], mask, cache=cache), model.decoder(x)[:, 2:])
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of a tensor of this shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_tokens(model):
+    weight = model.decoder.blocks[0].mlp.gate_proj.weight
+    with torch.autocast("cpu", dtype=torch.bfloat16), Casts(weight.shape) as casts:
+        model.generate(text(1, 6), max_new_tokens=5, greedy=True)
+    assert casts.count == 2 * len(model.decoder.blocks)  # gate_proj and up_proj of each
 
 
 def test_generation_stops_at_the_end_token_and_fills(model, monkeypatch):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny.data import dataset, row, tiny_train, tiny_vlm, write_rows
 from tiny.runs import TINY
 
+import evaluate
 import train
 from data.collators import TrainCollator
 from data.loader import train_batches
@@ -36,6 +37,8 @@ THRICE = {"metric": "gradient_norm", "vision_tau": 3.5, "language_tau": 6.5}
 WOKEN = {"metric": "gradient_norm", "vision_tau": 3, "language_tau": 5, "unfreeze_factor": 1.01, "probe_interval": 2}
 ROLLBACK = {"metric": "rollback", "average_weights": 0.5, "lr_schedule": "constant", "rollback_rows": 3, "patience": 2,
             "vision_tau": 1e9, "language_tau": 1e-12, "alpha": 0}  # fmt: skip
+TASKS = {"eval_tasks": "", "eval_tasks_interval": 2, "metric_for_best_model": "rows/accuracy", "eval_batch_size": 3,
+         "max_training_steps": 4, "enable_grades": False}  # fmt: skip
 CHANGE = {"metric": "gradient_change", "vision_tau": "auto", "language_tau": "auto"}
 
 
@@ -93,6 +96,10 @@ class Runs:
         runs.append(arguments(self.rows, f"{kind}_resumed", parallel=kind, resume=step_4(self.folder / kind)))
         for name, flags in TOGETHER[kind].items():
             rows = self.sparse if name.startswith("sparse") else self.rows
+            if "eval_tasks" in flags:
+                flags = flags | {
+                    "eval_tasks": write_rows(self.folder / f"{kind}_questions" / "rows", 9, text=lambda i: True)
+                }
             if "resume" in flags:
                 flags = flags | {"resume": step_4(self / flags["resume"])}
             runs.append(arguments(rows, name, parallel=kind, **flags))
@@ -109,14 +116,14 @@ TOGETHER = {
     "ddp": {
         "ddp_rounds": {"freeze_rounds": 2, "freeze_prefix": False, "compile": True}, "sparse_ddp": SPARSE,
         "ddp_lora": {"lora_rank": 2}, "ddp_change": CHANGE,
-        "ddp_rollback": ROLLBACK | {"feature_cache_gib": 0.1},
+        "ddp_rollback": ROLLBACK | {"feature_cache_gib": 0.1}, "ddp_tasks": TASKS,
     },
     "fsdp": {
         "fsdp_compiled": {"compile": True}, "sparse_fsdp": SPARSE,
         "one_on_two": {"resume": "one", "resume_override": True}, "six": {"batch_size": 3} | THRICE,
         "fsdp_sampled": {"metric": "gradient_norm", "monitor_sample": 2},
         "fsdp_lora": {"lora_rank": 2, "activation_checkpointing": True, "loss_chunk_size": 5}, "fsdp_woken": WOKEN,
-        "fsdp_rollback": ROLLBACK,
+        "fsdp_rollback": ROLLBACK, "fsdp_tasks": TASKS,
         "full_disk": {},
     },
 }  # fmt: skip
@@ -179,6 +186,21 @@ def test_images_on_no_rank_or_on_one_alone_leave_nobody_waiting(two, kind):
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3, msg=name)
     assert lines(two / f"sparse_{kind}", "train/loss") == pytest.approx(lines(two / "sparse", "train/loss"), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_each_question_of_a_benchmark_is_answered_once(two, kind):
+    """And evaluate.py finds the same number for the weights at the end."""
+    folder = two / f"{kind}_tasks"
+    [of_rows] = json.loads((folder / "summary.json").read_text())["eval_tasks"].values()
+    assert of_rows["rows"] == 18  # two turns a row
+    rows = folder.parent / f"{kind}_questions" / "rows"
+    flags = ["--checkpoint", folder / "checkpoints" / "last", "--tasks", rows, "--output", folder / "result"]
+    evaluate.main(evaluate.parse_arguments([*map(str, flags), "--num_workers", "0", "--dtype", "float32"]))
+    [expected] = json.loads((folder / "result" / "results.json").read_text())["tasks"].values()
+    assert of_rows["rules"] == expected["rules"]
+    assert len(lines(folder, "eval/rows/accuracy")) == 2
 
 
 @pytest.mark.slow

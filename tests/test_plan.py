@@ -178,7 +178,7 @@ def test_every_recipe_has_a_plan_without_network_data_or_files(name, tmp_path, m
     words = f"--config {ROOT / 'configs' / name}.yaml --enable_grades --dry_run --output_dir {out}"
     assert train.main(parse_arguments(words.split())) == 0
     printed = capsys.readouterr().out
-    watched = {"quickstart": 26, "table10_quickstart": 26, "smollm2_local": 222}
+    watched = {"quickstart": 26, "table10_quickstart": 26, "nlvr": 40, "smollm2_local": 222}
     watched |= dict.fromkeys(("nanovlm_222m", "nanovlm_222m_24gb"), 258)
     assert f"{watched.get(name, 272)} matrices" in printed
     assert "activations " in printed

@@ -113,6 +113,10 @@ def test_wandb_records_offline_without_an_account(wandb, data, tmp_path):
     folder = tmp_path / "out" / "run"
     assert "wandb sync " in (folder / "log.txt").read_text(encoding="utf-8")
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    tables = [json.loads(path.read_text()) for path in folder.glob("wandb/offline-run-*/files/media/table/*.json")]
+    [table] = tables
+    assert table["columns"] == ["picture", "question", "source", "expected", "step 2"]
+    assert {row[0] for row in table["data"]} == {"Image"}  # whose file goes with the table's artifact
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
@@ -150,7 +154,7 @@ def test_tensorboard_has_a_resumed_run_as_one(data, tmp_path):
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
         assert max(expected) == 6
     assert {"convergence", "freezing"} <= set(events.Tags()["images"])
-    assert {"settings/text_summary", "summary/text_summary"} <= set(events.Tags()["tensors"])
+    assert {"settings/text_summary", "summary/text_summary", "samples/text_summary"} <= set(events.Tags()["tensors"])
     log = (folder / "log.txt").read_text(encoding="utf-8")
     assert f'tensorboard --logdir "{folder / "tensorboard"}"' in log
 

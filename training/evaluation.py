@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
@@ -14,6 +14,7 @@ from training.parallel import Parallel
 from training.schedule import cooldown_steps
 from training.signals import StopSignal
 from training.state import LoopState
+from training.task_numbers import main_numbers
 
 
 class Evaluator(Protocol):
@@ -27,6 +28,32 @@ class Evaluator(Protocol):
 
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
+
+
+class Tasks(Protocol):
+    """Lets the model answer benchmarks: eval.task_evaluation.TaskEvaluator."""
+
+    def answers(self) -> Any:
+        """To this rank's share of the questions."""
+
+    def results(self, shares: Any) -> tuple[dict[str, Any], dict[str, float | None], list[str]]:
+        """(the tasks of results.json, their numbers by name, why a task was not measured) of the ranks' answers."""
+
+
+class Samples(Protocol):
+    """Asks sample questions: eval.samples.SampleQuestions."""
+
+    def ask(self) -> list[str]:
+        """What the model answers now."""
+
+    def add(self, step: int, answers: list[str]) -> None:
+        """Keep the answers after this step."""
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """(columns, rows) for a tracker."""
+
+    def page(self, title: str, freezes: list[tuple[int, str, bool]]) -> str:
+        """The page. freezes: (step, tower, whether a matrix trains again instead of freezing)."""
 
 
 class EvaluationSchedule:
@@ -45,10 +72,12 @@ class EvaluationSchedule:
         meter: Meter,
         log: RunLog,
         averages: AveragedWeights | None = None,
+        tasks: Tasks | None = None,
+        samples: Samples | None = None,
     ):
-        """averages: of the weights, evaluated too."""
+        """averages: of the weights, evaluated too. tasks: of --eval_tasks."""
         self.cfg, self.evaluator, self.monitor, self.parallel = cfg, evaluator, monitor, parallel
-        self.averages = averages
+        self.averages, self.tasks, self.samples = averages, tasks, samples
         self.stop, self.meter, self.log = stop, meter, log
         self.early_stopping = EarlyStopping(cfg.es_delta, cfg.es_patience) if cfg.early_stopping else None
         self.loss_interval = validation_interval(cfg.es_interval, cfg.max_training_steps)
@@ -66,10 +95,24 @@ class EvaluationSchedule:
 
     def due(self, state: LoopState) -> bool:
         """Whether something is to be evaluated after this step that was not yet."""
+        return self._validation_is_due(state) or self._tasks_are_due(state)
+
+    def checkpoint_due(self, state: LoopState) -> bool:
+        """Whether one is saved after this step: by checkpoint_interval, and before what may find it to be the best."""
+        interval = self.cfg.checkpoint_interval
+        by_interval = interval > 0 and state.step % interval == 0
+        return by_interval or self.is_full(state) or self._tasks_are_due(state)
+
+    def _validation_is_due(self, state: LoopState) -> bool:
         return self.is_full(state) or (self._stopping_is_due(state) and state.evaluated_step != state.step)
 
+    def _tasks_are_due(self, state: LoopState) -> bool:
+        if self.tasks is None or state.tasks_step == state.step:
+            return False
+        return state.step % self.cfg.tasks_interval == 0 or self.end_reason(state) is not None
+
     def is_full(self, state: LoopState) -> bool:
-        """Whether that is loss and answers, before which a checkpoint is saved; else early stopping needs the loss."""
+        """Whether loss and answers are due; else early stopping may need the loss alone."""
         at_interval = state.step % self.cfg.eval_interval == 0
         return state.evaluated_step != state.step and (at_interval or self.end_reason(state) is not None)
 
@@ -77,7 +120,58 @@ class EvaluationSchedule:
         return self.early_stopping is not None and state.step % self.loss_interval == 0
 
     def run(self, state: LoopState) -> None:
-        """Make the evaluation that is due; record it in state and log, and let early stopping see its loss."""
+        """Make the evaluations that are due, and record them in state and log."""
+        if self._validation_is_due(state):
+            self._validate(state)
+        if self._tasks_are_due(state) and not self.stop.requested:
+            self._run_tasks(state)
+
+    def _run_tasks(self, state: LoopState) -> None:
+        """Let the model answer the benchmarks."""
+        assert self.tasks is not None
+        tasks, before_s = self.tasks, self.meter.seconds["eval"]
+        with self.meter.clock("eval"), self.weights_in_use(state):
+            shares = self.parallel.shares_with_model(tasks.answers)
+            self.stop.share()
+            if self.stop.requested:
+                return
+            results, numbers, problems = self.parallel.from_main(lambda: tasks.results(shares))
+        state.tasks, state.tasks_step = results, state.step
+        for problem in problems:
+            self.log.say(f"step {state.step:,}: not measured: {problem}")
+        values = {f"eval/{name}": value for name, value in numbers.items()}
+        self.log.record(state.step, values | {"eval/time_s": self.meter.seconds["eval"] - before_s})
+        main = main_numbers(results)
+        if self.monitor is not None:
+            points = {f"{one.task} {one.metric}": [one.value, one.stderr] for one in main}
+            self.monitor.note(state.step, {"tasks": points})
+        if main:
+            self.log.say(f"step {state.step:,}: " + ", ".join(f"{one.task} {one.words}" for one in main))
+        if "/" in self.cfg.best_metric:
+            state.offer(self.cfg.best_metric, numbers.get(self.cfg.best_metric))
+
+    def _ask_samples(self, state: LoopState) -> None:
+        """Let the model answer the sample questions."""
+        assert self.samples is not None
+        with self.meter.clock("eval"), self.weights_in_use(state):
+            self.samples.add(state.step, self.parallel.with_model(self.samples.ask))
+            self.show_samples()
+            if self.parallel.is_main:
+                self.log.tracker.table("samples", *self.samples.table(), state.step)
+
+    def show_samples(self) -> None:
+        """Write samples.html: the sample questions with their answers so far, and what froze when."""
+        if self.samples is None or not self.parallel.is_main:
+            return
+        freezes = []
+        if self.monitor is not None:
+            towers = {component.name: component.tower for component in self.monitor.components}
+            events = self.monitor.events
+            freezes = [(one["step"], towers[one["name"]], bool(one.get("unfrozen"))) for one in events]
+        self.log.write_page("samples.html", self.samples.page(self.log.folder.name, freezes))
+
+    def _validate(self, state: LoopState) -> None:
+        """Measure loss and answers, or the loss alone, and let early stopping see it."""
         whole, stopping, before_s = self.is_full(state), copy.copy(self.early_stopping), self.meter.seconds["eval"]
         with self.meter.clock("eval"):
             in_one_pass = whole and self.averages is None  # else the losses say whose answers are wanted
@@ -107,7 +201,11 @@ class EvaluationSchedule:
             self.monitor.note(state.step, {key.removeprefix("val/"): val[key] for key in val if "loss" in key})
         if whole:
             state.record(val)
+            if "/" not in self.cfg.best_metric:
+                state.offer(self.cfg.best_metric, state.val_of(self.cfg.best_metric))
             self.log.say(f"step {state.step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in val.items() if v is not None))
+            if self.samples is not None:
+                self._ask_samples(state)
 
     def weights_in_use(self, state: LoopState) -> contextlib.AbstractContextManager:
         """Within this context the model has the averaged weights, where they are the better ones."""

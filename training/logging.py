@@ -13,6 +13,7 @@ from typing import Any, Literal, TextIO
 from tqdm import tqdm
 
 from data.drops import DROPPED, MAX_RECORDS
+from grades.files import write_text
 from training.trackers import NoTracker, Tracker
 
 LINE_INTERVAL_S = 60.0  # between two lines of progress where no bar can be drawn
@@ -23,6 +24,7 @@ class RunLog:
 
     def __init__(self, folder: Path, total_steps: int, resumes: bool = False):
         """total_steps: for the bar. resumes: continue the files that are there."""
+        self.folder = folder
         self.tracker: Tracker = NoTracker()
         mode: Literal["a", "w"] = "a" if resumes else "w"
         self.text = (folder / "log.txt").open(mode, encoding="utf-8", newline="\n")
@@ -56,6 +58,13 @@ class RunLog:
         values = {name: value if _is_finite(value) else None for name, value in values.items()}
         self._write(self.metrics, json.dumps({"step": step, **values}))
         self.tracker.log({name: value for name, value in values.items() if value is not None}, step)
+
+    def write_page(self, name: str, page: str) -> None:
+        """A file of the run folder. One that the disk refuses is named, and the run continues."""
+        try:
+            write_text(self.folder / name, page)
+        except OSError as error:
+            self.say(f"{self.folder / name} could not be written: {error.strerror}")
 
     def record_drops(self, records: Iterable[dict[str, str]]) -> None:
         """A line of dropped.jsonl for each row that is not there yet, up to MAX_RECORDS for each split and reason."""
@@ -135,7 +144,9 @@ def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
 class NoLog(RunLog):
     """The log of a rank that says and writes nothing."""
 
-    start_bar = say = detail = record = record_drops = load_state_dict = show = close_bar = close = _nothing
+    start_bar = say = detail = record = write_page = record_drops = load_state_dict = show = close_bar = close = (
+        _nothing
+    )
 
     def __init__(self) -> None:
         self.tracker = NoTracker()

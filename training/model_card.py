@@ -21,6 +21,7 @@ from models.vision_language_model import VisionLanguageModel
 from training.arguments import Settings
 from training.environment import without_private
 from training.state import LoopState
+from training.task_numbers import main_numbers
 
 MARK = re.compile(rb"<!-- written by train\.py; of the text above: ([0-9a-f]{16}) -->\n\Z")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -87,6 +88,7 @@ class ModelCard:
             "`CHECKPOINT` is the folder of this file or the id of this model on the hub. Answers may be wrong.",
             "\n## What was measured\n",
             *_score_lines(scores, state),
+            *_task_lines(_tasks(state)),
             "\n## Training\n",
             "| | |\n|---|---|",
             *(f"| {key} | {_cell(value)} |" for key, value in self._training().items() if value),
@@ -95,7 +97,7 @@ class ModelCard:
             "\n## Licences of the parts\n",
             *self._licences(),
         ]
-        body = f"---\n{self._metadata(scores)}\n---\n\n" + "\n".join(lines) + "\n\n"
+        body = f"---\n{self._metadata(scores, _tasks(state))}\n---\n\n" + "\n".join(lines) + "\n\n"
         content = body.encode("utf-8", "backslashreplace")  # a path may hold what is no text
         return f"{content.decode()}<!-- written by train.py; of the text above: {_digest(content)} -->\n"
 
@@ -107,7 +109,7 @@ class ModelCard:
         found |= test or {}
         return {name: value for name in METRICS if (value := found.get(name)) is not None}
 
-    def _metadata(self, scores: Mapping[str, float]) -> str:
+    def _metadata(self, scores: Mapping[str, float], tasks: Mapping[str, Any]) -> str:
         """The hub's: YAML, checked by the hub's own classes."""
         data, results = self._data_name("train"), []
         for metric, value in scores.items():
@@ -120,6 +122,17 @@ class ModelCard:
                     dataset_split=split, metric_name=f"{split} {kind.replace('_', ' ')} ({what})",
                 )
             )  # fmt: skip
+        for one in main_numbers(tasks):
+            if one.value is not None:
+                error = "" if one.stderr is None else f", standard error {one.stderr:.4f}"
+                of_split = tasks[one.task]["data"]["split"] or None
+                results.append(
+                    EvalResult(
+                        "image-text-to-text", one.task, one.task, one.metric, round(one.value, 6),
+                        "Visual question answering", dataset_split=of_split,
+                        metric_name=f"{one.metric} of {one.rows:,} rows by the rule {one.rule}{error}",
+                    )
+                )  # fmt: skip
         card = ModelCardData(
             library_name="nanovlm",
             pipeline_tag="image-text-to-text",
@@ -230,13 +243,41 @@ class ModelCard:
 
 def _score_lines(scores: Mapping[str, float], state: LoopState) -> list[str]:
     if not scores:
-        return ["Nothing was measured with the weights of this step."]
+        return [] if _tasks(state) else ["Nothing was measured with the weights of this step."]
     lines = ["| split | number | value | what it is |", "|---|---|--:|---|"]
     for metric, value in scores.items():
         split, kind, what = METRICS[metric]
         lines.append(f"| {split} | {kind} | {value:.4f} | {what} |")
     averaged = " The weights are averages over the last steps." if state.averaged_is_better else ""
     return [*lines, f"\nMeasured by train.py at the end of step {state.step:,}.{averaged}"]
+
+
+def _tasks(state: LoopState) -> dict[str, Any]:
+    """Of --eval_tasks, as in results.json, where they were measured with the weights of this step."""
+    return state.tasks if state.tasks_step == state.step else {}
+
+
+def _task_lines(tasks: Mapping[str, Any]) -> list[str]:
+    """The main number of each benchmark by each of its rules, and how it was asked."""
+    if not tasks:
+        return []
+    lines = ["", "| benchmark | number | value | ± | rows | chance | rule |", "|---|---|--:|--:|--:|--:|---|"]
+    for name, task in tasks.items():
+        for rule, found in task["rules"].items():
+            one = found["metrics"][task["main"]]
+            numbers = ["–" if one[key] is None else f"{one[key]:.4f}" for key in ("value", "stderr")]
+            numbers += [f"{one['rows']:,}", "–" if one["chance"] is None else f"{one['chance']:.4f}"]
+            cells = [name, task["main"], *numbers, f"{rule}: {found['source']}"]
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    lines.append("\n± is one standard error. Asked as by evaluate.py:\n")
+    for name, task in tasks.items():
+        data, decoding = task["data"], ", ".join(f"{key} {value}" for key, value in task["decoding"].items())
+        published = f" of {data['published_rows']:,} published" if data["published_rows"] else ""
+        lines.append(
+            f"- {name}: {task['rows']:,} rows{published}, SHA-256 {data['fingerprint'][:16]}; prompts of "
+            f"{task['prompt']['style']}; {decoding}"
+        )
+    return lines
 
 
 def _is_hub_id(name: str) -> bool:

@@ -114,6 +114,20 @@ class Parallel:
             self.sharded.reshard()
         return value
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(which, of how many) of what is divided among the ranks this one has; where weights are sharded all of it."""
+        return (self.rank, self.world_size) if self.sharded is None else (0, 1)
+
+    def shares_with_model(self, compute: Callable[[], T]) -> list[T]:
+        """What each rank computes with the model of its share, on rank 0; where weights are sharded all compute the
+        same, and it is there once."""
+        value = compute()
+        if self.sharded is None:
+            return self.gather(value)
+        self.sharded.reshard()
+        return [value] if self.is_main else []
+
     # Tensors
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:

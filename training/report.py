@@ -29,6 +29,7 @@ from training.meter import Meter
 from training.parallel import Parallel
 from training.resume import RunStart
 from training.state import END_REASONS, LoopState
+from training.task_numbers import main_numbers
 from training.trackers import make_tracker
 
 
@@ -197,6 +198,11 @@ def make_summary(
         "val_loss": state.val.get("val/loss"),
         "val_loss_averaged": state.val.get("val/loss_averaged"),
         "weights": "averaged" if state.averaged_is_better else "last",
+        "metric_for_best_model": state.best_metric,
+        "best_metric": state.best_value,
+        "best_step": state.best_step,
+        "eval_tasks": state.tasks or None,
+        "eval_tasks_step": state.tasks_step or None,
         "val_exact_match": state.val.get("val/exact_match"),
         "test_exact_match": scores.get("test/exact_match"),
         "test_exact_match_by_source": {
@@ -221,6 +227,8 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         of_each = f" ({by_source})" if by_source else ""
         weights = ", averaged weights" if summary["weights"] == "averaged" else ""
         lines.append(f"test exact match      {percent(summary['test_exact_match'])}{weights}{of_each}")
+    for one in main_numbers(summary["eval_tasks"] or {}):
+        lines.append(f"{one.task:<21} {one.words}, step {summary['eval_tasks_step']:,}")
     if summary["test_cut_short"]:
         lines.append("test exact match      the test was cut short; a resumed run begins with it")
     if summary["question_only_exact_match"] is not None:

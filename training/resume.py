@@ -32,7 +32,8 @@ FORMAT = 2  # of training_state.pt
 FREE = {
     "output_dir", "run_name", "num_workers", "log_with", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
     "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
-    "activation_checkpointing", "profile", "lm_eos_token_id", "image_root", "max_bad_rows", "strict",
+    "activation_checkpointing", "profile", "lm_eos_token_id", "image_root", "max_bad_rows", "strict", "data_root",
+    "sample_questions",
 }  # fmt: skip
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {

@@ -37,7 +37,8 @@ class ShardedModel:
         for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
             fully_shard(block, **options)
         self.model = fully_shard(model, **options)
-        register_fsdp_forward_method(model, "generate")
+        for method in ("generate", "stream"):
+            register_fsdp_forward_method(model, method)
 
     def reshard(self) -> None:
         """After an evaluation: a forward pass alone leaves the root's weights whole."""

@@ -28,6 +28,9 @@ class Tracker(Protocol):
 
     def log(self, values: dict[str, Any], step: int) -> None: ...
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """rows: of texts, None, and pictures, uint8 [H, W, 3]."""
+
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None: ...
 
 
@@ -78,6 +81,9 @@ class NoTracker:
     def log(self, values: dict[str, Any], step: int) -> None:
         pass
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        pass
+
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
         pass
 
@@ -90,6 +96,9 @@ class GuardedTracker:
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self._call(lambda: self.tracker.log(values, step))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        self._call(lambda: self.tracker.table(name, columns, rows, step))
 
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
         self._call(lambda: self.tracker.finish(summary, pictures))
@@ -132,6 +141,11 @@ class WandbTracker:
     def log(self, values: dict[str, Any], step: int) -> None:
         self.run.log(values, step=step)
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        image = self.wandb.Image
+        cells = [[image(cell) if hasattr(cell, "shape") else cell for cell in row] for row in rows]
+        self.run.log({name: self.wandb.Table(columns=list[str | int](columns), data=cells)}, step=step)
+
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
         self.run.summary.update({name: value for name, value in summary.items() if value is not None})
         if pictures:
@@ -170,6 +184,13 @@ class TensorBoardTracker:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """Without the pictures, which its text cannot hold."""
+        shown = [number for number, column in enumerate(columns) if column != "picture"]
+        lines = [[columns[i] for i in shown], ["---"] * len(shown), *([row[i] for i in shown] for row in rows)]
+        cells = (["" if cell is None else markdown_cell(cell) for cell in line] for line in lines)
+        self.writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
         import numpy as np
         from PIL import Image
@@ -199,12 +220,20 @@ class TrackioTracker:
     def log(self, values: dict[str, Any], step: int) -> None:
         self.run.log(values, step=step)
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """samples.html of the run folder holds it; trackio's tables take pandas."""
+
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
         values = {f"summary/{name}": value for name, value in summary.items() if value is not None}
         images = {path.stem: self.trackio.Image(str(path)) for path in pictures}
         self.run.log(values | images, step=summary["steps"])
         with contextlib.redirect_stdout(io.StringIO()):
             self.trackio.finish()
+
+
+def markdown_cell(value: str) -> str:
+    """A text that stands in a cell of a table in Markdown."""
+    return value.replace("|", "\\|").replace("\n", " ")
 
 
 def as_table(values: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ def byte_level_tokenizer(folder) -> int:
 
 def write_rows(folder: Path, count: int, text=lambda i: False) -> Path:
     """Rows in the_cauldron's shape in a new folder. text: whether row i is text alone; the image of one is none."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     lines = []
     for i in range(count):
         if not text(i):
