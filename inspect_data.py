@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(lines))
         if given.html:
             data.start_reading()
-            title = f"{settings.train.train_dataset_path} under {settings.recipe.name}"
+            title = f"{', '.join(settings.train.train_data)} under {settings.recipe.name}"
             page = make_page(title, lines, data, data.tokenizer, settings.vlm, given.page_rows)
             Path(given.html).write_text(page, encoding="utf-8")
             print(f"written     {given.html}")

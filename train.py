@@ -25,9 +25,8 @@ import contextlib
 
 import torch
 
-from data.options import RowOptions
+from data.mixture_rows import load_training_rows
 from data.pipeline import Data, identify, load_data
-from data.rows import load_rows
 from eval.benchmarks import Benchmark
 from eval.evaluation import Evaluator
 from eval.samples import SampleQuestions
@@ -90,8 +89,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
     setup.compiles(settings, device)  # what cannot be is an error now, not after the data
 
     # The data, and the model on its device
-    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
-                     skip_bad_subsets=cfg.skip_bad_subsets, options=RowOptions.of(cfg))  # fmt: skip
+    rows = load_training_rows(cfg)
     start.check_same_data(identify(rows), cfg)
     model, checkpoint = build_model(settings, start)
     tokenizer_folder = None if "lm_tokenizer" in settings.given else checkpoint  # None: that of the flag

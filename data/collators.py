@@ -14,6 +14,8 @@ import torch
 
 from data.datasets import Questions, Sample
 from data.drops import count_drops, drop_records
+from data.loss_weights import LossWeight
+from data.message_tree import positions_of
 from models.config import VLMConfig
 
 
@@ -46,8 +48,8 @@ class Collator:
         self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
 
     def _inputs(self, input_ids: np.ndarray, targets: np.ndarray, samples: list[Sample]) -> dict:
-        """The model's arguments and num_labels, from ids and targets (int64 [B, T]), which hold the samples'
-        conversations one after the other."""
+        """The model's arguments, num_labels, and total_weight where labels have weights; from ids and targets (int64
+        [B, T]), which hold the samples' conversations one after the other."""
         label_positions = np.flatnonzero(targets != -100)
         ids = [[conversation.numpy() for conversation, _ in sample.conversations] for sample in samples]
         return {
@@ -62,6 +64,7 @@ class Collator:
             ],
             "label_positions": torch.from_numpy(label_positions),
             "num_labels": len(label_positions),
+            **_label_weights(samples),
         }
 
 
@@ -73,6 +76,8 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
+        position_ids, int64 [B, T], and branch_ids, int32 [B, T], -1 at padding, with message trees.
+        label_weights: float32 [L], and total_weight: float, their sum, where a sample has a loss_weight.
         num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
         the rows in it; image_keys: for each of the N images its row, whether it is mirrored, and its place in the row.
         If every row was dropped, input_ids is None and the batch has only ids, dropped and drop_records besides.
@@ -87,7 +92,14 @@ class TrainCollator(Collator):
         filled = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
         input_ids = _fill(filled, [ids.numpy() for ids, _ in conversations], self.pad_id)
         targets = _fill(filled, [labels.numpy() for _, labels in conversations], -100)
-        return self._inputs(input_ids, targets, samples) | {"num_tokens": int(lengths.sum()), **rest}
+        trees = {}
+        if any(sample.branches for sample in samples):
+            branches = branches_of(samples)
+            trees = {
+                "position_ids": torch.from_numpy(_fill(filled, [positions_of(one) for one in branches], 0)),
+                "branch_ids": torch.from_numpy(_fill(filled, branches, -1).astype(np.int32)),
+            }
+        return self._inputs(input_ids, targets, samples) | trees | {"num_tokens": int(lengths.sum()), **rest}
 
     def blank(self) -> dict:
         """The inputs of a batch without a row: two positions of padding, B 1, T 2."""
@@ -115,6 +127,28 @@ class PromptCollator(Collator):
             "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
             **_image_inputs(input_ids, [row.images for row in rows], ids, self.vlm_cfg),
         }
+
+
+def branches_of(samples: list[Sample]) -> list[np.ndarray]:
+    """The branch ids, int32 [T], of each conversation of the samples; 0 where there is no message tree."""
+    found = []
+    for sample in samples:
+        given = [branches.numpy() for branches in sample.branches]
+        found += given or [np.zeros(len(ids), dtype=np.int32) for ids, _ in sample.conversations]
+    return found
+
+
+def _label_weights(samples: list[Sample]) -> dict:
+    """label_weights and total_weight of the samples' conversations; nothing where each label counts 1."""
+    if all(sample.loss_weight is None for sample in samples):
+        return {}
+    each = [
+        (sample.loss_weight or LossWeight(1.0)).of_labels(labels.numpy())
+        for sample in samples
+        for _, labels in sample.conversations
+    ]
+    weights = np.concatenate(each)
+    return {"label_weights": torch.from_numpy(weights), "total_weight": float(weights.sum(dtype=np.float64))}
 
 
 def _fill(filled: np.ndarray, values: list[np.ndarray], padding: int) -> np.ndarray:

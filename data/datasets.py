@@ -34,10 +34,12 @@ from data.drops import (
 from data.formats import filter_turns
 from data.frames import decode_pictures, grid_of, picture_text, with_frames
 from data.images import ImageDecodeError, ImageProcessor
+from data.loss_weights import LossWeight, loss_weight_of
+from data.message_tree import grow_trees
 from data.places import with_images
 from data.points import has_points
 from data.templates import TemplateRefused, knows_tools
-from data.text import Tokenizer, encode_conversation, encode_prompt, spoken_call, unknown_words
+from data.text import Tokenizer, conversation_tensors, encode_conversation, encode_prompt, spoken_call, unknown_words
 from data.values import Reason, shown
 from models.config import TrainConfig, VLMConfig
 
@@ -54,6 +56,10 @@ class Sample:
     id: str
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
     mirrored: bool = False  # the images, left to right
+    loss_weight: LossWeight | None = None  # in training; None: each label counts 1
+    branches: list[torch.Tensor] = field(
+        default_factory=list
+    )  # with message_tree: ids, int32 [T], of each conversation
 
 
 @dataclass
@@ -82,6 +88,9 @@ class PreparedSample:
     tiles: torch.Tensor | None = None  # uint8 [n, 3, S, S]: the images, once they are decoded
     has_points: bool = False  # in its texts: their coordinates hold for the images as they are
     mirrored: bool = False  # left to right
+    fixed_weight: float | None = None  # the row's loss_weight
+    loss_weight: LossWeight | None = None  # as in Sample, as are the branches: once the turns are drawn
+    branches: list[torch.Tensor] = field(default_factory=list)
 
 
 class VQADataset:
@@ -149,7 +158,8 @@ class VQADataset:
         images = prepared.tiles
         if prepared.mirrored and images is not None:
             images = self._mirror(images, prepared.grids)
-        return Sample(images, prepared.conversations, prepared.id, prepared.dropped, prepared.mirrored)
+        said = {name: getattr(prepared, name) for name in ("conversations", "id", "dropped", "mirrored")}
+        return Sample(images, **said, loss_weight=prepared.loss_weight, branches=prepared.branches)
 
     def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
         """With the tiles in place of the images."""
@@ -164,7 +174,7 @@ class VQADataset:
     def _drawn(self, prepared: PreparedSample, key: str) -> PreparedSample:
         """With what is drawn at each visit of a row: its turns, and whether it is mirrored."""
         cfg = self.cfg
-        if not self.train or not prepared.conversations or not (cfg.turns_per_image or cfg.flip_images):
+        if not self.train or not prepared.conversations:
             return prepared
         rng = random.Random(key)
         conversations = prepared.conversations
@@ -172,7 +182,13 @@ class VQADataset:
             drawn = draw_turns(prepared.weights, cfg.turns_per_image, rng)
             conversations = [conversations[i] for i in drawn]
         mirrored = cfg.flip_images and bool(prepared.grids) and rng.random() < 0.5 and not prepared.has_points
-        return replace(prepared, conversations=conversations, mirrored=mirrored)
+        weight = loss_weight_of(conversations, cfg.loss_weighting, prepared.fixed_weight)
+        branches: list[torch.Tensor] = []
+        if cfg.message_tree:
+            limit = min(cfg.max_sample_length, self.vlm_cfg.lm_max_length) if cfg.packing else cfg.max_sample_length
+            conversations, branches = grow_trees(conversations, limit, self.vlm_cfg.image_token_id)
+        found = replace(prepared, conversations=conversations, branches=branches, mirrored=mirrored)
+        return replace(found, loss_weight=weight)
 
     def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer. tiles: of its images, if decoded."""
@@ -230,7 +246,8 @@ class VQADataset:
             return PreparedSample([], row["id"], {bad.reason: 1})
         conversations, kept_turns = [], []
         image_texts = self._image_texts(row, grids)
-        for group in [[turn] for turn in turns] if self.cfg.turns_per_image else [turns]:
+        apart = self.cfg.turns_per_image or (self.cfg.message_tree and grids)
+        for group in [[turn] for turn in turns] if apart else [turns]:
             try:
                 ids, labels = self._conversation(group, image_texts, row)
             except TemplateRefused as error:
@@ -251,9 +268,8 @@ class VQADataset:
             return PreparedSample([], row["id"], drops_of(dropped, False, row))
         weights = turn_weights(kept_turns, self.cfg.source_weights, self.rarity)
         drops = drops_of(dropped, True, row)
-        return PreparedSample(
-            conversations, row["id"], drops, row["images"], grids, weights, None, has_points(row["texts"])
-        )
+        made = PreparedSample(conversations, row["id"], drops, row["images"], grids, weights)
+        return replace(made, has_points=has_points(row["texts"]), fixed_weight=row.get("loss_weight"))
 
     def _image_texts(self, row: dict, grids: list[tuple[int, int]]) -> list[str]:
         """The text that stands for each image of a row, and each frame of its videos."""
@@ -271,7 +287,7 @@ class VQADataset:
             ids, labels = map(torch.tensor, found)
         else:
             spoken = tuple((turn["user"], turn["assistant"]) for turn in asked)
-            ids, labels = self._remembered(_conversation_tensors, spoken, system, train_on)
+            ids, labels = self._remembered(conversation_tensors, spoken, system, train_on)
         if train_on == "all":
             first = self.vlm_cfg.image_token_id
             labels = labels.masked_fill((labels >= first) & (labels < first + self.vlm_cfg.extra_token_amount), -100)
@@ -376,11 +392,3 @@ class VQADataset:
             return mirror(images, grids[0])
         parts = images.split([count(grid) for grid in grids])
         return torch.cat([mirror(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)])
-
-
-def _conversation_tensors(
-    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], system: str, train_on: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    turns = [{"user": user, "assistant": assistant} for user, assistant in spoken]
-    ids, labels = encode_conversation(tokenizer, turns, "", system, train_on)
-    return torch.tensor(ids), torch.tensor(labels)

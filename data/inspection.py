@@ -21,6 +21,7 @@ from data.datasets import Sample
 from data.drops import REASONS_TO_SHOW, TURN, DropCounter
 from data.formats import Row, count_formats
 from data.images import ImageDecodeError, image_size
+from data.mixture_rows import mixture_lines
 from data.pipeline import Data
 from data.splits import keys_of, shown_by
 from data.text import unknown_words
@@ -65,6 +66,7 @@ class Facts:
     words: Counter = field(default_factory=Counter)
     pieces: dict[str, int] = field(default_factory=dict)  # tokens of a word
     unknown: dict[str, str] = field(default_factory=dict)  # word -> the first row that has it
+    mixture: list[str] = field(default_factory=list)  # the shares, in words
 
 
 def measure(data: Data, rows: int | None = None, workers: int = 0) -> Facts:
@@ -75,6 +77,7 @@ def measure(data: Data, rows: int | None = None, workers: int = 0) -> Facts:
     splits = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = {name: len(of) if hasattr(of, "__len__") else None for name, of in splits.items() if of is not None}
     facts = Facts(counts, data.split, workers=workers, longest=data.cfg.max_sample_length)
+    facts.mixture = mixture_lines(data.train_rows, data.cfg)
     for key, row, sample, seconds in _samples(data, rows):
         facts.sampled, facts.seconds = facts.sampled + 1, facts.seconds + seconds
         _add(facts, data.tokenizer, key, row, sample)
@@ -170,6 +173,7 @@ def fact_lines(facts: Facts) -> list[str]:
     """The facts in words."""
     counts = ", ".join(f"{'a stream of' if n is None else f'{n:,}'} {name}" for name, n in facts.rows.items())
     lines = [f"rows        {counts} rows" + (facts.split and f"; split {facts.split}")]
+    lines += facts.mixture
     if not facts.sampled:
         return lines
     formats = ", ".join(f"{name} {count:,}" for name, count in facts.formats.most_common()) or "made in memory"

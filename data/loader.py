@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.collators import PromptCollator, TrainCollator
 from data.datasets import Questions, Sample, VQADataset
 from data.drops import DropCounter, drop_records, nothing_usable
-from data.order import EpochIndices, EpochOrder
+from data.order import EpochOrder, row_visits
 from data.packing import PackedCollator, PackedReaders
 from data.readers import StreamReaders, as_it_is
 from data.streams import RowStream
@@ -38,7 +38,7 @@ def shares_rows(rows: Any, cfg: TrainConfig) -> bool:
 
 def epoch_order(rows: Any, cfg: TrainConfig, world_size: int = 1, start: int = 0) -> EpochOrder:
     """The order of rows that are not shared out: lists of keys for all ranks together, after the first `start`."""
-    return EpochOrder(EpochIndices(rows, cfg.mixture_weights, cfg.seed), cfg.batch_size * world_size, start)
+    return EpochOrder(row_visits(rows, cfg), cfg.batch_size * world_size, start)
 
 
 def train_batches(
@@ -127,7 +127,7 @@ def eval_batches(
 
 
 def _sample_batches(samples: Iterator[Sample], collator: TrainCollator, size: int) -> Iterator[dict]:
-    for chunk in _chunks(samples, ("conversations",), size):
+    for chunk in _chunks(samples, ("conversations", "branches"), size):
         yield collator(chunk)
 
 

@@ -19,10 +19,11 @@ from itertools import accumulate, count, islice
 import numpy as np
 import torch
 
-from data.collators import Collator
+from data.collators import Collator, branches_of
 from data.datasets import PreparedSample, Sample, VQADataset
 from data.drops import count_drops, drop_records
-from data.order import EpochIndices
+from data.message_tree import positions_of
+from data.order import row_visits
 from data.readers import FruitlessCounter, Place, Readers
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
@@ -98,26 +99,30 @@ class PackedCollator(Collator):
 
     def __call__(self, rows: list[list[Sample]]) -> dict:
         """As TrainCollator's batch, and position_ids, int64 [B, T], from 0 in each document, and document_ids, int32
-        [B, T], from 0 in each row, -1 at padding. Samples without conversations count as dropped.
+        [B, T], from 0 in each row, -1 at padding; branch_ids, int32 [B, T], where there is a message tree. Samples
+        without conversations count as dropped.
 
         rows: the samples of each packed row.
         """
         shape = (len(rows), self.vlm_cfg.lm_max_length)
         input_ids, targets = np.full(shape, self.pad_id), np.full(shape, -100)
         position_ids, document_ids = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int32)
+        branch_ids = np.zeros(shape, np.int32)
         for row, samples in enumerate(rows):
             end = 0
             conversations = (conversation for sample in samples for conversation in sample.conversations)
+            branches = branches_of(samples)
             for document, (ids, labels) in enumerate(conversations):
                 start, end = end, end + len(ids)
                 input_ids[row, start:end], targets[row, start:end] = ids.numpy(), labels.numpy()
-                position_ids[row, start:end] = np.arange(len(ids))
-                document_ids[row, start:end] = document
+                position_ids[row, start:end] = positions_of(branches[document])
+                document_ids[row, start:end], branch_ids[row, start:end] = document, branches[document]
         samples = [sample for row in rows for sample in row]
         used = [sample for sample in samples if sample.conversations]
         return self._inputs(input_ids, targets, used) | {
             "position_ids": torch.from_numpy(position_ids),
             "document_ids": torch.from_numpy(document_ids),
+            **({"branch_ids": torch.from_numpy(branch_ids)} if branch_ids.any() else {}),
             "num_tokens": int((document_ids != PADDING).sum()),
             "ids": [sample.id for sample in used],
             "dropped": dict(count_drops(samples)),
@@ -148,7 +153,8 @@ class Piece:
 class PackedReaders(Readers):
     """Endless batches of batch_size packed rows.
 
-    In each epoch one of the readers reads each row of the data set once (or as often as --mixture_weights says).
+    In each epoch one of the readers reads each row of the data set once (or as often as --mixture_weights or
+    --mixture says).
     """
 
     def __init__(
@@ -161,7 +167,7 @@ class PackedReaders(Readers):
     ):
         super().__init__(dataset, collator, start, rank, world_size)
         if not isinstance(dataset.rows, RowStream):
-            self.order = EpochIndices(dataset.rows, dataset.cfg.mixture_weights, dataset.cfg.seed)
+            self.order = row_visits(dataset.rows, dataset.cfg)
 
     def items(self, reader: int, place: Place) -> Iterator[tuple[list[Sample], Place]]:
         """(samples of a row and those dropped before it, place after it)."""
@@ -206,9 +212,7 @@ class PackedReaders(Readers):
         dataset = self.dataset
         if stream is not None:
             return (dataset.prepare_row(row, f"{epoch}/{row['id']}") for row in stream)
-        # Where there are fewer rows than readers, other readers have one in each epoch.
-        mine = self.order[epoch][(reader + epoch) % self.readers :: self.readers]
-        return (dataset.prepare((epoch, index)) for index in mine[offset:].tolist())
+        return map(dataset.prepare, self.order.keys(epoch, reader, self.readers)[offset:])
 
     def _packed(self, window: list[PreparedSample], key: str) -> list[list[Piece]]:
         """The rows of a window. Their order and that of the samples in each are drawn by `key`: not by length."""
@@ -235,7 +239,8 @@ class PackedReaders(Readers):
     def _sample(self, piece: Piece) -> Sample:
         """The piece with its images decoded. What a sample has dropped counts in its first piece alone."""
         conversations = piece.sample.conversations[piece.start : piece.stop]
-        sample = self.dataset.decode(replace(piece.sample, conversations=conversations))
+        branches = piece.sample.branches[piece.start : piece.stop]
+        sample = self.dataset.decode(replace(piece.sample, conversations=conversations, branches=branches))
         return sample if piece.start == 0 else replace(sample, dropped={})
 
 

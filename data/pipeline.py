@@ -241,7 +241,7 @@ def load_data(
     test_rows = None
     if cfg.test_dataset_path:
         test_rows = load_rows(cfg.test_dataset_path, split="test", flag="test_dataset_path", options=RowOptions.of(cfg))
-    elif cfg.train_dataset_path == easy_vqa.NAME:
+    elif cfg.train_data == [easy_vqa.NAME]:
         test_rows = easy_vqa.rows("test", cfg.train_dataset_name)
 
     def dataset(rows: Any, train: bool) -> VQADataset:

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.formats import Part, Row, Rows
 from data.image_files import ClassFolder, TarFile
+from data.mixture_rows import MixtureRows
 from data.rows import RowSubset, TableRows, held_out_rows, split_rows
 from data.streams import RowStream
 from data.text_files import TextFile
@@ -125,6 +126,10 @@ def _is_too_large(part: Part) -> bool:
 
 
 def _all_keys(rows: Rows) -> Iterator[list[int]]:
+    if isinstance(rows, MixtureRows):
+        for of_set in rows.rows:
+            yield from _all_keys(of_set)
+        return
     if not isinstance(rows, TableRows):
         yield from (_keys_at(rows, index) for index in range(len(rows)))
         return

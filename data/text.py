@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data import easy_vqa
 from data.hub import require_hub
 from data.templates import (
@@ -186,6 +188,15 @@ def encode_conversation(
         first_id, last = max(bisect_left(starts, start), 1), bisect_left(starts, end)
         labels[first_id - 1 : last - 1] = ids[first_id:last]
     return ids, labels
+
+
+def conversation_tensors(
+    tokenizer: Tokenizer, spoken: tuple[tuple[str, str], ...], system: str, train_on: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """encode_conversation of (user, assistant) pairs, as int tensors."""
+    turns = [{"user": user, "assistant": assistant} for user, assistant in spoken]
+    ids, labels = encode_conversation(tokenizer, turns, "", system, train_on)
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def _messages(turns: list[dict], system: str) -> list[dict]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:  # takes seconds to import
     from torch.nn.attention.flex_attention import BlockMask
 
-# bool, broadcasts to [B, 1, T, S], True where a key is seen; or what document_block_mask makes; None: no mask.
+# bool, broadcasts to [B, 1, T, S], True where a key is seen; or what block_mask makes; None: no mask.
 Mask: TypeAlias = Union[torch.Tensor, "BlockMask", None]
 
 # Longest sequence for which plain_attention is used: its scores take T * S memory, those of SDPA's kernels do not.
@@ -97,15 +97,22 @@ def has_compiler() -> bool:
     return headers and has_triton() and any(map(shutil.which, compilers))
 
 
-def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
-    """FlexAttention's mask for int document_ids [B, T]: causal within equal ids. Made once per forward pass."""
+def block_mask(document_ids: torch.Tensor | None, branch_ids: torch.Tensor | None = None) -> BlockMask:
+    """FlexAttention's mask of what attention_mask_4d describes, of which one is given. Made once per forward pass."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def is_seen(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (key <= query) & (document_ids[row, query] == document_ids[row, key])
+        seen = key <= query
+        if document_ids is not None:
+            seen = seen & (document_ids[row, query] == document_ids[row, key])
+        if branch_ids is not None:
+            seen = seen & ((branch_ids[row, key] == 0) | (branch_ids[row, query] == branch_ids[row, key]))
+        return seen
 
-    B, T = document_ids.shape
-    return create_block_mask(is_seen, B, None, T, T, device=document_ids.device, BLOCK_SIZE=FLEX_BLOCK)
+    given = document_ids if document_ids is not None else branch_ids
+    assert given is not None
+    B, T = given.shape
+    return create_block_mask(is_seen, B, None, T, T, device=given.device, BLOCK_SIZE=FLEX_BLOCK)
 
 
 def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> torch.Tensor:

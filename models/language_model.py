@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.attention import Mask, attention, compute_dtype, document_block_mask, takes_flex_attention
+from models.attention import Mask, attention, block_mask, compute_dtype, takes_flex_attention
 from models.backbones import configure_language
 from models.buckets import bucket
 from models.config import SCRATCH, VLMConfig
@@ -71,14 +71,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def attention_mask_4d(
-    attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int
+    attention_mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    length: int,
+    branch_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Which of the S positions each of the last `length` may see: bool [B, 1, T, S], or None for plain causal.
 
     attention_mask: bool or int [B, S], zero at padding on either side. document_ids: int [B, T], attention stays
-    within equal ids.
+    within equal ids. branch_ids: int [B, T], of the keys those are seen that have the query's id, or 0.
     """
-    given = [ids for ids in (attention_mask, document_ids) if ids is not None]
+    given = [ids for ids in (attention_mask, document_ids, branch_ids) if ids is not None]
     if not given:
         return None
     total, device = given[0].shape[1], given[0].device
@@ -89,6 +92,8 @@ def attention_mask_4d(
         mask = mask & attention_mask[:, None].bool()
     if document_ids is not None:
         mask = mask & (document_ids[:, :, None] == document_ids[:, None])
+    if branch_ids is not None:
+        mask = mask & ((branch_ids[:, None] == 0) | (branch_ids[:, :, None] == branch_ids[:, None]))
     # A padding position that may see nothing would turn into NaN and spread; it sees itself instead.
     return (mask | (key == query))[:, None]
 
@@ -157,6 +162,7 @@ class LanguageModelBlock(nn.Module):
         self.attn = LanguageModelGroupedQueryAttention(cfg)
         self.norm2 = RMSNorm(cfg.lm_hidden_dim, eps=cfg.lm_rms_eps)
         self.mlp = LanguageModelMLP(cfg)
+        self.response_dropout = 0.0  # in training, of what is added at positions that have a label
 
     def forward(
         self,
@@ -166,9 +172,18 @@ class LanguageModelBlock(nn.Module):
         mask: Mask = None,
         cache: KVCache | None = None,
         block: int = 0,
+        response: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, mask, cache, block)
-        return x + self.mlp(self.norm2(x))
+        """response: bool [B, T, 1], where what is added to the residual stream has response_dropout."""
+        added = self.attn(self.norm1(x), cos, sin, mask, cache, block)
+        x = x + (added if response is None else dropped_at(added, response, self.response_dropout))
+        added = self.mlp(self.norm2(x))
+        return x + (added if response is None else dropped_at(added, response, self.response_dropout))
+
+
+def dropped_at(x: torch.Tensor, where: torch.Tensor, rate: float) -> torch.Tensor:
+    """x [B, T, C] with dropout at the positions where `where`, bool [B, T, 1], is true."""
+    return torch.where(where, F.dropout(x, rate), x)
 
 
 class LanguageModel(nn.Module):
@@ -202,6 +217,10 @@ class LanguageModel(nn.Module):
             block.attn.out_proj.weight.mul_(0.5)
             block.mlp.down_proj.weight.mul_(0.5)
 
+    def drops_responses(self) -> bool:
+        """Whether `forward` is to be told which positions have a label."""
+        return self.training and any(getattr(block, "response_dropout", 0.0) for block in self.blocks)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -209,11 +228,15 @@ class LanguageModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        response: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """attention_mask: [B, S], zero at padding; None without padding or with padding on the right.
 
         position_ids: int [B, T], counting from 0 along the row by default. document_ids: int [B, T]; attention is
         confined to equal ids. cache: holds the S - T positions before x and takes in the new ones.
+        response: bool [B, T], the positions with a label, where `drops_responses`. branch_ids: int [B, T], needs
+        position_ids; a position sees those with its own id and those with 0.
         """
         x = x.to(compute_dtype(x))
         T, start = x.shape[1], cache.length if cache is not None else 0
@@ -222,22 +245,31 @@ class LanguageModel(nn.Module):
                 x = F.pad(x, (0, 0, 0, bucket(T) - T))  # on the right, where causal attention does not look
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         cos, sin = (table.to(x.dtype) for table in self.rotary_embd(position_ids, start + T))
-        mask = self._mask(attention_mask, document_ids, T)
+        mask = self._mask(attention_mask, document_ids, branch_ids, T)
         if mask is None and T > 1 and start > 0:  # SDPA's causal would let the first new one see the first cached one
             mask = attention_mask_4d(torch.ones(1, start + T, dtype=torch.bool, device=x.device), None, T)
+        if response is not None:
+            response = F.pad(response, (0, x.shape[1] - T))[..., None]
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, index)
+            x = block(x, cos, sin, mask, cache, index, response)
         if cache is not None:
             cache.length += T
         return self.norm(x[:, :T])
 
-    def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int) -> Mask:
+    def _mask(
+        self,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        branch_ids: torch.Tensor | None,
+        length: int,
+    ) -> Mask:
         """Which positions each of the last `length` may see, in the form with which attention is fastest here."""
-        if attention_mask is None and document_ids is not None:
+        given = document_ids if document_ids is not None else branch_ids
+        if attention_mask is None and given is not None:
             dropout = self.cfg.lm_dropout if self.training else 0.0
-            if takes_flex_attention(document_ids.device, length, self.cfg.head_dim, dropout):
-                return document_block_mask(document_ids)
-        return attention_mask_4d(attention_mask, document_ids, length)
+            if takes_flex_attention(given.device, length, self.cfg.head_dim, dropout):
+                return block_mask(document_ids, branch_ids)
+        return attention_mask_4d(attention_mask, document_ids, length, branch_ids)
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "LanguageModel":

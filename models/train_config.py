@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grades.fields import Checked, Relation, doc
 
@@ -22,6 +23,11 @@ class TrainConfig(Checked):
     )
     train_dataset_name: list[str] = doc(
         "configurations (subsets) of the data set, for easy-vqa kinds of question: all, or several names", ["all"]
+    )
+    mixture: list[dict[str, Any]] = doc(
+        "train on several data sets in place of train_dataset_path: a YAML file of groups with shares, none for none, "
+        "or the groups themselves in a recipe. Inside a group a set's share goes with sqrt(rows); see docs/data.md",
+        [],
     )
     test_dataset_path: str | None = doc("rows for the exact match at the end; easy-vqa brings its own test split", None)
     columns: dict[str, str] = doc(
@@ -59,10 +65,21 @@ class TrainConfig(Checked):
         None,
         ge=1,
     )
+    message_tree: bool = doc(
+        "take the turns of a row with images as questions that do not know of each other, in one sequence that has the "
+        "images once: each turn sees the images and itself alone",
+        False,
+    )
     train_on: str = doc(
         "the tokens that are learned: answers (each with its end), last_answer of a conversation, or all of its text",
         "answers",
         choices=("answers", "last_answer", "all"),
+    )
+    loss_weighting: str = doc(
+        "how much a learned token counts: none, each the same; sqrt_answer, 2 / sqrt(tokens of its answer) / sqrt("
+        "answers of the row). Sets of a mixture with a loss_weight have that instead",
+        "none",
+        choices=("none", "sqrt_answer"),
     )
     source_weights: dict[str, float] = doc(
         "with turns_per_image: how often to draw the `source`s of a row's turns, as a=2,b=0.5; 1 for those not named",
@@ -145,6 +162,17 @@ class TrainConfig(Checked):
         ge=0,
     )
     weight_decay: float = doc("AdamW's decoupled weight decay", 0.01, ge=0)
+    z_loss: float = doc(
+        "this much of log(sum(exp(logits)))^2 is added to the training loss of each learned token; Molmo2: 1e-4",
+        0.0,
+        ge=0,
+    )
+    response_dropout: float = doc(
+        "dropout of what each block of the language model adds at positions that have a label; Molmo2: 0.1",
+        0.0,
+        ge=0,
+        lt=1,
+    )
     adam_beta1: float = doc("AdamW: decay of the first moment", 0.9, ge=0, lt=1)
     adam_beta2: float = doc("AdamW: decay of the second moment", 0.999, ge=0, lt=1)
     seed: int = doc("seed of weights, order of the data and dropout", 0)
@@ -281,6 +309,12 @@ class TrainConfig(Checked):
         return 0 if isinstance(self.max_tiles_per_batch, str) else self.max_tiles_per_batch // self.batch_size
 
     @property
+    def train_data(self) -> list[str]:
+        """The path of the training data set, or those of all sets of the mixture."""
+        paths = [one["path"] for group in self.mixture for one in group["sets"]]
+        return list(dict.fromkeys(paths)) or [self.train_dataset_path]
+
+    @property
     def validates(self) -> bool:
         """Whether there are validation rows."""
         return self.val_size != 0 or self.val_dataset_path is not None
@@ -307,6 +341,13 @@ class TrainConfig(Checked):
             (self.val_size < 1 or self.val_size % 1 == 0, "val_size", "a share below 1 or a whole number of rows"),
             (self.validates or not self.early_stopping, "val_size", "> 0 with early_stopping"),
             (self.es_weights == "last" or self.average_weights > 0, "es_weights", "last without average_weights"),
+            (not self.mixture or not self.mixture_weights, "mixture_weights", "empty with a mixture, which has rates"),
+            (not self.message_tree or self.train_on != "all", "message_tree", "off with train_on all"),
+            (
+                self.loss_weighting == "none" or self.train_on != "all",
+                "loss_weighting",
+                "none with train_on all, which has no answers",
+            ),
             (draws_turns or not self.source_weights, "source_weights", "empty without turns_per_image"),
             (draws_turns or not self.balance_answers, "balance_answers", "off without turns_per_image"),
             (not self.log_wandb or self.log_with in (None, "wandb"), "log_with", "left out with --log_wandb"),

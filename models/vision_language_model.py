@@ -45,6 +45,7 @@ class VisionLanguageModel(nn.Module):
         self.cfg = cfg
         self.cross_entropy = summed_cross_entropy  # compiled along with the blocks
         self.loaded_from: Path | None = None  # checkpoint
+        self.z_loss = 0.0  # in training, of the squared logarithm of the softmax's denominator at each label
         # Of its config.json: VLMEvalKit looks here whether a checkpoint knows tiles.
         self._saved_config_keys: frozenset[str] = frozenset()
         self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
@@ -61,9 +62,11 @@ class VisionLanguageModel(nn.Module):
         *,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         pool_index: torch.Tensor | None = None,
         loss_per_label: bool = False,
@@ -75,40 +78,48 @@ class VisionLanguageModel(nn.Module):
         Indices from the collator, so that the device need not search for them:
         image_slots, int [K]: flat positions in B * T that hold image tokens, in ascending order;
         image_sources, int [K]: for each of them its row of the N * M image embeddings (default: in order), so that
-        rows can share an image; label_positions, int [L]: flat positions in B * T that have a target.
+        rows can share an image; label_positions, int [L]: flat positions in B * T that have a target;
+        label_weights, float32 [L]: how much each of them counts in the sum (default: 1).
         image_features, [N, patches, vit_feature_dim]: what the vision tower gave for `images`, which are then not
         needed. pool_index, int [M, K]: see ModalityProjector; image_sources then count its M image embeddings.
-        loss_per_label: with label_positions, the loss of each of them, float32 [L].
-        position_ids, document_ids, int [B, T]: see LanguageModel.forward.
+        loss_per_label: with label_positions, the loss of each of them without weights, float32 [L].
+        position_ids, document_ids, branch_ids, int [B, T]: see LanguageModel.forward.
         """
         x = self.embed(input_ids, images, image_slots, image_sources, image_features, pool_index=pool_index)
-        x = self.decoder(x, attention_mask, position_ids, document_ids)
+        response = targets != -100 if targets is not None and self.decoder.drops_responses() else None
+        x = self.decoder(x, attention_mask, position_ids, document_ids, response=response, branch_ids=branch_ids)
         if label_positions is not None:
             assert targets is not None
             hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
             labels = targets.flatten().index_select(0, label_positions)
             if loss_per_label:
                 return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="none")
-            return self._summed_loss(hidden, labels)
+            return self._summed_loss(hidden, labels, label_weights)
         logits = self.decoder.head(x)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         return logits, loss
 
-    def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of hidden states [L, C] and int labels [L], summed: float32 [].
+    def _summed_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy of hidden states [L, C] and int labels [L] times float32 weights [L], summed: float32 [].
 
         The float32 logits [L, V] can be the largest tensor of a step. With loss_chunk_size they are computed a chunk at
         a time, and again in the backward pass.
         """
 
-        def of_chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return self.cross_entropy(self.decoder.head(hidden), labels)
+        more = (self.z_loss,) if self.training and self.z_loss else ()
 
-        if not 0 < self.loss_chunk_size < len(labels):
-            return of_chunk(hidden, labels)
-        chunks = zip(hidden.split(self.loss_chunk_size), labels.split(self.loss_chunk_size), strict=True)
+        def of_chunk(hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+            return self.cross_entropy(self.decoder.head(hidden), labels, weights, *more)
+
+        size = self.loss_chunk_size
+        if not 0 < size < len(labels):
+            return of_chunk(hidden, labels, weights)
+        parts = [None] * -(-len(labels) // size) if weights is None else weights.split(size)
+        chunks = zip(hidden.split(size), labels.split(size), parts, strict=True)
         if not torch.is_grad_enabled():
             return torch.stack([of_chunk(*chunk) for chunk in chunks]).sum()
         losses = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
@@ -251,9 +262,20 @@ class VisionLanguageModel(nn.Module):
         push_folder(self.save_pretrained, repo_id or self.cfg.hf_repo_name, private, self.loaded_from)
 
 
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits [L, V] and int labels [L], summed in float32: float32 []."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+def summed_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None, z_loss: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy of logits [L, V] and int labels [L] times float32 weights [L], summed in float32: float32 [].
+
+    z_loss: this much of the square of log(sum(exp(logits))) is added to each, before it is weighted.
+    """
+    logits = logits.float()
+    if weights is None and not z_loss:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(dim=-1).square()
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
 def load_vlm_weights(model: VisionLanguageModel, folder: Path) -> VisionLanguageModel:

@@ -64,7 +64,7 @@ class Bench:
             self.model.to(self.device)
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
-        setup.spare_memory(self.model, self.cfg)
+        setup.apply_to_model(self.model, self.cfg)
         self.is_compiled = compile_model(self.model, settings, self.device)
         batch = random_batch(arguments, settings, self.device)
         self.micro_batches = [batch] * self.cfg.gradient_accumulation_steps

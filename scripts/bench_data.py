@@ -28,9 +28,8 @@ from data.collators import TrainCollator
 from data.datasets import VQADataset
 from data.images import ImageProcessor
 from data.loader import train_batches
-from data.options import RowOptions
+from data.mixture_rows import load_training_rows
 from data.packing import PackedCollator, PackedReaders
-from data.rows import load_rows
 from data.text import get_tokenizer
 from training.arguments import Settings, parse_arguments
 
@@ -91,10 +90,7 @@ def jpeg(seed: int, size: tuple[int, int]) -> bytes:
 def make_dataset(settings: Settings, rows: list[dict] | None) -> VQADataset:
     """Of the given rows, or of the recipe's."""
     vlm, cfg = settings.vlm, settings.train
-    names, bad = cfg.train_dataset_name, cfg.skip_bad_subsets
-    found = rows or load_rows(
-        cfg.train_dataset_path, names, "train", cfg.stream_dataset, skip_bad_subsets=bad, options=RowOptions.of(cfg)
-    )
+    found = rows or load_training_rows(cfg)
     return VQADataset(found, get_tokenizer(vlm), ImageProcessor(vlm), vlm, cfg, train=True, cache=cfg.cache_rows)
 
 

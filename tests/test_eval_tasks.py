@@ -188,7 +188,7 @@ def test_what_is_wrong_is_said_before_anything_is_read(data, own, tmp_path, monk
     (tmp_path / "0.png").write_bytes(b"no image")
     places = {"own": own, "root": tmp_path / "root", "bad": tmp_path / "bad.jsonl"}
     if "{bad}" not in str(flags):
-        monkeypatch.setattr(train, "load_rows", None)
+        monkeypatch.setattr(train, "load_training_rows", None)
     given = {name: str(value).format(**places) for name, value in flags.items()}
     try:
         code = run(data, tmp_path, "run", **given)

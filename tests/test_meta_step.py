@@ -64,7 +64,7 @@ class Run:
             if self.cfg.lora_rank:
                 inject_lora(self.model, self.cfg)
         setup.freeze_untrained(self.model, self.cfg)
-        setup.spare_memory(self.model, self.cfg)
+        setup.apply_to_model(self.model, self.cfg)
         monkeypatch.setattr(torch.optim, "AdamW", ForeachAdamW)
         self.optimizer = setup.make_optimizer(self.model, self.cfg)
         self.monitor = GradESMonitor(settings.grades, self.model, self.optimizer, 10, log=lambda line: None)

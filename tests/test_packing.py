@@ -15,7 +15,7 @@ from data.loader import train_batches
 from data.packing import PADDING, PackedCollator, PackedReaders, pack
 from data.rows import load_rows
 from grades import GradESConfig
-from models.attention import attend_flex, document_block_mask, takes_flex_attention
+from models.attention import attend_flex, block_mask, takes_flex_attention
 from models.config import TrainConfig, VLMConfig, check_settings
 from models.language_model import LanguageModel
 from models.vision_language_model import VisionLanguageModel
@@ -320,14 +320,14 @@ def test_block_masks_attend_as_the_plain_mask_does(monkeypatch):
     x, ids = torch.randn(2, 256, 32), random_documents(2, 256)
     made = []
 
-    def counted(document_ids):
-        made.append(document_block_mask(document_ids))
+    def counted(*given):
+        made.append(block_mask(*given))
         return made[-1]
 
     with torch.no_grad():
         plain = model(x, document_ids=ids)
         monkeypatch.setattr(models.language_model, "takes_flex_attention", lambda *_: True)
-        monkeypatch.setattr(models.language_model, "document_block_mask", counted)
+        monkeypatch.setattr(models.language_model, "block_mask", counted)
         monkeypatch.setattr(models.attention, "compiled_attend_flex", lambda: attend_flex)
         torch.testing.assert_close(model(x, document_ids=ids), plain)
     assert len(made) == 1

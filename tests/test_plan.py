@@ -81,7 +81,7 @@ def test_saved_bytes_of_a_tiny_model_are_those_counted_by_hand():
 def really_held(settings, model) -> dict[str, int]:
     """Bytes by what they hold, after two steps on the CPU."""
     setup.freeze_untrained(model, settings.train)
-    setup.spare_memory(model, settings.train)
+    setup.apply_to_model(model, settings.train)
     optimizer, batch = setup.make_optimizer(model, settings.train), full_batch(settings, CPU)
     grades = dataclasses.replace(settings.grades, freeze_vision=False, freeze_language=False)
     averages = AveragedWeights(model.parameters(), optimizer, settings.train.average_weights or 0.9)
@@ -177,7 +177,7 @@ def test_fsdp_divides_what_is_held_among_the_processes():
 def test_every_recipe_has_a_plan_without_network_data_or_files(name, tmp_path, monkeypatch, no_network, capsys):
     import train
 
-    monkeypatch.setattr(train, "load_rows", None)
+    monkeypatch.setattr(train, "load_training_rows", None)
     out = tmp_path / "out"
     words = f"--config {ROOT / 'configs' / name}.yaml --enable_grades --dry_run --output_dir {out}"
     assert train.main(parse_arguments(words.split())) == 0

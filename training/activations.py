@@ -64,7 +64,7 @@ def activation_bytes(model: VisionLanguageModel, batch: dict, bfloat16: bool, sh
         block.register_forward_pre_hook(lambda block, args: block_inputs.update({block: args}))
     weights = [] if bfloat16 and not sharded else list(model.parameters())
     kept = saved_bytes(lambda: model(**inputs), [*inputs.values(), *weights])
-    if "forward" not in vars(first[0]):  # setup.spare_memory gives it one that checkpoints
+    if "forward" not in vars(first[0]):  # setup.apply_to_model gives it one that checkpoints
         return kept
     again = []
     for block in first:

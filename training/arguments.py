@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from data.mixture import MixtureError, mixture_of
 from grades.config import GradESConfig
 from grades.fields import field_problems, problem, suggestion
 from models.config import RETIRED, TrainConfig, VLMConfig, check_settings, retired_problems
@@ -105,6 +106,9 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             check_settings(vlm, train, grades)
         except ValueError as error:
             problems += str(error).splitlines()
+    if train.mixture and "train_dataset_path" in flags:
+        allowed = "left out with a mixture, which --mixture none leaves out"
+        problems.append(problem("train_dataset_path", train.train_dataset_path, allowed))
     if problems:
         end(problems)
     return Settings(vlm, train, grades, recipe, frozenset(flags))
@@ -140,7 +144,8 @@ class Parser(ArgumentParser):
             elif "alone" in field.metadata:
                 self.add_argument(f"--{name}", nargs="?", const=str(field.metadata["alone"]))
             else:
-                several = any(get_origin(kind) is list for kind in (types[name], *get_args(types[name])))
+                lists = any(get_origin(kind) is list for kind in (types[name], *get_args(types[name])))
+                several = lists and name != "mixture"  # which is a file
                 self.add_argument(f"--{name}", nargs="+" if several else None)
 
     def error(self, message: str) -> NoReturn:
@@ -186,12 +191,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises ValueError that names the file and every unknown name.
     """
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
-    except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: is not valid YAML: {error}") from None
+    recipe = _read_yaml(path, "config") or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: must be a mapping of settings to values")
     known = {*fields(), *RETIRED, BOTH_TOWERS}
@@ -205,12 +205,39 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if value is not None}
 
 
+def _read_yaml(path: Path, flag: str) -> Any:
+    """What a YAML file holds, each value as text. Raises ValueError that names the flag."""
+    try:
+        return yaml.load(path.expanduser().read_text(encoding="utf-8"), RecipeLoader)
+    except OSError as error:
+        raise ValueError(f"--{flag} {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{flag} {path}: is not valid YAML: {error}") from None
+
+
+def read_mixture(value: Any) -> list[dict[str, Any]]:
+    """The groups of a mixture: of a file, or as a recipe has them; "none", or an empty list, is none.
+
+    Raises MixtureError that names each impossible value.
+    """
+    if value in ("none", []):
+        return []
+    if isinstance(value, str):
+        try:
+            value = _read_yaml(Path(value), "mixture")
+        except ValueError as error:
+            raise MixtureError(f"{error}") from None
+    return mixture_of(value["mixture"] if isinstance(value, dict) and [*value] == ["mixture"] else value)
+
+
 def read_values(texts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(settings, problems) of their texts; a setting that cannot be read is left out of the first."""
     types, values, problems = field_types(), {}, []
     for name, text in texts.items():
         try:
-            values[name] = read_value(types[name], text)
+            values[name] = read_mixture(text) if name == "mixture" else read_value(types[name], text)
+        except MixtureError as error:
+            problems += str(error).splitlines()
         except ValueError:
             kinds = get_args(types[name]) if isinstance(types[name], UnionType) else (types[name],)
             allowed = " or ".join(KINDS[get_origin(kind) or kind] for kind in kinds if kind is not NoneType)

@@ -36,7 +36,7 @@ def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageMode
         if start.state:
             load_lora_state_dict(model, start.state["lora"])
     setup.freeze_untrained(model, cfg)
-    setup.spare_memory(model, cfg)
+    setup.apply_to_model(model, cfg)
     return model, checkpoint
 
 

@@ -82,7 +82,9 @@ def _placeholder(kind: Any) -> str:
 
 def _in_brackets(value: Any) -> str:
     """The value, shortened; nothing for None and what is empty."""
-    if isinstance(value, bool):
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        text = ", ".join(str(group["name"]) for group in value)
+    elif isinstance(value, bool):
         text = "on" if value else "off"
     elif isinstance(value, dict):
         text = json.dumps(value) if value else ""

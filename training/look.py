@@ -6,11 +6,9 @@ import sys
 
 import torch
 
-from data import easy_vqa
 from data.inspection import fact_lines, measure
-from data.options import RowOptions
+from data.mixture_rows import load_training_rows
 from data.pipeline import SOME_ROWS, Data, load_data
-from data.rows import load_rows
 from data.text import NotHere
 from data.tokenizer_checks import load_tokenizer
 from models.lora import inject_lora
@@ -18,7 +16,7 @@ from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings
 from training.build import limit_tiles, take_over_sizes
-from training.preflight import Source
+from training.preflight import Source, data_sources
 
 PAGE_ROWS = 8  # of a batch at most: a page needs no more, and no rank to share them with
 
@@ -27,8 +25,7 @@ def load_to_look(settings: Settings) -> Data:
     """The data as train.py loads it, read in this process and in smaller batches. Raises ValueError or OSError."""
     checkpoint = take_over_sizes(settings, local_only=True)
     cfg = settings.train
-    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
-                     skip_bad_subsets=cfg.skip_bad_subsets, options=RowOptions.of(cfg))  # fmt: skip
+    rows = load_training_rows(cfg)
     # With packing a batch of one row: then the page can say which rows are in it.
     batch_size, tiles = 1 if cfg.packing else min(cfg.batch_size, PAGE_ROWS), cfg.tiles_per_row
     cfg = dataclasses.replace(
@@ -43,9 +40,7 @@ def dry_run_lines(settings: Settings, notes: list[str] | None) -> list[str]:
     notes: on the tokenizer, None where it is not here.
     """
     vlm, cfg = settings.vlm, settings.train
-    paths = {flag: getattr(cfg, flag) for flag in ("train_dataset_path", "val_dataset_path", "test_dataset_path")}
-    named = [Source(flag, path, "datasets") for flag, path in paths.items() if path not in (None, easy_vqa.NAME)]
-    away = [source for source in named if not source.is_here()]
+    away = [source for source in data_sources(settings) if not source.is_here()]
     if notes is None:
         away.append(Source("lm_tokenizer", str(vlm.lm_tokenizer), "models"))
     if away:

@@ -148,7 +148,7 @@ class ModelCard:
         """Where the rows of "train", "validation" or "test" are from."""
         train = self.settings.train
         own = {"validation": train.val_dataset_path, "test": train.test_dataset_path}.get(split)
-        return without_private([own or train.train_dataset_path])[0]
+        return ", ".join(without_private([own] if own else train.train_data))
 
     def _bases(self) -> list[str]:
         """What the weights started from; nothing where they were random."""
@@ -184,7 +184,8 @@ class ModelCard:
         """The data with its subsets, counts and formats, for which some rows are read."""
         rows = {"training": self.data.train_rows, "validation": self.data.val_rows, "test": self.data.test_rows}
         counts = ", ".join(f"{len(found):,} {name} rows" for name, found in rows.items() if hasattr(found, "__len__"))
-        subsets = [name for name in self.settings.train.train_dataset_name if name != "all"]
+        train = self.settings.train
+        subsets = [name for name in train.train_dataset_name if name != "all" and not train.mixture]
         formats = format_names(self.data.train_rows)
         parts = [
             self._data_name("train"),

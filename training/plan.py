@@ -99,7 +99,7 @@ def make_plan(model: VisionLanguageModel, settings: Settings, device: torch.devi
     """
     cfg = settings.train
     setup.freeze_untrained(model, cfg)
-    setup.spare_memory(model, cfg)
+    setup.apply_to_model(model, cfg)
     components = find_components(model, settings.grades.target_components) if cfg.enable_grades else []
     batch = full_batch(settings, META)
     if device.type == "cuda":  # FlexAttention keeps documents apart without a mask

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from data import easy_vqa
 from data.hub import require_hub
+from data.mixture import sets_of
 from data.options import RowOptions
 from models.config import SCRATCH
 from training.arguments import Settings, end
@@ -66,12 +67,13 @@ def path_problems(settings: Settings) -> list[str]:
     output = Path(cfg.output_dir)
     if file := next((path for path in (output, *output.parents) if path.is_file()), None):
         found.append(f"--output_dir {cfg.output_dir}: {file} is a file, must be a folder")
-    for check in (check_tracker, RowOptions.of):
+    configs = [cfg, *(one.config(cfg) for one in sets_of(cfg))]
+    for check, given in ((check_tracker, cfg), *((RowOptions.of, config) for config in configs)):
         try:
-            check(cfg)
+            check(given)
         except ValueError as error:
             found.append(str(error))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def hub_problems(settings: Settings) -> list[str]:
@@ -97,9 +99,7 @@ def sources(settings: Settings) -> Iterator[Source]:
     """The data and the pretrained weights that the run reads; those of a checkpoint that it continues are its own."""
     vlm, cfg = settings.vlm, settings.train
     if not cfg.dry_run:
-        for flag in ("train_dataset_path", "val_dataset_path", "test_dataset_path"):
-            if (path := getattr(cfg, flag)) not in (None, easy_vqa.NAME):
-                yield Source(flag, path, "datasets")
+        yield from data_sources(settings)
     if cfg.resume is not None and (cfg.resume != "auto" or run_folder(settings).exists()):
         return
     if cfg.resume_from_vlm_checkpoint:
@@ -112,6 +112,14 @@ def sources(settings: Settings) -> Iterator[Source]:
             continue
         if name not in (SCRATCH, easy_vqa.NAME):
             yield Source(flag, name, "models")
+
+
+def data_sources(settings: Settings) -> Iterator[Source]:
+    """The data sets that the run reads, without the embedded one."""
+    cfg = settings.train
+    named = [("mixture" if cfg.mixture else "train_dataset_path", path) for path in cfg.train_data]
+    named += [(flag, path) for flag in ("val_dataset_path", "test_dataset_path") if (path := getattr(cfg, flag))]
+    yield from (Source(flag, path, "datasets") for flag, path in named if path != easy_vqa.NAME)
 
 
 def run_folder(settings: Settings) -> Path:

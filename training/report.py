@@ -11,6 +11,7 @@ import yaml
 
 from data import easy_vqa
 from data.drops import DROPPED, REASONS_TO_SHOW, TRUNCATED, USED
+from data.mixture_rows import mixture_lines
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
@@ -35,7 +36,7 @@ from training.trackers import make_tracker
 def announce(settings: Settings) -> None:
     """The first line: recipe, data, and whether GradES freezes. The quickstart on its own data points to the paper's
     run; flags that have no effect are named."""
-    data, is_default = settings.train.train_dataset_path, settings.recipe == DEFAULT_RECIPE
+    data, is_default = ", ".join(settings.train.train_data), settings.recipe == DEFAULT_RECIPE
     recipe = "configs/quickstart.yaml (the default)" if is_default else settings.recipe
     grades = "with GradES" if settings.train.enable_grades else "without GradES (--enable_grades turns it on)"
     print(f"Recipe {recipe}, data {data}, {grades}")
@@ -73,6 +74,8 @@ def open_report(
     rows = {"training": data.train_rows, "validation": data.val_rows, "test": data.test_rows}
     counts = (f"{len(found):,} {name}" for name, found in rows.items() if hasattr(found, "__len__"))
     formats, split = ", ".join(format_names(data.train_rows)), data.split and f"; split {data.split}"
+    for line in mixture_lines(data.train_rows, cfg):
+        log.say(line)
     log.say("rows: " + (", ".join(counts) or "a stream") + (f" ({formats})" if formats else "") + split)
     if device.type == "cuda" and (cfg.packing or cfg.compile == "auto") and not has_compiler():
         log.say(
@@ -145,7 +148,7 @@ def write_report(
         except ImportError:
             log.say(f"no pictures without matplotlib; install it, then: python -m grades report {folder}")
     baseline = None
-    if test is not None and data.test_rows is not None and cfg.train_dataset_path == easy_vqa.NAME:
+    if test is not None and data.test_rows is not None and cfg.train_data == [easy_vqa.NAME]:
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
     summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter, cache)
     write_json(folder / "summary.json", summary)

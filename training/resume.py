@@ -82,7 +82,7 @@ class RunStart:
         if data == before:
             return
         others = ", but other ones" if data["size"] == before["size"] else ""
-        line = f"--train_dataset_path {cfg.train_dataset_path}: {data['size']} now, the run that is resumed has "
+        line = f"--train_dataset_path {', '.join(cfg.train_data)}: {data['size']} now, the run that is resumed has "
         line += before["size"] + others
         if not cfg.resume_override:
             raise ValueError(f"{line}; --resume_override continues with those of now")

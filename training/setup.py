@@ -123,8 +123,11 @@ def _parts(model: VisionLanguageModel, cfg: TrainConfig) -> dict[str, tuple[nn.M
     }
 
 
-def spare_memory(model: VisionLanguageModel, cfg: TrainConfig) -> None:
-    """Apply activation_checkpointing and loss_chunk_size; module names stay as they are."""
+def apply_to_model(model: VisionLanguageModel, cfg: TrainConfig) -> None:
+    """Apply activation_checkpointing, loss_chunk_size and what else cfg says of loss and blocks; module names stay."""
+    model.z_loss = cfg.z_loss
+    for block in model.decoder.blocks:
+        block.response_dropout = cfg.response_dropout  # type: ignore[assignment]
     model.loss_chunk_size = cfg.loss_chunk_size
     if not cfg.activation_checkpointing:
         return

@@ -21,17 +21,18 @@ def forward_backward(
 ) -> torch.Tensor:
     """Accumulate the gradient over the micro-batches; returns the step's loss, a float32 scalar on the device.
 
-    Each micro-batch's loss is a sum over its label tokens; it is divided by their number over all micro-batches of all
-    ranks, so that every label token weighs the same wherever it stands. With several ranks the mean of what they
+    Each micro-batch's loss is a sum over its label tokens; it is divided by their number, or by the sum of their
+    weights where they have some, over all micro-batches of all ranks: a label token counts the same wherever it stands.
+    With several ranks the mean of what they
     return is the step's loss. cache: of a frozen vision tower's features; a micro-batch gets the number of
     "cached_images" that it spared.
     """
     parallel = parallel or Parallel()
-    num_labels, num_images = parallel.sum(
-        sum(batch["num_labels"] for batch in micro_batches),
+    weight, num_images = parallel.sum(
+        sum(batch.get("total_weight", batch["num_labels"]) for batch in micro_batches),
         sum(len(batch["images"]) for batch in micro_batches if batch.get("images") is not None),
     )
-    labels_per_rank = max(num_labels, 1) / parallel.world_size  # gradients are averaged over the ranks
+    weight_per_rank = (weight or 1) / parallel.world_size  # gradients are averaged over the ranks
     total = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, start=1):
         inputs = parallel.complete(to_device(batch, device), model)
@@ -39,7 +40,7 @@ def forward_backward(
             with autocast:
                 if cache is not None:
                     inputs, batch["cached_images"] = cache.complete(inputs, batch["image_keys"])
-                loss = parallel.module(model)(**inputs) / labels_per_rank
+                loss = parallel.module(model)(**inputs) / weight_per_rank
             loss.backward()
         total += loss.detach()
     parallel.forget_blanks(model, num_images)
