@@ -65,6 +65,22 @@ def test_a_card_holds_what_was_measured_and_how_it_was_made(trained, data):
     assert not is_edited(trained / "last" / CARD)
 
 
+def test_the_curve_is_that_of_the_validations_so_far(data, tmp_path):
+    folder = run(data, tmp_path, "run", eval_interval=2, keep_checkpoints=9)
+    points = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    points = [one for one in points if "val/loss" in one]
+    text = (folder / "last" / CARD).read_text(encoding="utf-8")
+    rows = text.split("Validation over the run:\n\n")[1].splitlines()
+    assert rows[0].startswith("| step | loss |")
+    assert [row.split(" | ")[:2] for row in rows[2 : 2 + len(points)]] == [
+        [f"| {one['step']}", f"{one['val/loss']:.4f}"] for one in points
+    ]
+    assert len(points) == 4
+    earlier = (folder / "step_00000004" / CARD).read_text(encoding="utf-8")
+    assert "\n| 4 | " in earlier
+    assert "\n| 6 | " not in earlier
+
+
 def test_the_table_says_at_which_step_each_matrix_froze(trained):
     history = json.loads((trained.parent / "grades_history.json").read_text())
     steps = {event["name"]: event["step"] for event in history["events"]}

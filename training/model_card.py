@@ -36,6 +36,9 @@ METRICS = {
     "val/exact_match": ("validation", "exact_match", "share of the answers that are the expected one"),
     "test/exact_match": ("test", "exact_match", "share of the answers that are the expected one"),
 }
+# Columns of the curve: names in metrics.jsonl.
+CURVES = {"val/loss": "loss", "val/loss_averaged": "loss, averaged weights", "val/exact_match": "exact match"}
+CURVE_ROWS = 12
 
 
 def is_edited(path: Path) -> bool:
@@ -89,6 +92,7 @@ class ModelCard:
             "\n## What was measured\n",
             *_score_lines(scores, state),
             *_task_lines(_tasks(state)),
+            *_curve(self.folder / "metrics.jsonl", state.step),
             "\n## Training\n",
             "| | |\n|---|---|",
             *(f"| {key} | {_cell(value)} |" for key, value in self._training().items() if value),
@@ -250,6 +254,25 @@ def _score_lines(scores: Mapping[str, float], state: LoopState) -> list[str]:
         lines.append(f"| {split} | {kind} | {value:.4f} | {what} |")
     averaged = " The weights are averages over the last steps." if state.averaged_is_better else ""
     return [*lines, f"\nMeasured by train.py at the end of step {state.step:,}.{averaged}"]
+
+
+def _curve(path: Path, step: int) -> list[str]:
+    """The validations of the run until this step, as a table of at most CURVE_ROWS spread over it."""
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        point = json.loads(line)
+        if "val/loss" in point and point["step"] <= step:
+            points.append(point)
+    if len(points) < 2:  # one point, if any, stands among the numbers
+        return []
+    count = min(len(points), CURVE_ROWS)
+    spread = [points[round(index * (len(points) - 1) / (count - 1))] for index in range(count)]
+    names = [name for name in CURVES if any(point.get(name) is not None for point in points)]
+    lines = [f"| step | {' | '.join(CURVES[name] for name in names)} |", f"|--:|{'--:|' * len(names)}"]
+    for point in spread:
+        values = ("–" if (value := point.get(name)) is None else f"{value:.4f}" for name in names)
+        lines.append(f"| {point['step']:,} | {' | '.join(values)} |")
+    return ["\nValidation over the run:\n", *lines]
 
 
 def _tasks(state: LoopState) -> dict[str, Any]:
