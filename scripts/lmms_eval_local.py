@@ -24,11 +24,11 @@ from models.hub import checkpoint_folder
 from training.checkpoint_folder import find_checkpoint
 
 
-class _Loader(yaml.SafeLoader):
+class TaskLoader(yaml.SafeLoader):
     """Reads a task's functions by their names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: node.value)
+TaskLoader.add_constructor("!function", lambda loader, node: node.value)
 
 
 def tasks_folder() -> Path:
@@ -50,7 +50,7 @@ def find_task(tasks: Path, name: str) -> Path:
 
 def settings_of(path: Path) -> dict[str, Any]:
     """A task's settings with those of the files that it includes."""
-    given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    given = yaml.load(path.read_text(encoding="utf-8"), TaskLoader)
     included = given.pop("include", [])
     found: dict[str, Any] = {}
     for other in reversed([included] if isinstance(included, str) else included):
