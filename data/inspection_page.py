@@ -28,6 +28,11 @@ sup { color: #888; font-size: .65em } .dropped { color: #a22 }
 """
 
 
+def _numbers(value: float | list[float]) -> str:
+    """One number, or one for each color."""
+    return ", ".join(f"{number:g}" for number in (value if isinstance(value, list) else [value]))
+
+
 def make_page(
     title: str, facts: Iterable[str], batches: Iterable[dict], tokenizer: Any, cfg: VLMConfig, rows: int
 ) -> str:
@@ -37,8 +42,8 @@ def make_page(
         '<p class="key">A token is <span class="label">learned</span>, <span class="prompt">read as the prompt</span>, '
         'stands for a <span class="image">tile</span> of an image, or is <span class="padding">padding</span>. Small '
         "numbers are positions; a token's own position and id show under the pointer. Pictures are the model's tiles "
-        f"of {cfg.vit_img_size} x {cfg.vit_img_size} pixels as they were cut, before it takes {cfg.image_mean:g} from "
-        f"values in [0, 1] and divides them by {cfg.image_std:g}.</p>",
+        f"of {cfg.vit_img_size} x {cfg.vit_img_size} pixels as they were cut, before it takes "
+        f"{_numbers(cfg.image_mean)} from values in [0, 1] and divides them by {_numbers(cfg.image_std)}.</p>",
     ]
     shown = 0
     seen: set[str] = set()

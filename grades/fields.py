@@ -18,9 +18,9 @@ Relation = tuple[bool, str, str]  # whether it holds, the field to blame, what i
 def doc(help: str, default: Any, **rules: Any) -> Any:
     """A dataclass field whose help text is its documentation, on the command line too.
 
-    rules: gt, ge, lt, le, the bounds of a number, or of each number of a mapping; choices, all values that are allowed
-    (with bounds: those that are allowed besides the numbers); section, the title of the fields from this one on; alone,
-    the value of a flag that is given without one. None is allowed where it is the default.
+    rules: gt, ge, lt, le, the bounds of a number, or of each number of a mapping or list; choices, all values that are
+    allowed (with bounds: those that are allowed besides the numbers); section, the title of the fields from this one
+    on; alone, the value of a flag that is given without one. None is allowed where it is the default.
     """
     assert rules.keys() <= RULES, rules
     metadata = {"help": help} | rules
@@ -59,7 +59,7 @@ def field_problems(config: Any) -> list[str]:
         value, rules = getattr(config, item.name), item.metadata
         if not (is_allowed(value, rules) or (value is None and item.default is None)):
             hint = suggestion(str(value), rules.get("choices", ()))
-            each = " each" if isinstance(value, dict) else ""
+            each = " each" if isinstance(value, dict | list) else ""
             found.append(problem(item.name, value, allowed_values(rules) + each) + hint)
     return found
 
@@ -69,7 +69,7 @@ def is_allowed(value: Any, rules: Mapping[str, Any]) -> bool:
     bounds, choices = _bounds(rules), rules.get("choices", ())
     if value in choices or not (bounds or choices):
         return True
-    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return bool(bounds) and all(
         isinstance(number, Real) and BOUNDS[name][1](number, limit)
         for number in numbers

@@ -1,11 +1,13 @@
-"""The sizes of pretrained backbones: config.json of a SigLIP or Llama model -> VLMConfig's vit_* or lm_* fields."""
+"""The sizes of pretrained backbones: config.json of a vision or language model -> VLMConfig's vit_* or lm_* fields."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from models.config import SCRATCH, VLMConfig
+from models.config import CLIP_MEAN, CLIP_STD, SCRATCH, VLMConfig
 from models.hub import CONFIG_FILES, hub_folder
+
+TOKENIZER = "tokenizer.json"
 
 
 def configure_from_backbones(cfg: VLMConfig, local_only: bool = False) -> None:
@@ -22,17 +24,24 @@ def configure_from_backbones(cfg: VLMConfig, local_only: bool = False) -> None:
 
 
 def configure_vision(cfg: VLMConfig, files: tuple[str, ...] = CONFIG_FILES) -> Path:
-    """Set the vit_* sizes to those of the SigLIP or SigLIP2 model cfg.vit_model_type; returns its folder.
+    """Set the vit_* sizes to those of the SigLIP, SigLIP2 or CLIP model cfg.vit_model_type; returns its folder.
 
-    files: what to download of a model on the hub. Errors as configure_from_backbones.
+    A CLIP gets its own image_mean and image_std where cfg has SigLIP's. files: what to download of a model on the hub.
+    Errors as configure_from_backbones.
     """
-    from transformers import SiglipConfig, SiglipVisionConfig  # config.json leaves out what equals their defaults
+    import transformers  # config.json leaves out what equals the defaults of its classes
 
     folder, label = hub_folder(cfg.vit_model_type, "vit_model_type", files), f"--vit_model_type {cfg.vit_model_type}"
-    stored = _read_config(folder, ("siglip", "siglip_vision_model"), label)
-    is_full = stored["model_type"] == "siglip"
-    config: Any = SiglipConfig.from_dict(stored).vision_config if is_full else SiglipVisionConfig.from_dict(stored)
-    _require_known({"hidden_act": (config.hidden_act, "gelu_pytorch_tanh")}, label)
+    stored = _read_config(folder, ("siglip", "siglip_vision_model", "clip", "clip_vision_model"), label)
+    kind, part = stored["model_type"].partition("_")[::2]
+    name = {"siglip": "Siglip", "clip": "CLIP"}[kind] + ("VisionConfig" if part else "Config")
+    config: Any = getattr(transformers, name).from_dict(stored)
+    config = config if part else config.vision_config
+    activation = {"siglip": "gelu_pytorch_tanh", "clip": "quick_gelu"}[kind]
+    _require_known({"hidden_act": (config.hidden_act, activation)}, label)
+    if kind == "clip" and cfg.image_mean == cfg.image_std == 0.5:
+        cfg.image_mean, cfg.image_std = list(CLIP_MEAN), list(CLIP_STD)
+    cfg.vit_architecture = kind
     cfg.vit_hidden_dim = config.hidden_size
     cfg.vit_inter_dim = config.intermediate_size
     cfg.vit_patch_size = config.patch_size
@@ -44,38 +53,58 @@ def configure_vision(cfg: VLMConfig, files: tuple[str, ...] = CONFIG_FILES) -> P
 
 
 def configure_language(cfg: VLMConfig, files: tuple[str, ...] = CONFIG_FILES) -> Path:
-    """Set the lm_* sizes to those of the Llama model (SmolLM2 is one) cfg.lm_model_type; returns its folder.
+    """Set the lm_* sizes to those of the Llama (SmolLM2), Qwen2 or Qwen3 model cfg.lm_model_type; returns its folder.
 
-    The vocabulary becomes the model's plus cfg.extra_token_amount. A model with a head of its own unties cfg's; one
-    without leaves lm_tie_weights as it is. files: what to download of a model on the hub. Errors as
-    configure_from_backbones.
+    The base vocabulary becomes the tokenizer's where the folder has one with fewer tokens than the matrix has rows
+    (Qwen3: 151,669 of 151,936): the extra tokens follow it into the spare rows, and add rows where these do not
+    suffice. A model with a head of its own unties cfg's; one without leaves lm_tie_weights as it is. files: what to
+    download of a model on the hub. Errors as configure_from_backbones.
     """
-    from transformers import LlamaConfig  # config.json leaves out what equals its defaults
+    import transformers  # config.json leaves out what equals the defaults of its classes
 
-    folder, label = hub_folder(cfg.lm_model_type, "lm_model_type", files), f"--lm_model_type {cfg.lm_model_type}"
+    label = f"--lm_model_type {cfg.lm_model_type}"
+    folder = hub_folder(cfg.lm_model_type, "lm_model_type", (*files, TOKENIZER))
+    stored = _read_config(folder, ("llama", "qwen2", "qwen3"), label)
+    kind = stored["model_type"]
+    name = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[kind]
     # from_dict moves the rope_theta of old files into rope_parameters.
-    config: Any = LlamaConfig.from_dict(_read_config(folder, ("llama",), label))
-    rope = config.rope_parameters
+    config: Any = getattr(transformers, name).from_dict(stored)
+    rope, rows = config.rope_parameters, config.vocab_size
     known = {
         "hidden_act": (config.hidden_act, "silu"),
-        "attention_bias": (config.attention_bias, False),
-        "mlp_bias": (config.mlp_bias, False),
-        "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+        "attention_bias": (getattr(config, "attention_bias", False), False),
+        "mlp_bias": (getattr(config, "mlp_bias", False), False),
+        "use_sliding_window": (bool(getattr(config, "use_sliding_window", False)), False),
         "rope_type": (rope["rope_type"], "default"),
     }
     _require_known(known, label)
+    usual = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or usual
+    cfg.lm_head_dim = None if head_dim == usual else head_dim
+    cfg.lm_qk_norm, cfg.lm_qkv_bias = kind == "qwen3", kind == "qwen2"
     cfg.lm_hidden_dim = config.hidden_size
     cfg.lm_inter_dim = config.intermediate_size
     cfg.lm_rms_eps = config.rms_norm_eps
     cfg.lm_re_base = int(rope["rope_theta"])
     cfg.lm_max_position_embeddings = config.max_position_embeddings
-    cfg.lm_base_vocab_size = config.vocab_size
-    cfg.lm_vocab_size = config.vocab_size + cfg.extra_token_amount
+    cfg.lm_base_vocab_size = min(rows, _tokens(folder) or rows)
+    cfg.lm_vocab_size = max(rows, cfg.lm_base_vocab_size + cfg.extra_token_amount)
     cfg.lm_n_heads = config.num_attention_heads
     cfg.lm_n_kv_heads = config.num_key_value_heads
     cfg.lm_n_blocks = config.num_hidden_layers
     cfg.lm_tie_weights = cfg.lm_tie_weights and config.tie_word_embeddings
     return folder
+
+
+def _tokens(folder: Path) -> int | None:
+    """The number of tokens of the folder's tokenizer, without reading it as one; None where there is none."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    own = stored.get("model", {}).get("vocab", ())  # token -> id, or pairs of token and score
+    words = set(own) if isinstance(own, dict) else {word for word, *_ in own}
+    return len(words | {token["content"] for token in stored.get("added_tokens", ())}) or None
 
 
 def _read_config(folder: Path, families: tuple[str, ...], label: str) -> dict[str, Any]:

@@ -26,6 +26,9 @@ CHATML = (
 EXTRA_TOKENS = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"} | {
     f"r{row}c{col}": f"<row_{row}_col_{col}>" for row in range(1, 9) for col in range(1, 9)
 }
+# Of OpenAI's CLIP; see VLMConfig.image_mean.
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+MLP_HIDDEN_DIM = 2048
 # Settings of nanoVLM that mean nothing here: files that hold them are read, and must hold this value.
 RETIRED = {
     "vit_cls_flag": (False, "the projector takes the patches, not one CLS token"),
@@ -37,7 +40,11 @@ RETIRED = {
 class VLMConfig(Checked):
     """The shape of the model and of its inputs. Saved beside the weights as config.json."""
 
-    vit_hidden_dim: int = doc("width of the vision tower", 768, gt=0, section="Vision tower")
+    vit_architecture: str = doc(
+        "siglip (SigLIP2 too), or clip: class token, norm before the blocks, quick GELU; a pretrained tower says it",
+        "siglip", choices=("siglip", "clip"), section="Vision tower",
+    )  # fmt: skip
+    vit_hidden_dim: int = doc("width of the vision tower", 768, gt=0)
     vit_inter_dim: int = doc("width of its MLP", 3072, gt=0)
     vit_patch_size: int = doc("side of a patch, in pixels", 16, gt=0)
     vit_img_size: int = doc("side of the square image (or tile) that the vision tower sees, in pixels", 512, gt=0)
@@ -45,6 +52,10 @@ class VLMConfig(Checked):
     vit_dropout: float = doc("dropout in the vision tower", 0.0, ge=0, lt=1)
     vit_n_blocks: int = doc("blocks of the vision tower", 12, gt=0)
     vit_ln_eps: float = doc("epsilon of its LayerNorms", 1e-6, gt=0)
+    vit_feature_layers: list[int] = doc(
+        "blocks whose outputs, side by side, are the features: -1 the last, -2 -9 as Molmo; blocks above the last "
+        "needed are not built; by default the end of the tower, SigLIP's with its last norm", [],
+    )  # fmt: skip
     vit_model_type: str = doc(
         "pretrained vision tower: hub id, local folder, or scratch for random weights",
         "google/siglip2-base-patch16-512",
@@ -57,9 +68,15 @@ class VLMConfig(Checked):
     lm_max_position_embeddings: int = doc("positions beyond this scale the rotary frequencies down", 8192, gt=0)
     lm_base_vocab_size: int = doc("tokens of the tokenizer, which the extra tokens follow", 49_152, gt=0)
     extra_token_amount: int = doc("number of vlm_extra_tokens", 66)
-    lm_vocab_size: int | None = doc("rows of the embedding; by default lm_base_vocab_size + extra_token_amount", None)
+    lm_vocab_size: int | None = doc(
+        "rows of the embedding, at least (the default) lm_base_vocab_size + extra_token_amount; those above stand for "
+        "no token", None,
+    )  # fmt: skip
     lm_n_heads: int = doc("query heads", 15, gt=0)
     lm_n_kv_heads: int = doc("key and value heads", 5, gt=0)
+    lm_head_dim: int | None = doc("width of a head; by default lm_hidden_dim / lm_n_heads (Qwen3: 128)", None, gt=0)
+    lm_qk_norm: bool = doc("RMSNorm over each head's queries and keys (Qwen3)", False)
+    lm_qkv_bias: bool = doc("queries, keys and values have a bias (Qwen2.5)", False)
     lm_dropout: float = doc("dropout in the language model", 0.0, ge=0, lt=1)
     lm_n_blocks: int = doc("blocks of the language model", 32, gt=0)
     lm_attn_scaling: float = doc("factor on the rotary embedding's cos and sin", 1.0)
@@ -74,15 +91,29 @@ class VLMConfig(Checked):
     lm_chat_template: str = doc("Jinja chat template", CHATML)
     lm_eos_token_id: int | None = doc("generation stops at this token; by default that which ends an answer", None)
 
-    mp_pixel_shuffle_factor: int = doc(
-        "side of the square of patches that becomes one image token", 4, gt=0, section="Projector, images and tokens"
-    )
+    mp_type: str = doc(
+        "pixel_shuffle; linear or mlp (GELU), an image token for each patch; molmo: attention pooling of windows, then "
+        "a SwiGLU MLP", "pixel_shuffle", choices=("pixel_shuffle", "linear", "mlp", "molmo"),
+        section="Projector, images and tokens",
+    )  # fmt: skip
+    mp_pixel_shuffle_factor: int = doc("side of the square of patches that becomes one image token", 4, gt=0)
+    mp_pool_size: int = doc("side of molmo's window of patches, which becomes one image token", 2, gt=0)
+    mp_hidden_dim: int | None = doc(f"width of mlp ({MLP_HIDDEN_DIM}) and molmo (lm_inter_dim)", None, gt=0)
+    mp_merge: str = doc(
+        "image embeddings replace those of the image tokens, or are added to them (Molmo)",
+        "replace", choices=("replace", "add"),
+    )  # fmt: skip
     mp_image_token_length: int = doc("image tokens of one image (or tile)", 64, gt=0)
 
     max_img_size: int = doc("the longer side of an image is resized to at most this many pixels", 2048, gt=0)
     resize_to_max_side_len: bool = doc("also enlarge: the longer side becomes exactly max_img_size", True)
-    image_mean: float = doc("subtracted from pixels in [0, 1]; SigLIP: 0.5, published nanoVLM checkpoints: 0", 0.5)
-    image_std: float = doc("pixels are divided by this; SigLIP: 0.5, published nanoVLM checkpoints: 1", 0.5, gt=0)
+    image_mean: float | list[float] = doc(
+        "subtracted from pixels in [0, 1], one number or three of red, green and blue; SigLIP: 0.5, published nanoVLM "
+        "checkpoints: 0, a pretrained CLIP gets its own in place of 0.5", 0.5,
+    )  # fmt: skip
+    image_std: float | list[float] = doc(
+        "pixels are divided by this; SigLIP: 0.5, published nanoVLM checkpoints: 1", 0.5, gt=0
+    )
 
     vlm_extra_tokens: dict[str, str] = doc("tokens added to the tokenizer (JSON), the image token first", EXTRA_TOKENS)
     vlm_load_backbone_weights: bool = doc("start from the pretrained backbones; off: from random weights", True)
@@ -103,6 +134,42 @@ class VLMConfig(Checked):
     def vit_grid(self) -> int:
         """Patches a side."""
         return self.vit_img_size // self.vit_patch_size
+
+    @property
+    def vit_feature_blocks(self) -> list[int]:
+        """Indices of the blocks whose outputs are the features; empty: the end of the tower."""
+        return [layer % self.vit_n_blocks for layer in self.vit_feature_layers]
+
+    @property
+    def vit_feature_dim(self) -> int:
+        """Channels of a patch's features."""
+        return self.vit_hidden_dim * max(1, len(self.vit_feature_layers))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head of the language model."""
+        return self.lm_head_dim or self.lm_hidden_dim // self.lm_n_heads
+
+    @property
+    def mp_window(self) -> int:
+        """Side of the square of patches that becomes one image token."""
+        return {"pixel_shuffle": self.mp_pixel_shuffle_factor, "molmo": self.mp_pool_size}.get(self.mp_type, 1)
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens that the projector makes of one image; windows at the edge of the grid may be partly empty."""
+        return (-(-self.vit_grid // self.mp_window)) ** 2
+
+    @property
+    def connector_dim(self) -> int:
+        """Width inside the projector, of mlp and molmo."""
+        return self.mp_hidden_dim or (self.lm_inter_dim if self.mp_type == "molmo" else MLP_HIDDEN_DIM)
+
+    def pixel_scaling(self) -> list[tuple[float, float]]:
+        """(factor, what is then subtracted) for pixels of 0 to 255: one pair, or one for each colour."""
+        mean, std = (value if isinstance(value, list) else [value] * 3 for value in (self.image_mean, self.image_std))
+        pairs = [(1.0 / (255.0 * s), m / s) for m, s in zip(mean, std, strict=True)]
+        return pairs if len(set(pairs)) > 1 else pairs[:1]
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> VLMConfig:
@@ -128,12 +195,11 @@ class VLMConfig(Checked):
         if "vlm_extra_tokens" not in values:
             values["vlm_extra_tokens"] = {"image_token": EXTRA_TOKENS["image_token"]}
         values.setdefault("extra_token_amount", len(values["vlm_extra_tokens"]))
-        values["lm_vocab_size"] = (
-            values.get("lm_base_vocab_size", cls.lm_base_vocab_size) + values["extra_token_amount"]
-        )
+        vocabulary = values.get("lm_base_vocab_size", cls.lm_base_vocab_size) + values["extra_token_amount"]
+        values["lm_vocab_size"] = max(vocabulary, values.get("lm_vocab_size") or 0)  # a matrix may have spare rows
         config = cls(**values)
         if "mp_image_token_length" not in stored:
-            config.mp_image_token_length = (config.vit_grid // config.mp_pixel_shuffle_factor) ** 2
+            config.mp_image_token_length = config.image_tokens
         return config
 
     @classmethod
@@ -144,7 +210,7 @@ class VLMConfig(Checked):
     def relations(self) -> Iterable[Relation]:
         sizes = (
             self.vit_img_size, self.vit_patch_size, self.vit_n_heads, self.lm_n_heads, self.lm_n_kv_heads,
-            self.mp_pixel_shuffle_factor,
+            self.mp_pixel_shuffle_factor, self.mp_pool_size, self.vit_n_blocks,
         )  # fmt: skip
         if min(sizes) <= 0:  # reported already; the relations divide by them
             return []
@@ -153,28 +219,44 @@ class VLMConfig(Checked):
     def _shape_relations(self) -> list[Relation]:
         vit_dim, lm_dim, lm_heads, image = self.vit_hidden_dim, self.lm_hidden_dim, self.lm_n_heads, self.vit_img_size
         grid, factor = self.vit_grid, self.mp_pixel_shuffle_factor
-        odd_head = lm_dim % lm_heads == 0 and lm_dim // lm_heads % 2
+        own_head = self.lm_head_dim is not None
+        odd_head = not own_head and lm_dim % lm_heads == 0 and lm_dim // lm_heads % 2
+        blocks = self.vit_n_blocks
         return [
             (vit_dim % self.vit_n_heads == 0, "vit_n_heads", f"a divisor of vit_hidden_dim {vit_dim}"),
-            (lm_dim % lm_heads == 0, "lm_n_heads", f"a divisor of lm_hidden_dim {lm_dim}"),
+            (
+                all(-blocks <= layer < blocks for layer in self.vit_feature_layers),
+                "vit_feature_layers",
+                f"from {-blocks} to {blocks - 1}, of the {blocks} of vit_n_blocks",
+            ),
+            (own_head or lm_dim % lm_heads == 0, "lm_n_heads", f"a divisor of lm_hidden_dim {lm_dim}"),
             (not odd_head, "lm_n_heads", f"such that lm_hidden_dim {lm_dim} / lm_n_heads is even (rotary embedding)"),
+            (not own_head or self.head_dim % 2 == 0, "lm_head_dim", "even (rotary embedding)"),
             (lm_heads % self.lm_n_kv_heads == 0, "lm_n_kv_heads", f"a divisor of lm_n_heads {lm_heads}"),
             (image % self.vit_patch_size == 0, "vit_patch_size", f"a divisor of vit_img_size {image}"),
             (self.max_img_size % image == 0, "max_img_size", f"a multiple of vit_img_size {image}"),
-            (grid % factor == 0, "mp_pixel_shuffle_factor", f"a divisor of the {grid} patches a side"),
+            (
+                self.mp_type != "pixel_shuffle" or grid % factor == 0,
+                "mp_pixel_shuffle_factor",
+                f"a divisor of the {grid} patches a side",
+            ),
+            *(
+                (not isinstance(value, list) or len(value) == 3, name, "one number or three")
+                for name, value in (("image_mean", self.image_mean), ("image_std", self.image_std))
+            ),
         ]
 
     def _token_relations(self) -> list[Relation]:
-        factor = self.mp_pixel_shuffle_factor
-        image_tokens = (self.vit_grid // factor) ** 2
+        side = {"pixel_shuffle": "mp_pixel_shuffle_factor", "molmo": "mp_pool_size"}.get(self.mp_type)
+        divides = self.mp_type != "pixel_shuffle" or self.vit_grid % self.mp_window == 0
         tiles = self.max_img_size // self.vit_img_size
         tile_tokens = {f"r{row}c{col}" for row in range(1, tiles + 1) for col in range(1, tiles + 1)}
         extra, vocabulary = self.vlm_extra_tokens, self.lm_base_vocab_size + self.extra_token_amount
         return [
             (
-                self.vit_grid % factor != 0 or self.mp_image_token_length == image_tokens,
+                not divides or self.mp_image_token_length == self.image_tokens,
                 "mp_image_token_length",
-                f"{image_tokens} = (vit_img_size / vit_patch_size / mp_pixel_shuffle_factor)^2",
+                f"{self.image_tokens} = (vit_img_size / vit_patch_size{f' / {side}' if side else ''})^2",
             ),
             (self.mp_image_token_length < self.lm_max_length, "lm_max_length", "more than mp_image_token_length"),
             (next(iter(extra), None) == "image_token", "vlm_extra_tokens", "a mapping that begins with image_token"),
@@ -186,9 +268,9 @@ class VLMConfig(Checked):
             (self.lm_tokenizer != SCRATCH, "lm_tokenizer", "given where --lm_model_type is scratch"),
             (len(extra) == self.extra_token_amount, "extra_token_amount", f"{len(extra)}, as many as vlm_extra_tokens"),
             (
-                self.lm_vocab_size == vocabulary,
+                self.lm_vocab_size is None or self.lm_vocab_size >= vocabulary,
                 "lm_vocab_size",
-                f"{vocabulary} = lm_base_vocab_size + extra_token_amount",
+                f"at least {vocabulary} = lm_base_vocab_size + extra_token_amount",
             ),
         ]
 

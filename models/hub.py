@@ -13,6 +13,7 @@ HUB_TIMEOUT_S = 5
 CONFIG_FILES = ("config.json",)
 WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
 WEIGHTS = "model.safetensors"
+OLD_WEIGHTS = "pytorch_model.bin"  # fetched where the repository has no safetensors
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 MODEL_CARD = """\
@@ -57,12 +58,16 @@ def hub_folder(name: str, flag: str, patterns: tuple[str, ...], revision: str | 
     files = list(patterns)
     try:
         # A single request with a timeout: the download would wait forever for a hub that does not answer.
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+        has = [sibling.rfilename for sibling in info.siblings or ()]
+        if "*.safetensors" in files and OLD_WEIGHTS in has and not any(file.endswith(".safetensors") for file in has):
+            files.append(OLD_WEIGHTS)
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HTTPError, OSError, HFValidationError) as error:
         reason = error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        cached = [*patterns, OLD_WEIGHTS]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=cached, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         first_line = (str(reason).splitlines() or [""])[0].rstrip(".")
         raise BackboneUnavailable(

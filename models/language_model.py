@@ -1,6 +1,6 @@
-"""The language tower: SmolLM2's (Llama's) decoder. Grouped-query attention, rotary, RMSNorm, SiLU gate, tied head.
+"""The language tower: the decoder of SmolLM2 (Llama), Qwen2.5 and Qwen3. Grouped-query attention, rotary, RMSNorm.
 
-Shapes: B rows, T new positions, S all positions with the cached ones, C width, H query heads, G kv heads, D = C / H.
+Shapes: B rows, T new positions, S all positions with the cached ones, C width, H query heads, G kv heads, D head size.
 """
 
 import torch
@@ -22,8 +22,7 @@ class KVCache:
     def __init__(
         self, cfg: VLMConfig, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
-        shape = (cfg.lm_n_blocks, 2, batch_size, cfg.lm_n_kv_heads, max_length, head_dim)
+        shape = (cfg.lm_n_blocks, 2, batch_size, cfg.lm_n_kv_heads, max_length, cfg.head_dim)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
@@ -51,8 +50,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
-        head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim
         self.register_buffer("inv_freq", 1.0 / cfg.lm_re_base**exponents)
         self.max_positions = cfg.lm_max_position_embeddings
         self.scaling = cfg.lm_attn_scaling
@@ -101,13 +99,16 @@ class LanguageModelGroupedQueryAttention(nn.Module):
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads = cfg.lm_n_heads, cfg.lm_n_kv_heads
-        self.head_dim = cfg.lm_hidden_dim // cfg.lm_n_heads
+        self.head_dim = cfg.head_dim
         self.dropout = cfg.lm_dropout
-        kv_dim = self.n_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_hidden_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=False)
-        self.out_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_hidden_dim, bias=False)
+        q_dim, kv_dim, bias = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, cfg.lm_qkv_bias
+        self.q_proj = nn.Linear(cfg.lm_hidden_dim, q_dim, bias=bias)
+        self.k_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=bias)
+        self.v_proj = nn.Linear(cfg.lm_hidden_dim, kv_dim, bias=bias)
+        self.out_proj = nn.Linear(q_dim, cfg.lm_hidden_dim, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, eps=cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(
         self,
@@ -119,9 +120,9 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         block: int = 0,
     ) -> torch.Tensor:
         """cos, sin: of RotaryEmbedding, in x's dtype. mask: None is causal. block: index of this block in the cache."""
-        B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, G, T, D]
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)).transpose(1, 2)  # [B, G, T, D]
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -130,7 +131,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         if T == 1:  # a single new position may see all that came before; `and T > 1` would break torch.compile's graph
             causal = False
         y = attention(q, k, v, mask, causal, self.dropout if self.training else 0.0)
-        y = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.out_proj(y.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -193,6 +194,8 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.token_embedding.weight, std=self.cfg.lm_hidden_dim**-0.5)
         for block in self.blocks:
             assert isinstance(block, LanguageModelBlock)
@@ -231,15 +234,14 @@ class LanguageModel(nn.Module):
     def _mask(self, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None, length: int) -> Mask:
         """Which positions each of the last `length` may see, in the form with which attention is fastest here."""
         if attention_mask is None and document_ids is not None:
-            head_dim = self.cfg.lm_hidden_dim // self.cfg.lm_n_heads
             dropout = self.cfg.lm_dropout if self.training else 0.0
-            if takes_flex_attention(document_ids.device, length, head_dim, dropout):
+            if takes_flex_attention(document_ids.device, length, self.cfg.head_dim, dropout):
                 return document_block_mask(document_ids)
         return attention_mask_4d(attention_mask, document_ids, length)
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "LanguageModel":
-        """The SmolLM2 (Llama) model cfg.lm_model_type: a hub id or a local folder; random weights with `scratch`.
+        """The Llama (SmolLM2), Qwen2 or Qwen3 model cfg.lm_model_type: a hub id or a local folder; `scratch`: random.
 
         Sets cfg's lm_* sizes to the model's; the embeddings of the extra tokens start at the mean embedding. Raises
         ValueError for another architecture and for tensors that do not fit, BackboneUnavailable without folder and hub.
@@ -254,13 +256,16 @@ class LanguageModel(nn.Module):
         elif "lm_head.weight" not in stored and "embed_tokens.weight" in stored:
             stored["lm_head.weight"] = stored["embed_tokens.weight"]  # a tied model's embedding starts an untied head
         lm = cls(cfg)
-        copy_tensors(f"--lm_model_type {cfg.lm_model_type}", stored, lm.llama_tensors(cfg.lm_base_vocab_size))
+        found = stored.get("embed_tokens.weight")
+        rows = max(found.shape[0] if found else 0, cfg.lm_base_vocab_size)
+        copy_tensors(f"--lm_model_type {cfg.lm_model_type}", stored, lm.llama_tensors(rows))
+        end = cfg.lm_base_vocab_size + cfg.extra_token_amount
         for matrix in {lm.token_embedding.weight, lm.head.weight}:
-            set_extra_rows(matrix, cfg.lm_base_vocab_size)
+            set_extra_rows(matrix[:end], cfg.lm_base_vocab_size)  # spare rows above, which no token has, stay
         return lm
 
     def llama_tensors(self, rows: int | None = None) -> dict[str, torch.Tensor]:
-        """Llama's tensor names -> our tensors; of embedding and head that many rows, by default all."""
+        """Llama's (and Qwen's) tensor names -> our tensors; of embedding and head that many rows, by default all."""
         found = {"embed_tokens.weight": self.token_embedding.weight[:rows], "norm.weight": self.norm.weight}
         if not self.cfg.lm_tie_weights:
             found["lm_head.weight"] = self.head.weight[:rows]
@@ -269,9 +274,8 @@ class LanguageModel(nn.Module):
             layer, attn = f"layers.{i}", block.attn
             found[f"{layer}.input_layernorm.weight"] = block.norm1.weight
             found[f"{layer}.post_attention_layernorm.weight"] = block.norm2.weight
-            found |= {
-                f"{layer}.self_attn.{letter}_proj.weight": getattr(attn, f"{letter}_proj").weight for letter in "qkv"
-            }
+            for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
+                found |= named_parameters(f"{layer}.self_attn.{name}", getattr(attn, name))
             found[f"{layer}.self_attn.o_proj.weight"] = attn.out_proj.weight
             found |= named_parameters(f"{layer}.mlp", block.mlp)
         return found

@@ -1,14 +1,19 @@
-"""Tensors in safetensors files, and copying them into a model with everything that does not fit reported at once."""
+"""Tensors in files of the hub, and copying them into a model with everything that does not fit reported at once."""
 
+import contextlib
 import json
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from models.hub import OLD_WEIGHTS
+
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file."""
+    """A tensor in a file of safetensors or of torch.save."""
 
     file: Path
     name: str
@@ -18,11 +23,15 @@ class Stored(NamedTuple):
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder in the hub's format, by name; reads headers only.
 
-    The folder holds model.safetensors, or shards and model.safetensors.index.json. Raises FileNotFoundError for a file
-    that is missing, ValueError for a damaged one.
+    The folder holds model.safetensors, or shards and model.safetensors.index.json; one without either may hold
+    pytorch_model.bin, as older ones do. Raises FileNotFoundError for a file that is missing, ValueError for a
+    damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
+    old = folder / OLD_WEIGHTS
+    if old.exists() and not any(folder.glob("*.safetensors*")):
+        return {name: Stored(old, name, list(tensor.shape)) for name, tensor in _old_tensors(old).items()}
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
@@ -46,8 +55,6 @@ def copy_tensors(label: str, stored: dict[str, Stored], destinations: dict[str, 
 
     Raises ValueError that lists, under `label`, all that are missing, left over or of another shape.
     """
-    from safetensors import safe_open
-
     problems = [f"{key}: missing" for key in destinations if key not in stored]
     problems += [f"{key}: left over" for key in stored if key not in destinations]
     problems += [
@@ -58,10 +65,34 @@ def copy_tensors(label: str, stored: dict[str, Stored], destinations: dict[str, 
     if problems:
         raise ValueError(f"{label}: {len(problems)} tensors do not fit\n  " + "\n  ".join(problems))
     for file in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(file, framework="pt") as tensors:
+        with _open(file) as read:
             for key, tensor in stored.items():
                 if tensor.file == file:
-                    destinations[key].copy_(tensors.get_tensor(tensor.name))
+                    destinations[key].copy_(read(tensor.name))
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """What reads a tensor of the file by name."""
+    from safetensors import safe_open
+
+    if file.name == OLD_WEIGHTS:
+        yield _old_tensors(file).__getitem__
+    else:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors.get_tensor
+
+
+def _old_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, read when they are used; no code in it is run. ValueError: damaged."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes raise whatever they happen to spell
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: is damaged: {reason}") from error
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
 def named_parameters(prefix: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The vision-language model: vision tower -> projector -> image slots of the token embeddings -> decoder -> loss.
 
-Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens per image, L label positions, V vocabulary.
+Shapes: B rows, T positions, C lm_hidden_dim, N images (or tiles), M tokens of an image, L label positions, V rows of
+the head.
 """
 
 import json
@@ -64,6 +65,7 @@ class VisionLanguageModel(nn.Module):
         image_sources: torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        pool_index: torch.Tensor | None = None,
         loss_per_label: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """(logits [B, T, V], mean loss or None) as nanoVLM; with label_positions the summed loss alone.
@@ -74,11 +76,12 @@ class VisionLanguageModel(nn.Module):
         image_slots, int [K]: flat positions in B * T that hold image tokens, in ascending order;
         image_sources, int [K]: for each of them its row of the N * M image embeddings (default: in order), so that
         rows can share an image; label_positions, int [L]: flat positions in B * T that have a target.
-        image_features, [N, patches, vit_hidden_dim]: what the vision tower gave for `images`, which are then not
-        needed. loss_per_label: with label_positions, the loss of each of them, float32 [L].
+        image_features, [N, patches, vit_feature_dim]: what the vision tower gave for `images`, which are then not
+        needed. pool_index, int [M, K]: see ModalityProjector; image_sources then count its M image embeddings.
+        loss_per_label: with label_positions, the loss of each of them, float32 [L].
         position_ids, document_ids, int [B, T]: see LanguageModel.forward.
         """
-        x = self.embed(input_ids, images, image_slots, image_sources, image_features)
+        x = self.embed(input_ids, images, image_slots, image_sources, image_features, pool_index=pool_index)
         x = self.decoder(x, attention_mask, position_ids, document_ids)
         if label_positions is not None:
             assert targets is not None
@@ -118,8 +121,12 @@ class VisionLanguageModel(nn.Module):
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        *,
+        pool_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings [B, T, C] with image embeddings in the image slots; arguments as in `forward`.
+
+        With mp_merge "add" the image embeddings are added to those of the tokens in the slots.
 
         Raises ValueError where input_ids do not hold one image token per image embedding.
         """
@@ -130,17 +137,21 @@ class VisionLanguageModel(nn.Module):
                 return x
             image_features = self.vision_encoder(images)
         assert image_features is not None
-        image_embeddings = self.MP(image_features).flatten(0, 1)  # [N * M, C]
+        image_embeddings = self.MP(image_features, pool_index).view(-1, x.shape[-1])  # [N * M, C], or [M, C]
         if image_sources is not None:
             image_embeddings = image_embeddings.index_select(0, image_sources)
         if image_slots is None:
             image_slots = (input_ids.flatten() == self.cfg.image_token_id).nonzero().squeeze(1)
             if len(image_slots) != len(image_embeddings):
+                images_of = f"of {self.cfg.mp_image_token_length} tokens" if pool_index is None else "by pool_index"
                 raise ValueError(
-                    f"input_ids hold {len(image_slots)} image tokens, {len(image_features)} images of "
-                    f"{self.cfg.mp_image_token_length} tokens make {len(image_embeddings)}"
+                    f"input_ids hold {len(image_slots)} image tokens, {len(image_features)} images {images_of} make "
+                    f"{len(image_embeddings)}"
                 )
-        return x.flatten(0, 1).index_copy(0, image_slots, image_embeddings.to(x.dtype)).view_as(x)
+        image_embeddings, tokens = image_embeddings.to(x.dtype), x.flatten(0, 1)
+        if self.cfg.mp_merge == "add":
+            return tokens.index_add(0, image_slots, image_embeddings).view_as(x)
+        return tokens.index_copy(0, image_slots, image_embeddings).view_as(x)
 
     def generate(self, input_ids: torch.Tensor, images: Images = None, *args: Any, **options: Any) -> torch.Tensor:
         """All that `stream` yields for the same arguments: int [B, at most max_new_tokens]."""
@@ -161,6 +172,7 @@ class VisionLanguageModel(nn.Module):
         eos_token_id: int | None = None,
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
+        pool_index: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Generator[torch.Tensor, None, None]:
         """Yields the next token id of each row, int [B], until all rows have ended; an ended one repeats its end token.
@@ -168,8 +180,9 @@ class VisionLanguageModel(nn.Module):
         Rows of different lengths are padded on the left, with attention_mask [B, T] zero there. The end token is
         eos_token_id, else cfg.lm_eos_token_id; without either every row gets max_new_tokens. Sampling: greedy, or from
         logits / temperature, limited to the top_k most likely tokens and to the most likely ones that reach top_p
-        together. images, image_slots, image_sources: as in `forward`. cache: holds the positions before input_ids, with
-        their images, and room for the new ones; only without attention_mask. It takes in all but the last new token.
+        together. images, image_slots, image_sources, pool_index: as in `forward`. cache: holds the positions before
+        input_ids, with their images, and room for the new ones; only without attention_mask. It takes in all but the
+        last new token.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 1")
@@ -178,7 +191,7 @@ class VisionLanguageModel(nn.Module):
         images = _stack_images(images)
         if images is not None:  # as nanoVLM, whose callers leave them where they were decoded
             images = images.to(input_ids.device)
-        x = self.embed(input_ids, images, image_slots, image_sources)
+        x = self.embed(input_ids, images, image_slots, image_sources, pool_index=pool_index)
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)

@@ -1,4 +1,4 @@
-"""The vision tower: SigLIP's ViT (pre-norm, gelu tanh, no CLS token, final LayerNorm).
+"""The vision tower: the ViT of SigLIP (tanh gelu, last LayerNorm) or CLIP (class token, first LayerNorm, quick gelu).
 
 Shapes: B images, T patches, C width, H heads, D = C / H.
 """
@@ -17,17 +17,19 @@ from models.tensors import copy_tensors, named_parameters, stored_tensors
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Pixels [B, 3, S, S] -> patch embeddings with their positions added [B, T, C].
+    """Pixels [B, 3, S, S] -> patch embeddings with their positions added [B, T, C]; CLIP's class token is the first.
 
     uint8 pixels are normalised here, on the device: a quarter of the bytes is handed over. Others already are.
     """
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
-        self.scale, self.shift = 1.0 / (255.0 * cfg.image_std), cfg.image_mean / cfg.image_std
-        self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, kernel_size=cfg.vit_patch_size, stride=cfg.vit_patch_size)
-        self.position_embedding = nn.Parameter(torch.zeros(1, cfg.vit_grid**2, cfg.vit_hidden_dim))
-        self.patch_size = cfg.vit_patch_size
+        self.scaling, self.patch_size, C = cfg.pixel_scaling(), cfg.vit_patch_size, cfg.vit_hidden_dim
+        self.has_class_token = cfg.vit_architecture == "clip"
+        self.conv = nn.Conv2d(3, C, self.patch_size, stride=self.patch_size, bias=not self.has_class_token)
+        self.position_embedding = nn.Parameter(torch.zeros(1, cfg.vit_grid**2 + self.has_class_token, C))
+        if self.has_class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(C))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # The patches do not overlap, so the convolution is one matrix product over flattened patches, which is
@@ -35,8 +37,12 @@ class ViTPatchEmbeddings(nn.Module):
         patches = F.pixel_unshuffle(images, self.patch_size)  # [B, 3 * P * P, S/P, S/P]
         patches = patches.flatten(2).transpose(1, 2)  # [B, T, 3 * P * P]
         if images.dtype == torch.uint8:
-            patches = patches.to(torch.float32).mul_(self.scale).sub_(self.shift)
+            patches = patches.to(torch.float32)
+            for color, (scale, shift) in zip(patches.chunk(len(self.scaling), dim=-1), self.scaling, strict=True):
+                color.mul_(scale).sub_(shift)
         x = F.linear(patches, self.conv.weight.flatten(1), self.conv.bias)
+        if self.has_class_token:
+            x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         return x + self.position_embedding.to(x.dtype)
 
 
@@ -59,17 +65,28 @@ class ViTMultiHeadAttention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x times the normal distribution's integral up to x, approximated by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """The same, approximated by a sigmoid."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class ViTMLP(nn.Module):
-    """[B, T, C] -> [B, T, C] through vit_inter_dim and a tanh GELU."""
+    """[B, T, C] -> [B, T, C] through vit_inter_dim and a GELU: by tanh, or CLIP's quick one."""
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.dropout = cfg.vit_dropout
+        self.activation = quick_gelu if cfg.vit_architecture == "clip" else tanh_gelu
         self.fc1 = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        x = self.fc2(self.activation(self.fc1(x)))
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -102,14 +119,22 @@ def sincos_positions(cfg: VLMConfig) -> torch.Tensor:
 
 
 class ViT(nn.Module):
-    """Images [B, 3, S, S], uint8, or float and already normalised -> features [B, T, C]."""
+    """Images [B, 3, S, S], uint8, or float and already normalised -> features of the T patches [B, T, C].
+
+    With vit_feature_layers the features are the outputs of those blocks, side by side: [B, T, layers * C].
+    """
 
     def __init__(self, cfg: VLMConfig):
         super().__init__()
         self.cfg = cfg
         self.patch_embedding = ViTPatchEmbeddings(cfg)
-        self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
-        self.layer_norm = LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.features, is_clip = cfg.vit_feature_blocks, cfg.vit_architecture == "clip"
+        self.first_norm = LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps) if is_clip else nn.Identity()
+        built = max(self.features) + 1 if self.features else cfg.vit_n_blocks
+        self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(built))
+        # CLIP's last norm sees the class token alone, for what compares it with a text.
+        no_norm = is_clip or bool(self.features)
+        self.layer_norm = nn.Identity() if no_norm else LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
         self.most_images: int | None = None  # with a number, training pads images to a bucket, at most to this one
         self.reset_parameters()
 
@@ -133,21 +158,26 @@ class ViT(nn.Module):
             key.copy_(query)
             block.attn.out_proj.weight.copy_(-0.4 * value.T)
             block.mlp.fc2.weight.mul_(0.5)
-        self.patch_embedding.position_embedding.copy_(sincos_positions(self.cfg))
+        positions = self.patch_embedding.position_embedding
+        positions[:, -(self.cfg.vit_grid**2) :] = sincos_positions(self.cfg)  # the class token has none
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         count, in_buckets = len(images), self.training and self.most_images is not None
         if in_buckets and (padding := bucket(count, self.most_images) - count):
             images = torch.cat((images, images.new_zeros(padding, *images.shape[1:])))
         x = self.patch_embedding(images)
-        x = F.dropout(x, self.cfg.vit_dropout, self.training)
-        for block in self.blocks:
+        x = self.first_norm(F.dropout(x, self.cfg.vit_dropout, self.training))
+        outputs = {}
+        for index, block in enumerate(self.blocks):
             x = block(sized_alike(x) if in_buckets else x)
-        return self.layer_norm(x[:count])
+            if index in self.features:
+                outputs[index] = x
+        x = torch.cat([outputs[layer] for layer in self.features], dim=-1) if self.features else x
+        return self.layer_norm(x[:count, 1:] if self.patch_embedding.has_class_token else x[:count])
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "ViT":
-        """The SigLIP or SigLIP2 model cfg.vit_model_type: a hub id or a local folder; random weights with `scratch`.
+        """The SigLIP, SigLIP2 or CLIP model cfg.vit_model_type: a hub id or a local folder; `scratch`: random weights.
 
         It may be a vision tower alone or a full model, whose text tower and pooling head are ignored. Sets cfg's vit_*
         sizes to the model's. Raises ValueError for another architecture and for tensors that do not fit,
@@ -160,20 +190,25 @@ class ViT(nn.Module):
             stored = {key: tensor for key, tensor in stored.items() if key.startswith("vision_model.")}
         stored = {key.removeprefix("vision_model."): tensor for key, tensor in stored.items()}
         # Old files hold position_ids, a constant.
-        ignored = ("head.", "embeddings.position_ids")
-        stored = {key: tensor for key, tensor in stored.items() if not key.startswith(ignored)}
         vit = cls(cfg)
+        ignored = ["head.", "embeddings.position_ids"]
+        ignored += [f"encoder.layers.{layer}." for layer in range(len(vit.blocks), cfg.vit_n_blocks)]
+        ignored += ["post_layernorm."] if isinstance(vit.layer_norm, nn.Identity) else []
+        stored = {key: tensor for key, tensor in stored.items() if not key.startswith(tuple(ignored))}
         copy_tensors(f"--vit_model_type {cfg.vit_model_type}", stored, vit.siglip_tensors())
         return vit
 
     def siglip_tensors(self) -> dict[str, torch.Tensor]:
-        """SigLIP's tensor names -> our tensors, or the part of one that a name fills."""
+        """SigLIP's (and CLIP's) tensor names -> our tensors, or the part of one that a name fills."""
         embedding = self.patch_embedding
         found = {
             **named_parameters("embeddings.patch_embedding", embedding.conv),
             "embeddings.position_embedding.weight": embedding.position_embedding[0],
+            **named_parameters("pre_layrnorm", self.first_norm),  # CLIP alone, spelled like this
             **named_parameters("post_layernorm", self.layer_norm),
         }
+        if embedding.has_class_token:
+            found["embeddings.class_embedding"] = embedding.class_embedding
         for i, block in enumerate(self.blocks):
             assert isinstance(block, ViTBlock)
             layer, qkv = f"encoder.layers.{i}", block.attn.qkv_proj

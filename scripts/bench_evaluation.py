@@ -203,7 +203,8 @@ class Rivals:
         for batch in self.batches(numbers):
             ids = torch.tensor([one.prompts[0] for one in batch])
             tiles = torch.cat([one.images for one in batch if one.images is not None])
-            images = (tiles.float() / 255 - cfg.image_mean) / cfg.image_std
+            mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (cfg.image_mean, cfg.image_std))
+            images = (tiles.float() / 255 - mean) / std
             with self.autocast:
                 new = self.theirs.generate(ids, images, max_new_tokens=NEW_TOKENS, greedy=True)
             self.asker.tokenizer.batch_decode(new, skip_special_tokens=True)

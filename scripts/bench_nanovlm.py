@@ -78,9 +78,12 @@ class TheirBench:
             [{"params": list(getattr(self.model, name).parameters()), "lr": rate} for name, rate in parts.items()]
         )
         batch = bench.micro_batches[0]
+        mean, std = (
+            torch.tensor(value, device=bench.device).view(-1, 1, 1) for value in (vlm.image_mean, vlm.image_std)
+        )
         self.inputs = {
             "input_ids": batch["input_ids"],
-            "images": (batch["images"].float() / 255 - vlm.image_mean) / vlm.image_std,
+            "images": (batch["images"].float() / 255 - mean) / std,
             "attention_mask": None,  # no row is padded; torch from 2.13 on refuses theirs beside a causal mask
             "targets": batch["targets"],
         }

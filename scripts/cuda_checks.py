@@ -58,8 +58,7 @@ def check_documents(case: Case) -> None:
         if compiled:
             setup.compile_blocks(model)
         for length in (case.in_blocks, case.length):
-            head_dim = model.cfg.lm_hidden_dim // model.cfg.lm_n_heads
-            flex = takes_flex_attention(case.device, length, head_dim, 0.0)
+            flex = takes_flex_attention(case.device, length, model.cfg.head_dim, 0.0)
             how = f"{'compiled' if compiled else 'eager'}, {length} tokens, {'FlexAttention' if flex else 'mask'}"
             with attempt(how):
                 _check_crossing(case, model, length, how)

@@ -86,6 +86,15 @@ def inexpressible(cfg: VLMConfig) -> list[str]:
     problems = []
     if cfg.lm_attn_scaling != 1.0:
         problems.append(f"lm_attn_scaling {cfg.lm_attn_scaling}: must be 1.0, SmolVLM has no such factor")
+    only = {
+        "vit_architecture": "siglip", "vit_feature_layers": [], "lm_qk_norm": False, "lm_qkv_bias": False,
+        "mp_type": "pixel_shuffle", "mp_merge": "replace",
+    }  # fmt: skip
+    for name, value in only.items():
+        if getattr(cfg, name) != value:
+            problems.append(f"{name} {getattr(cfg, name)}: must be {value}, as in SmolVLM")
+    if len(cfg.pixel_scaling()) > 1:
+        problems.append(f"image_mean {cfg.image_mean}, image_std {cfg.image_std}: must be equal for all colors here")
     if not keeps_positions(cfg.vit_grid):
         problems.append(
             f"vit_img_size {cfg.vit_img_size} / vit_patch_size {cfg.vit_patch_size} = {cfg.vit_grid}: of so many "
@@ -115,7 +124,7 @@ def smolvlm_config(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "Smo
     text = LlamaConfig(
         vocab_size=int(cfg.lm_vocab_size or 0), hidden_size=cfg.lm_hidden_dim, intermediate_size=cfg.lm_inter_dim,
         num_hidden_layers=cfg.lm_n_blocks, num_attention_heads=cfg.lm_n_heads, num_key_value_heads=cfg.lm_n_kv_heads,
-        head_dim=cfg.lm_hidden_dim // cfg.lm_n_heads, max_position_embeddings=cfg.lm_max_position_embeddings,
+        head_dim=cfg.head_dim, max_position_embeddings=cfg.lm_max_position_embeddings,
         rms_norm_eps=cfg.lm_rms_eps, rope_parameters={"rope_type": "default", "rope_theta": float(cfg.lm_re_base)},
         tie_word_embeddings=cfg.lm_tie_weights, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -173,7 +182,7 @@ def processor_of(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "Proce
         return tiles_processor(cfg, tokenizer, template)
     images = Images(
         do_resize=False, do_image_splitting=False, max_image_size={"longest_edge": cfg.vit_img_size}, resample=3,
-        image_mean=[mean_in_use(cfg)] * 3, image_std=[cfg.image_std] * 3,
+        image_mean=[mean_in_use(cfg)] * 3, image_std=[one(cfg.image_std)] * 3,
     )  # fmt: skip
     return DeepseekVLProcessor(images, tokenizer, template, num_image_tokens=cfg.mp_image_token_length)
 
@@ -186,7 +195,7 @@ def tiles_processor(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast", templa
     NanoVLMProcessor.register_for_auto_class()
     images = NanoVLMImageProcessor(
         cfg.vit_img_size, cfg.max_img_size, cfg.resize_to_max_side_len, "global_image_token" in cfg.vlm_extra_tokens,
-        mean_in_use(cfg), cfg.image_std,
+        mean_in_use(cfg), one(cfg.image_std),
     )  # fmt: skip
     return NanoVLMProcessor(images, tokenizer, cfg.mp_image_token_length, cfg.vlm_extra_tokens, template)
 
@@ -194,8 +203,14 @@ def tiles_processor(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast", templa
 def mean_in_use(cfg: VLMConfig) -> float:
     """image_mean, or beside it by less than a float32 pixel shows where a pixel value would become exactly 0: SmolVLM
     takes a tile of zeros (with mean 0 a black one) for one that is not there."""
-    levels = 255 * cfg.image_mean
-    return cfg.image_mean - 1e-7 if abs(levels - round(levels)) < 1e-6 else cfg.image_mean
+    mean = one(cfg.image_mean)
+    levels = 255 * mean
+    return mean - 1e-7 if abs(levels - round(levels)) < 1e-6 else mean
+
+
+def one(value: float | list[float]) -> float:
+    """The number for all colors, which `inexpressible` has checked to be the same."""
+    return value[0] if isinstance(value, list) else value
 
 
 def with_image_token(

@@ -190,6 +190,7 @@ def test_recipes_parse_and_name_their_own_command(name):
         ("nanovlm_450m", 460_114_016 - 32, 272, (0.30, 6.00)),
         ("table10_nanovlm", 460_114_016 - 32, 272, (0.30, 6.00)),
         ("table10_nanovlm_alt", 460_114_016 - 32, 272, (6.30, 3.90)),
+        ("nanomolmo2_model", 900_604_928, 24 * 4 + 28 * 7, (0.30, 6.00)),
     ],
 )
 def test_recipes_build_with_the_right_counts(name, parameters, components, taus):

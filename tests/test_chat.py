@@ -58,10 +58,10 @@ def test_a_turn_reads_only_what_is_new(chat, monkeypatch):
     model, lengths, images = chat.asker.model, [], []
     embed = model.embed
 
-    def counted(input_ids, given=None, *rest):
+    def counted(input_ids, given=None, *rest, **named):
         lengths.append(input_ids.shape[1])
         images.append(0 if given is None else len(given))
-        return embed(input_ids, given, *rest)
+        return embed(input_ids, given, *rest, **named)
 
     monkeypatch.setattr(model, "embed", counted)
     chat.run(iter([chat.image, "what color?", "is it red?", chat.image, "and <image> this?", "/reset", "what color?"]))

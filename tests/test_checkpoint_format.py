@@ -115,9 +115,17 @@ def test_unknown_fields_are_ignored_with_a_warning():
 
 def test_missing_fields_get_the_default_of_their_time():
     """A published 450M config: no pixel normalisation and no end token among its fields."""
-    newer = ("image_mean", "image_std", "lm_eos_token_id", "resize_to_max_side_len", "max_img_size")
+    newer = (
+        "image_mean", "image_std", "lm_eos_token_id", "resize_to_max_side_len", "max_img_size", "vit_architecture",
+        "vit_feature_layers", "mp_type", "mp_merge", "mp_pool_size", "mp_hidden_dim", "lm_head_dim", "lm_qk_norm",
+        "lm_qkv_bias",
+    )  # fmt: skip
     cfg = VLMConfig.from_dict({name: value for name, value in asdict(VLMConfig()).items() if name not in newer})
     assert (cfg.image_mean, cfg.image_std, cfg.lm_eos_token_id) == (0.0, 1.0, None)
+    assert (cfg.vit_architecture, cfg.vit_feature_layers, cfg.mp_type, cfg.mp_merge) == (
+        "siglip", [], "pixel_shuffle", "replace",
+    )  # fmt: skip
+    assert (cfg.head_dim, cfg.lm_qk_norm, cfg.lm_qkv_bias) == (64, False, False)
     assert (cfg.max_img_size, cfg.resize_to_max_side_len) == (cfg.vit_img_size, False)
     assert cfg.vlm_extra_tokens == EXTRA_TOKENS
     assert cfg.problems() == []

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn as nn
-from tiny.grades import ALWAYS, NEVER, batch, make_model
+from tiny.grades import ALWAYS, FAMILIES, NEVER, batch, make_model
 
 from grades import GradESConfig, GradESMonitor, compiled, find_components
 from grades.compiled import DEFAULT_RECOMPILE_LIMIT, PATTERNS, flippable
@@ -203,11 +203,12 @@ def batch_of_any_length(seed: int) -> dict:
     return rows | {"images": full["images"].repeat(1 + seed % 2, 1, 1, 1)}
 
 
-def test_the_model_compiles_without_graph_breaks_and_evaluation_compiles_nothing():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_compiles_without_graph_breaks_and_evaluation_compiles_nothing(family):
     from eval.evaluation import evaluating, mean_loss
 
     counting = Counting()
-    model = make_model(vit_n_blocks=3, lm_n_blocks=3)
+    model = make_model(**FAMILIES[family] | {"vit_n_blocks": 3 + (family != "nanovlm"), "lm_n_blocks": 3})
     for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
         block.compile(backend=counting.backend)
     config = GradESConfig(vision_tau=ALWAYS, language_tau=NEVER, alpha=0.5)

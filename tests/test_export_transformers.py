@@ -208,6 +208,12 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys):
     assert [problem.split(":")[0] for problem in inexpressible(wrong)] == [
         "lm_attn_scaling 1.5", "vit_img_size 76 / vit_patch_size 4 = 19",
     ]  # fmt: skip
+    other = tiny_vlm(vit_architecture="clip", vit_feature_layers=[-1], lm_qk_norm=True, lm_qkv_bias=True,
+                     mp_type="linear", mp_merge="add", image_mean=[0.1, 0.2, 0.3])  # fmt: skip
+    assert [problem.split(":")[0] for problem in inexpressible(other)] == [
+        "vit_architecture clip", "vit_feature_layers [-1]", "lm_qk_norm True", "lm_qkv_bias True", "mp_type linear",
+        "mp_merge add", "image_mean [0.1, 0.2, 0.3], image_std 0.5",
+    ]  # fmt: skip
     VisionLanguageModel(wrong).save_pretrained(tmp_path / "wrong")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "smolvlm"}')

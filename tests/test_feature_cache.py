@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny.grades import make_model
+from tiny.grades import FAMILIES, make_model
 from tiny.runs import arguments
 
 import train
@@ -18,9 +18,9 @@ def inputs(seed: int = 0) -> dict:
     return {"images": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)), "input_ids": None}
 
 
-@pytest.fixture
-def model():
-    model = make_model()
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    model = make_model(**FAMILIES[request.param])
     model.vision_encoder.requires_grad_(False)
     return model
 
@@ -49,7 +49,7 @@ def test_it_keeps_within_its_budget(model):
 def test_it_is_empty_while_anything_in_the_tower_trains(model):
     cache = FeatureCache(model, 1.0)
     cache.complete(inputs(), KEYS)
-    model.vision_encoder.layer_norm.weight.requires_grad_(True)
+    model.vision_encoder.blocks[1].ln1.weight.requires_grad_(True)
     same, hits = cache.complete(inputs(), KEYS)
     assert (hits, cache.features) == (0, {})
     assert "images" in same

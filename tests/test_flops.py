@@ -11,9 +11,9 @@ from training.flops import FlopCounter, card_tflops, model_cost
 LABELS = 7
 
 
-@pytest.fixture
-def model():
-    return tiny.make_model()
+@pytest.fixture(params=tiny.FAMILIES)
+def model(request):
+    return tiny.make_model(**tiny.FAMILIES[request.param])
 
 
 def batch() -> dict:
@@ -66,6 +66,15 @@ FREEZES = {
 def test_flops_are_what_pytorch_counts(model, name):
     FREEZES[name](model)
     data = batch()
+    assert model_cost(model).of(data) == counted(model, data)
+
+
+@pytest.mark.parametrize("name", ["nothing", "vision tower"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "molmo"])
+def test_windows_of_any_size_count(kind, name):
+    model = tiny.make_model(mp_type=kind, mp_image_token_length=16)
+    FREEZES[name](model)
+    data = batch() | {"pool_index": torch.tensor([[0, 1, 4], [5, 31, -1]]).repeat(4, 1)}
     assert model_cost(model).of(data) == counted(model, data)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny.grades import TINY, make_model
+from tiny.grades import FAMILIES, TINY, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import VLMConfig
 from models.language_model import KVCache, RotaryEmbedding
-from models.modality_projector import ModalityProjector
+from models.modality_projector import ModalityProjector, grid_windows
 from models.vision_language_model import VisionLanguageModel, _sample
 
 IMAGE = TINY["lm_base_vocab_size"]  # the image token: the first after the base vocabulary
@@ -18,9 +18,9 @@ def tiny(**changes) -> VLMConfig:
     return VLMConfig(**(TINY | HEADS | changes))
 
 
-@pytest.fixture
-def model() -> VisionLanguageModel:
-    return make_model(**HEADS).eval()
+@pytest.fixture(params=FAMILIES)
+def model(request) -> VisionLanguageModel:
+    return make_model(**HEADS | FAMILIES[request.param]).eval()
 
 
 def text(*shape: int) -> torch.Tensor:
@@ -40,7 +40,8 @@ def positions(found: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("side", "factor", "channels"), [(4, 2, 3), (6, 3, 2), (4, 1, 5), (4, 4, 1)])
 def test_pixel_shuffle_against_a_loop(side, factor, channels):
-    projector = ModalityProjector(tiny(mp_pixel_shuffle_factor=factor, vit_hidden_dim=channels))
+    cfg = tiny(mp_pixel_shuffle_factor=factor, vit_hidden_dim=channels, vit_img_size=4 * side)
+    projector = ModalityProjector(cfg)
     x = torch.randn(2, side * side, channels)
     rows = []
     for row in range(0, side, factor):
@@ -48,6 +49,7 @@ def test_pixel_shuffle_against_a_loop(side, factor, channels):
             patches = [x[:, (row + i) * side + column + j] for i in range(factor) for j in range(factor)]
             rows.append(torch.cat(patches, dim=-1))
     assert torch.equal(projector.pixel_shuffle(x), torch.stack(rows, dim=1))
+    torch.testing.assert_close(projector(x, grid_windows(2, side, factor)).view(2, -1, 24), projector(x))
     with pytest.raises(ValueError, match="7 patches"):
         projector.pixel_shuffle(torch.zeros(1, 7, channels))
 

@@ -113,7 +113,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
 def end(problems: Iterable[str]) -> NoReturn:
     """End the program with a line for each problem; a usage text of a hundred flags would hide them."""
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        program = "inspect_data.py" if Path(sys.argv[0]).name == "inspect_data.py" else "train.py"
+        name = Path(sys.argv[0]).name
+        program = name if name in ("inspect_data.py", "verify_model_setup.py") else "train.py"
         print("\n".join(f"{program}: error: {problem}" for problem in problems), file=sys.stderr)
     sys.exit(2)
 
@@ -139,7 +140,8 @@ class Parser(ArgumentParser):
             elif "alone" in field.metadata:
                 self.add_argument(f"--{name}", nargs="?", const=str(field.metadata["alone"]))
             else:
-                self.add_argument(f"--{name}", nargs="+" if get_origin(types[name]) is list else None)
+                several = any(get_origin(kind) is list for kind in (types[name], *get_args(types[name])))
+                self.add_argument(f"--{name}", nargs="+" if several else None)
 
     def error(self, message: str) -> NoReturn:
         end([message])

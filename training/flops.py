@@ -38,21 +38,36 @@ def card_tflops(device: torch.device) -> float | None:
 class Cost:
     """FLOPs of the forward and backward pass, per thing that a micro-batch holds."""
 
-    image: int  # or tile
-    vision: int  # what of it the vision tower takes
+    vision: int  # image (or tile), in the vision tower
+    window: int  # image token: all that the projector does once for it
+    patch: int  # patch of an image token's window
+    image_tokens: tuple[int, int]  # of one image, without pool_index: windows, and patches of each
     token: int  # position of a row, padding included
     pair: int  # pair of positions of one row
     label: int  # label position
 
+    @property
+    def image(self) -> int:
+        """Image (or tile), without pool_index."""
+        windows, patches = self.image_tokens
+        return self.vision + windows * (self.window + patches * self.patch)
+
     def of(self, batch: dict) -> int:
-        """FLOPs of a micro-batch of the collator: input_ids [B, T], images [N, 3, S, S] or None, num_labels."""
+        """FLOPs of a micro-batch of the collator: input_ids [B, T], images [N, 3, S, S] or None, num_labels.
+
+        It may hold pool_index [M, K].
+        """
         rows, length = batch["input_ids"].shape
         images = 0 if batch["images"] is None else len(batch["images"])
         cached = batch.get("cached_images", 0)  # went through the projector alone
         positions = rows * length
+        windows, patches = self.image_tokens
+        windows *= images
+        if images and batch.get("pool_index") is not None:
+            windows, patches = batch["pool_index"].shape
         return (
-            images * self.image
-            - cached * self.vision
+            (images - cached) * self.vision
+            + windows * (self.window + patches * self.patch)
             + positions * self.token
             + positions * length * self.pair
             + batch["num_labels"] * self.label
@@ -102,19 +117,16 @@ class FlopCounter:
 
 def model_cost(model: VisionLanguageModel) -> Cost:
     """The cost with the parameters' present requires_grad."""
-    image, image_grad = _vision(model.vision_encoder)
-    vision = image
-    factor = model.MP.factor**2
-    patches = model.vision_encoder.cfg.vit_grid**2
-    projector = Flow(image_grad).linears(model.MP.proj)
-    image += patches // factor * projector.flops
-
+    vision, image_grad = _vision(model.vision_encoder)
+    projector, patch = _projector(model.MP, image_grad)
+    cfg = model.cfg
     decoder = model.decoder
     flow = Flow(projector.grad or _trains(decoder.token_embedding))
     pair = sum(_decoder_block(block, flow) for block in decoder.blocks)
     token = flow.flops
     head = Flow(flow.grad or _trains(decoder.norm)).linears(decoder.head)
-    return Cost(image, vision, token, pair, head.flops)
+    image_tokens = (cfg.image_tokens, cfg.mp_window**2)
+    return Cost(vision, projector.flops, patch, image_tokens, token, pair, head.flops)
 
 
 def forward_cost(model: VisionLanguageModel) -> Cost:
@@ -132,9 +144,11 @@ def _vision(vit: ViT) -> tuple[int, bool]:
     """(FLOPs per image, whether the features need a gradient)."""
     embedding = vit.patch_embedding
     patches = vit.cfg.vit_grid**2
+    positions = embedding.position_embedding.shape[1]  # the class token's too
     flow = Flow(False)  # pixels need no gradient
     flow.multiply(embedding.conv)
-    flow.grad = _trains(embedding)
+    embedded, flow.flops = patches * flow.flops, 0
+    flow.grad = _trains(embedding) or _trains(vit.first_norm)
     pair = 0
     block: Any
     for block in vit.blocks:
@@ -142,13 +156,29 @@ def _vision(vit: ViT) -> tuple[int, bool]:
         pair += _attention(block.attn.out_proj.in_features, inside.grad, inside.grad, inside.grad)
         flow.join(inside.linears(block.attn.out_proj))
         flow.join(flow.branch(block.ln2).linears(block.mlp.fc1, block.mlp.fc2))
-    return patches * flow.flops + patches**2 * pair, flow.grad or _trains(vit.layer_norm)
+    return embedded + positions * flow.flops + positions**2 * pair, flow.grad or _trains(vit.layer_norm)
+
+
+def _projector(projector: Any, grad: bool) -> tuple["Flow", int]:
+    """(what leaves the projector, with the FLOPs per image token; FLOPs per patch of a window)."""
+    if projector.kind == "mlp":
+        return Flow(grad).linears(projector.fc1, projector.fc2), 0
+    if projector.kind != "molmo":
+        return Flow(grad).linears(projector.proj), 0
+    pooling = projector.pooling
+    q, k, v = (Flow(grad).linears(linear) for linear in (pooling.q_proj, pooling.k_proj, pooling.v_proj))
+    patch = k.flops + v.flops + _attention(pooling.out_proj.in_features, q.grad, k.grad, v.grad)
+    pooled = Flow(q.grad or k.grad or v.grad, q.flops).linears(pooling.out_proj)
+    gate, up = (Flow(pooled.grad).linears(linear) for linear in (projector.gate_proj, projector.up_proj))
+    inside = Flow(gate.grad or up.grad, pooled.flops + gate.flops + up.flops)
+    return inside.linears(projector.down_proj), patch
 
 
 def _decoder_block(block: Any, flow: "Flow") -> int:
     """Take the flow through the block; returns the FLOPs per pair of positions."""
     attn, mlp = block.attn, block.mlp
     q, k, v = (flow.branch(block.norm1).linears(linear) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q.grad, k.grad = q.grad or _trains(attn.q_norm), k.grad or _trains(attn.k_norm)
     inside = Flow(q.grad or k.grad or v.grad, q.flops + k.flops + v.flops)
     flow.join(inside.linears(attn.out_proj))
     gate, up = (flow.branch(block.norm2).linears(linear) for linear in (mlp.gate_proj, mlp.up_proj))

@@ -18,6 +18,12 @@ TINY = {
     "lm_base_vocab_size": 30, "extra_token_amount": 1, "vlm_extra_tokens": {"image_token": "<|image|>"},
     "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "max_img_size": 16, "lm_max_length": 32,
 }  # fmt: skip
+# CLIP + Qwen3 with Molmo's connector, of as many components and image tokens.
+MOLMO = {
+    "vit_architecture": "clip", "vit_n_blocks": 3, "vit_feature_layers": [-2, -3], "lm_head_dim": 16,
+    "lm_qk_norm": True, "mp_type": "molmo", "lm_vocab_size": 40,
+}  # fmt: skip
+FAMILIES = {"nanovlm": {}, "nanomolmo2": MOLMO}
 LR = 1e-2
 NEVER = 1e-9  # a tau that nothing is below
 ALWAYS = 1e9  # a tau that everything measured is below
@@ -41,8 +47,9 @@ def save_answering_model(folder: Path) -> Path:
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Two groups, of different learning rates."""
-    towers = [p for p in model.parameters() if p is not model.MP.proj.weight]
-    groups = [{"params": towers, "lr": LR}, {"params": [model.MP.proj.weight], "lr": 2 * LR}]
+    projector = list(model.MP.parameters())
+    towers = [p for p in model.parameters() if all(p is not other for other in projector)]
+    groups = [{"params": towers, "lr": LR}, {"params": projector, "lr": 2 * LR}]
     return torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
 
 
@@ -89,7 +96,7 @@ class Loop:
     def _train_step(self, step: int) -> bool:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * (1 - 0.9 * step / self.total_steps)
-        dtype = self.model.MP.proj.weight.dtype
+        dtype = next(self.model.MP.parameters()).dtype
         for micro in range(self.accumulation):
             (self.model(**batch(step * 10 + micro, dtype))[1] * self.loss_scale(step)).backward()
         self.on_backward(step)
