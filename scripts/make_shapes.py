@@ -170,7 +170,9 @@ def color_row(things: tuple[Thing, ...], rng: random.Random) -> Row:
 def yes_no_row(things: tuple[Thing, ...], rng: random.Random) -> Row:
     """Half of them yes."""
     here = sorted({one.name for one in things})
-    absent = [f"{color} {shape}" for color, shape in itertools.product(COLORS, SHAPES) if f"{color} {shape}" not in here]
+    absent = [
+        f"{color} {shape}" for color, shape in itertools.product(COLORS, SHAPES) if f"{color} {shape}" not in here
+    ]
     answer = rng.choice(("yes", "no"))
     name = rng.choice(here if answer == "yes" else absent)
     return {"question": f"Is there a {name}?", "answer": answer, "source": "yes_no"}
