@@ -2,7 +2,7 @@
 
     python scripts/make_shapes.py --output shapes_rows
     python examples/train_with_stage_dataloaders.py --stage 1 --inspect    # the batches; trains nothing
-    python examples/train_with_stage_dataloaders.py --stage 1              # one stage, from the weights of the one before
+    python examples/train_with_stage_dataloaders.py --stage 2              # one stage, from the one before
     python examples/train_with_stage_dataloaders.py --all-stages
 
 By default with the tiny recipes; --prefix configs/nanomolmo2 takes those of the full size. Flags after -- are those of
@@ -34,7 +34,9 @@ def inspect(stage: Stage, flags: list[str]) -> None:
     data = load_data(rows, settings.vlm, cfg, None)
     data.start_reading()
     print(f"stage {stage.number}: {stage.recipe}")
-    print(f"{len(data.train_dataset) // cfg.batch_size:,} batches an epoch, batch size {cfg.batch_size}; the first one:")
+    print(
+        f"{len(data.train_dataset) // cfg.batch_size:,} batches an epoch, batch size {cfg.batch_size}; the first one:"
+    )
     for name, value in next(data).items():
         print(f"  {name:<16} {described(value)}")
 

@@ -2,8 +2,8 @@
 
     python scripts/make_shapes.py --output shapes_rows
     python scripts/train_stages.py configs/nanomolmo2_tiny
-    python evaluate.py --checkpoint grades_output/nanomolmo2_tiny_stage3/checkpoints/last --tasks shapes_rows/test.jsonl \
-        --output results/shapes
+    python evaluate.py --checkpoint grades_output/nanomolmo2_tiny_stage3/checkpoints/last \
+        --tasks shapes_rows/test.jsonl --output results/shapes
 
 A picture has one to three coloured shapes, each near the middle of one of 4 x 4 cells. A video is a folder of four
 pictures in which one shape moves a cell at a time and another one stays. Rows of docs/data.md: captions, pointing and

@@ -3,7 +3,7 @@
     python scripts/make_shapes.py --output shapes_rows
     python scripts/train_stages.py configs/nanomolmo2_tiny
     python scripts/train_stages.py configs/nanomolmo2_tiny --list                      # the commands; runs nothing
-    python scripts/train_stages.py configs/nanomolmo2_tiny -- --enable_grades          # flags of train.py for each stage
+    python scripts/train_stages.py configs/nanomolmo2_tiny -- --enable_grades          # flags of train.py
 
 PREFIX stands for PREFIX_stage1.yaml, PREFIX_stage2.yaml and so on. The run of a stage is named as its recipe, in
 --output_dir. The same command continues after an interruption: train.py resumes the stage that was interrupted
