@@ -73,7 +73,7 @@ def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
     (data / "rows.jsonl").write_text("\n".join(rows[i % len(rows)] for i in range(40)))
     given = {"max_training_steps": 2, "gradient_accumulation_steps": 2, "num_workers": 0, "lora_rank": 0,
              "lora_vision": True, "lm_max_length": 128, "max_sample_length": 128, "stream_dataset": False,
-             "vit_n_heads": 1, "vit_model_type": "scratch", "lm_model_type": "scratch",
+             "vit_n_heads": 1, "vit_model_type": "scratch", "lm_model_type": "scratch", "mp_type": "pixel_shuffle",
              "vlm_load_backbone_weights": False, "tau_mode": "absolute",
              "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
     if recipe.stem == "nlvr" or "tiny" in recipe.stem:
