@@ -79,7 +79,7 @@ def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
     if recipe.stem == "nlvr" or "tiny" in recipe.stem:
         given["val_dataset_path"] = data  # in place of the recipe's own
     if "nanomolmo2_stage" in recipe.stem:
-        given |= {"train_dataset_name": "all", "mixture_weights": "all=1"}  # in place of its public sets
+        given |= {"train_dataset_name": "all", "mixture_weights": "{}"}  # in place of its public sets
     words = [word for word in arguments(data, tmp_path, "run", **given) if not word.startswith("--val_size")]
     assert train.main(parse_arguments(["--config", str(recipe), *words])) == 0
     assert json.loads((tmp_path / "out" / "run" / "summary.json").read_text())["val_loss"] > 0
