@@ -281,3 +281,8 @@ runpy.run_path("train.py", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [(["0.3"], 0.3), (["0.1", "0.2", "0.3"], [0.1, 0.2, 0.3])])
+def test_a_flag_of_one_number_or_several(given, expected):
+    assert parse_arguments(["--image_mean", *given]).vlm.image_mean == expected

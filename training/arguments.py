@@ -249,9 +249,10 @@ def read_value(kind: Any, value: Any) -> Any:
     """The value of a setting of type `kind` from its text. Raises ValueError where it is no such value."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
+        alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # of a flag that takes several
         for option in inner:
             with contextlib.suppress(ValueError):
-                return read_value(option, value)
+                return read_value(option, alone)
         raise ValueError(value)
     if origin is list:
         return [read_value(inner[0], item) for item in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,179 @@
+"""Data for the three stages of nanoMolmo2 at a tiny size, and training them one after the other."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+from data.points import find_points
+from data.rows import load_rows
+from eval.own_rows import open_own_rows
+from examples import train_with_stage_dataloaders as door
+from scripts import make_shapes, train_stages
+from training.arguments import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "configs/nanomolmo2_tiny")
+SMALL = "--vit_n_blocks 1 --lm_n_blocks 1 --batch_size 2 --eval_batch_size 8 --max_training_steps 2 --eval_interval 2"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    output = tmp_path_factory.mktemp("shapes")
+    assert make_shapes.main(["--output", str(output), "--scale", "0.01"]) == 0
+    return output
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_row_is_read_and_every_text_comes_back(shapes):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(shapes / "tokenizer"))
+    assert len(tokenizer) == make_shapes.VOCAB_SIZE
+    seen = Counter()
+    for path in shapes.glob("*.jsonl"):
+        for row in load_rows(str(path), split="test"):
+            assert "bad" not in row
+            for turn in row["texts"]:
+                seen[turn["source"]] += 1
+                for text in (turn["user"] or "", turn["assistant"]):
+                    ids = tokenizer(text, add_special_tokens=False).input_ids
+                    assert tokenizer.unk_token_id not in ids
+                    assert tokenizer.decode(ids) == text
+    assert set(seen) == {*make_shapes.MAKERS, "video"}
+    assert tokenizer.tokenize("0.5 <points 125") == ["0", ".", "5", " <", "points", " 1", "2", "5"]
+    assert all(f" {word}" in tokenizer.get_vocab() for word in make_shapes.WORDS)
+
+
+def test_splits_share_no_picture(shapes):
+    pictures = {}
+    for split in ("train", "val", "test"):
+        rows = [row for path in shapes.glob(f"*{split}.jsonl") for row in records(path)]
+        names = {row.get("image") or row["video"] for row in rows}
+        pictures[split] = {Image.open(shapes / name).tobytes() for name in names if name.endswith(".png")}
+        assert all(len(list((shapes / name).iterdir())) == 4 for name in names if name.startswith("videos"))
+    assert len(pictures["train"]) == 30
+    assert not pictures["train"] & pictures["test"]
+    assert not pictures["val"] & (pictures["test"] | pictures["train"])
+
+
+def test_points_lie_on_the_shapes_and_counts_are_theirs(shapes):
+    checked = 0
+    for row in load_rows(str(shapes / "test.jsonl"), split="test"):
+        (turn,) = row["texts"]
+        if turn["source"] not in ("pointing", "counting"):
+            continue
+        picture = Image.open(row["images"][0])
+        for point in find_points(turn["assistant"]).points:
+            at = (round(point.x * make_shapes.SIDE / 1000), round(point.y * make_shapes.SIDE / 1000))
+            assert picture.getpixel(at) in make_shapes.COLORS.values()
+            checked += 1
+    assert checked
+
+
+def test_the_mover_crosses_the_picture_and_the_other_stays(shapes):
+    import random
+
+    for seed in range(50):
+        video = make_shapes.make_video(random.Random(seed))
+        frames = video.frames()
+        cells = [(mover.row, mover.column) for mover, _ in frames]
+        assert len(set(cells)) == 4
+        assert all(0 <= place < 4 for cell in cells for place in cell)
+        assert {other for _, other in frames} == {video.other}
+        assert (video.other.row, video.other.column) not in cells
+        assert video.other.name != video.mover.name
+
+
+def test_the_same_seed_draws_the_same_and_a_bad_scale_is_one_sentence(shapes, tmp_path, capsys):
+    make_shapes.make(tmp_path / "again", 0, 0.01)
+    make_shapes.make(tmp_path / "other", 1, 0.01)
+    text = (shapes / "stage2_train.jsonl").read_text()
+    assert (tmp_path / "again" / "stage2_train.jsonl").read_text() == text
+    assert (tmp_path / "other" / "stage2_train.jsonl").read_text() != text
+    assert make_shapes.main(["--output", str(tmp_path), "--scale", "0"]) == 2
+    assert "--scale 0" in capsys.readouterr().err
+
+
+def test_the_test_rows_are_scored_as_points(shapes):
+    benchmark = open_own_rows(shapes / "test.jsonl", None)
+    assert [rule.name for rule in benchmark.task.rules][:2] == ["points", "count"]
+    assert benchmark.has_videos
+    assert not benchmark.not_usable
+
+
+# Stages
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The runs of train.py are calls; what is in the list ends the stage of that number before it begins."""
+    interrupted = []
+
+    def call(command):
+        if f"_stage{interrupted[0] if interrupted else 0}.yaml" in " ".join(command):
+            return 130
+        return train.main(parse_arguments(command[2:]))
+
+    monkeypatch.setattr(train_stages, "run", call)
+    return interrupted
+
+
+def test_three_stages_continue_where_they_were_interrupted(shapes, tmp_path, in_process, capsys):
+    import torch
+
+    from models.vision_language_model import VisionLanguageModel
+
+    words = ["--all-stages", "--data-root", str(shapes), "--output-dir", str(tmp_path), "--prefix", TINY]
+    words += ["--", *SMALL.split()]
+    in_process.append(2)
+    assert door.main(list(words)) == 130
+    assert not (tmp_path / "nanomolmo2_tiny_stage2").exists()
+    in_process.clear()
+    assert door.main(list(words)) == 0
+    assert "nanomolmo2_tiny_stage1 has finished" in capsys.readouterr().out
+    models = [
+        VisionLanguageModel.from_pretrained(str(tmp_path / f"nanomolmo2_tiny_stage{number}" / "checkpoints" / "last"))
+        for number in (1, 2, 3)
+    ]
+    states = [model.state_dict() for model in models]
+    vision = [name for name in states[0] if name.startswith("vision_encoder.")]
+    assert vision  # of stage 1 in all later ones, where it is frozen
+    assert all(torch.equal(states[0][name], state[name]) for name in vision for state in states[1:])
+    assert any(not torch.equal(states[1][name], states[2][name]) for name in states[1])
+    summary = json.loads((tmp_path / "nanomolmo2_tiny_stage3" / "summary.json").read_text())
+    assert summary["steps"] == 2
+
+
+def test_a_stage_alone_needs_the_one_before(shapes, tmp_path, in_process, capsys):
+    assert door.main(["--stage", "2", "--prefix", TINY, "--output-dir", str(tmp_path)]) == 2
+    assert "nanomolmo2_tiny_stage1: has not finished" in capsys.readouterr().err
+    assert door.main(["--stage", "7", "--prefix", TINY]) == 2
+    assert "--stage 7: must be one of 1, 2, 3" in capsys.readouterr().err
+
+
+def test_the_batches_of_a_stage_are_shown(shapes, capsys):
+    words = ["--stage", "3", "--inspect", "--batch-size", "2", "--prefix", TINY, "--data-root", str(shapes)]
+    assert door.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "batch size 2" in shown
+    assert "input_ids" in shown
+    assert "uint8" in shown
+
+
+def test_the_commands_are_listed_and_bad_flags_are_one_sentence(tmp_path, capsys):
+    assert train_stages.main([TINY, "--list", "--", "--enable_grades"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "--vlm_checkpoint_path grades_output/nanomolmo2_tiny_stage2/checkpoints/last --enable_grades" in lines[2]
+    assert "--vlm_checkpoint_path" not in lines[0]
+    assert train_stages.main([TINY, "--", "--run_name=x"]) == 2
+    assert "--run_name=x" in capsys.readouterr().err
+    assert train_stages.main([str(tmp_path / "nothing")]) == 2
+    assert "nothing_stage1.yaml: no such file" in capsys.readouterr().err
