@@ -12,6 +12,7 @@ import torch
 
 from data import easy_vqa
 from data.hub import require_hub
+from data.layouts import has_crops, token_rows
 from data.templates import (
     Tokenizer,
     conversation_text,
@@ -145,6 +146,8 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
     """The text that stands for images of the given grids (rows, columns): one image token for each image embedding."""
+    if has_crops(cfg):
+        return "".join(_crops_string(grid, cfg) for grid in grids)
     tokens = cfg.vlm_extra_tokens
     slots = tokens["image_token"] * cfg.mp_image_token_length
     text = ""
@@ -154,6 +157,14 @@ def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
         if (rows, cols) != (1, 1):
             text += "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
     return text
+
+
+def _crops_string(grid: tuple[int, int], cfg: VLMConfig) -> str:
+    """The same of one image in molmo_crops: the whole image, then the rows of all crops, each row closed."""
+    tokens, (rows, columns) = cfg.vlm_extra_tokens, token_rows(grid, cfg)
+    whole = tokens["low_res_im_start"] + tokens["image_token"] * cfg.mp_image_token_length + tokens["im_end"]
+    row = tokens["image_token"] * columns + tokens["im_col"]
+    return whole + tokens["im_start"] + row * rows + tokens["im_end"]
 
 
 def encode_conversation(
