@@ -26,6 +26,7 @@ import torch
 from models.config import VLMConfig
 
 Grid = tuple[int, int]  # rows and columns of tiles or crops
+FRAME = (0, 0)  # that of a frame of a video: whatever the layout, the whole of it S x S, with windows of its own
 
 
 def has_crops(cfg: VLMConfig) -> bool:
@@ -95,6 +96,8 @@ def _canvas_patches(grid: Grid, cfg: VLMConfig) -> tuple[int, int]:
 
 def count_images(grid: Grid, cfg: VLMConfig) -> int:
     """n, how many images [3, S, S] the vision tower gets of a picture."""
+    if grid == FRAME:
+        return 1
     with_whole = has_crops(cfg) or (grid != (1, 1) and "global_image_token" in cfg.vlm_extra_tokens)
     return grid[0] * grid[1] + with_whole
 
@@ -107,6 +110,8 @@ def token_rows(grid: Grid, cfg: VLMConfig) -> tuple[int, int]:
 
 def count_image_tokens(grid: Grid, cfg: VLMConfig) -> int:
     """M, the image tokens of a picture, without the other tokens of data.text.image_string."""
+    if grid == FRAME:
+        return frame_tokens(cfg)
     if not has_crops(cfg):
         return count_images(grid, cfg) * cfg.mp_image_token_length
     rows, columns = token_rows(grid, cfg)
@@ -133,26 +138,20 @@ def mirror_order(grid: Grid, count: int) -> list[int]:
 def pool_index(grids: Sequence[Grid], cfg: VLMConfig) -> torch.Tensor | None:
     """int64 [M, K]: for each image token of the pictures, in order, the patches that it is made of; -1: none.
 
-    The patches are counted over the n * P of all these pictures. None where the layout's pictures have none: each
-    image's own patches make its tokens, as the projector does it by itself.
+    The patches are counted over the n * P of all these pictures. None where the layout needs none: each image's own
+    patches make its tokens, as the projector does it by itself.
     """
-    return joined([_of_crops(grid, cfg) for grid in grids], [count_images(grid, cfg) for grid in grids], cfg)
-
-
-def frame_pool_index(frames: int, cfg: VLMConfig) -> torch.Tensor | None:
-    """The same of the frames of a video, each of which is a picture in the layout resize, S x S.
-
-    Molmo makes a token of mp_video_pool_size squared patches of a frame. None where frames are pooled as pictures.
-    """
-    if cfg.mp_type != "molmo" or cfg.mp_video_pool_size == cfg.mp_pool_size or not frames:
-        return None
-    return torch.from_numpy(image_windows(frames, cfg.vit_grid, cfg.mp_video_pool_size).copy())
+    return joined([_of_picture(grid, cfg) for grid in grids], [count_images(grid, cfg) for grid in grids], cfg)
 
 
 def frame_tokens(cfg: VLMConfig) -> int:
-    """Image tokens of one frame."""
-    window = cfg.mp_video_pool_size if cfg.mp_type == "molmo" else cfg.mp_window
-    return (-(-cfg.vit_grid // window)) ** 2
+    """Image tokens of one frame: as Molmo pools it, mp_video_pool_size squared patches to a token."""
+    return (-(-cfg.vit_grid // _frame_window(cfg))) ** 2
+
+
+def _frame_window(cfg: VLMConfig) -> int:
+    """Side of a frame's window."""
+    return cfg.mp_video_pool_size if cfg.mp_type == "molmo" else cfg.mp_window
 
 
 def joined(parts: Sequence[torch.Tensor | None], images: Sequence[int], cfg: VLMConfig) -> torch.Tensor | None:
@@ -162,6 +161,7 @@ def joined(parts: Sequence[torch.Tensor | None], images: Sequence[int], cfg: VLM
     """
     if all(part is None for part in parts):
         return None
+    # What model.MP does by itself where it gets no pool_index.
     found = [
         image_windows(count, cfg.vit_grid, cfg.mp_window) if part is None else part.numpy()
         for part, count in zip(parts, images, strict=True)
@@ -182,8 +182,11 @@ def image_windows(images: int, side: int, window: int) -> np.ndarray:
     return np.where(one >= 0, one + shifts, -1).reshape(-1, window * window)
 
 
-def _of_crops(grid: Grid, cfg: VLMConfig) -> torch.Tensor | None:
+def _of_picture(grid: Grid, cfg: VLMConfig) -> torch.Tensor | None:
     """pool_index of one picture."""
+    if grid == FRAME:
+        window = _frame_window(cfg)
+        return None if window == cfg.mp_window else torch.from_numpy(image_windows(1, cfg.vit_grid, window))
     if not has_crops(cfg):
         return None
     return torch.from_numpy(_crop_windows(grid, cfg.vit_grid, cfg.overlap_margin, cfg.mp_window))

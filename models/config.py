@@ -273,7 +273,6 @@ class VLMConfig(Checked):
         names = ", ".join(CROP_TOKENS)
         return [
             (margins < self.vit_grid, "overlap_margin", f"less than half of the {self.vit_grid} patches a side"),
-            (self.mp_type != "pixel_shuffle", "mp_type", "linear, mlp or molmo where --image_layout is molmo_crops"),
             (set(CROP_TOKENS) <= set(self.vlm_extra_tokens), "vlm_extra_tokens", f"one with {names} for molmo_crops"),
         ]
 
