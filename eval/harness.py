@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from data.datasets import Questions
 from eval.asking import Asker, Reader, Shown
 from eval.batches import Batches

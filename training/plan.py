@@ -179,15 +179,19 @@ def full_batch(settings: Settings, device: torch.device) -> dict:
     indices = functools.partial(torch.zeros, dtype=torch.long, device=device)
     documents = {"position_ids": indices(rows, length), "document_ids": indices(rows, length).int()}
     windows = {"pool_index": indices(cfg.batch_size * embeddings, vlm.mp_window**2)} if has_crops(vlm) else {}
-    return (documents if cfg.packing else {}) | windows | {
-        "input_ids": indices(rows, length),
-        "targets": indices(rows, length),
-        "images": torch.zeros(images, 3, side, side, dtype=torch.uint8, device=device),
-        "image_slots": indices(slots),
-        "image_sources": indices(slots) if cfg.turns_per_image else None,
-        "label_positions": indices(labels),
-        "num_labels": labels,
-    }
+    return (
+        (documents if cfg.packing else {})
+        | windows
+        | {
+            "input_ids": indices(rows, length),
+            "targets": indices(rows, length),
+            "images": torch.zeros(images, 3, side, side, dtype=torch.uint8, device=device),
+            "image_slots": indices(slots),
+            "image_sources": indices(slots) if cfg.turns_per_image else None,
+            "label_positions": indices(labels),
+            "num_labels": labels,
+        }
+    )
 
 
 def plan_lines(plan: Plan) -> list[str]:
