@@ -27,6 +27,7 @@ from models.attention import compute_dtype
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
+
 @dataclass
 class Shown:
     """An image or a video that a user shows."""

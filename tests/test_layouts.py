@@ -118,7 +118,7 @@ def test_tiling_patches_and_pixels_are_transformers():
     for side, patch, most, margin in ((378, 14, 8, 4), (336, 14, 12, 4), (336, 14, 24, 4), (16, 4, 6, 1)):
         cfg = tiny(vit_img_size=side, vit_patch_size=patch, max_crops=most, overlap_margin=margin)
         rng = np.random.default_rng(0)
-        sizes = [*rng.integers(1, 4000, (60, 2)).tolist(), [112, 900], [100, 3000], [378, 378], [1, 1], [644, 378]
+        sizes = [*rng.integers(1, 4000, (60, 2)).tolist(), [112, 900], [100, 3000], [378, 378], [1, 1], [644, 378]]
         for width, height in sizes:
             found = molmo.compute_crop_geometry(height, width, most, [margin, margin], side, patch)
             assert grid_of(width, height, cfg) == found[:2], (width, height)
