@@ -184,10 +184,10 @@ def ask_once(given: argparse.Namespace, asker: Asker) -> None:
             except ImageDecodeError as error:
                 raise ValueError(f"--{kind} {shlex.quote(str(path))}: {error}") from error
     try:
-        spoken, tiles = asker.reader.spoken(given.prompt, shown)
+        spoken, shown = asker.reader.spoken(given.prompt, shown)
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
-    question = asker.reader.conversation([spoken], tiles)
+    question = asker.reader.conversation([spoken], shown)
     question = replace(question, prompts=question.prompts * given.generations)
     for answer in asker.answer([question], given.max_new_tokens, given.stop, **sampling_of(given)):
         print(answer)

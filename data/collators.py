@@ -8,12 +8,14 @@ Shapes: B conversations, T tokens of the longest, N images or tiles, S vit_img_s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from data.datasets import Questions, Sample
 from data.drops import count_drops, drop_records
+from data.layouts import joined
 from data.loss_weights import LossWeight
 from data.message_tree import positions_of
 from models.config import VLMConfig
@@ -55,7 +57,7 @@ class Collator:
         return {
             "input_ids": torch.from_numpy(input_ids),
             "targets": torch.from_numpy(targets),
-            **_image_inputs(input_ids, [sample.images for sample in samples], ids, self.vlm_cfg),
+            **_image_inputs(input_ids, samples, ids, self.vlm_cfg),
             "image_keys": [
                 (sample.id, sample.mirrored, tile)
                 for sample in samples
@@ -76,6 +78,7 @@ class TrainCollator(Collator):
 
         input_ids, targets: int64 [B, T], padded on the right, targets -100 there; images: uint8 [N, 3, S, S] or None;
         image_slots, image_sources: int64 [K] or None (see VisionLanguageModel.forward); label_positions: int64 [L].
+        pool_index: int64 [M, patches of a window] over all N images, only where the layout needs it (data.layouts).
         position_ids, int64 [B, T], and branch_ids, int32 [B, T], -1 at padding, with message trees.
         label_weights: float32 [L], and total_weight: float, their sum, where a sample has a loss_weight.
         num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
@@ -114,7 +117,7 @@ class PromptCollator(Collator):
         """The keyword arguments of the model's generate.
 
         input_ids: int64 [B, T], padded on the left; attention_mask: int64 [B, T], 0 at padding, None without padding;
-        images, image_slots, image_sources as in TrainCollator's batch.
+        images, image_slots, image_sources, pool_index as in TrainCollator's batch.
         """
         ids = [[np.array(prompt) for prompt in row.prompts] for row in rows]
         prompts = [prompt for of_row in ids for prompt in of_row]
@@ -125,7 +128,7 @@ class PromptCollator(Collator):
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
-            **_image_inputs(input_ids, [row.images for row in rows], ids, self.vlm_cfg),
+            **_image_inputs(input_ids, rows, ids, self.vlm_cfg),
         }
 
 
@@ -159,20 +162,21 @@ def _fill(filled: np.ndarray, values: list[np.ndarray], padding: int) -> np.ndar
 
 
 def _image_inputs(
-    input_ids: np.ndarray, images: list[torch.Tensor | None], ids: list[list[np.ndarray]], cfg: VLMConfig
+    input_ids: np.ndarray, rows: Sequence[Sample | Questions], ids: list[list[np.ndarray]], cfg: VLMConfig
 ) -> dict[str, torch.Tensor | None]:
-    """images, image_slots and image_sources of rows with the given images and conversations.
+    """images, image_slots and image_sources, and where a row has it pool_index, of rows with the given conversations.
 
     A conversation shows the first of its row's images, as many as it has image tokens for: those that stand up to its
     last question. image_sources is None where it counts from 0: where each image is used exactly once.
     """
-    present = [tiles.numpy() for tiles in images if tiles is not None]
+    present = [row.images.numpy() for row in rows if row.images is not None]
     if not present:
         return {"images": None, "image_slots": None, "image_sources": None}
     image_slots = np.flatnonzero(input_ids == cfg.image_token_id)
     sources, start = [], 0
-    for tiles, conversations in zip(images, ids, strict=True):
-        stop = start + (0 if tiles is None else len(tiles) * cfg.mp_image_token_length)
+    for row, conversations in zip(rows, ids, strict=True):
+        tokens = 0 if row.images is None else len(row.images) * cfg.mp_image_token_length
+        stop = start + (tokens if row.pool_index is None else len(row.pool_index))
         for conversation in conversations:
             used = start + int(np.count_nonzero(conversation == cfg.image_token_id))
             assert used <= stop, "a conversation has more image tokens than its row's images"
@@ -180,9 +184,11 @@ def _image_inputs(
         start = stop
     image_sources = np.concatenate(sources)
     assert len(image_sources) == len(image_slots), "image tokens and images of a row do not match"
+    counts = [0 if row.images is None else len(row.images) for row in rows]
+    pool_index = joined([row.pool_index for row in rows], counts, cfg)
     natural = len(image_sources) == start and bool((image_sources == np.arange(start)).all())
     return {
         "images": torch.from_numpy(np.concatenate(present)),
         "image_slots": torch.from_numpy(image_slots),
         "image_sources": None if natural else torch.from_numpy(image_sources),
-    }
+    } | ({} if pool_index is None else {"pool_index": pool_index})

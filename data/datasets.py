@@ -34,6 +34,7 @@ from data.drops import (
 from data.formats import filter_turns
 from data.frames import decode_pictures, grid_of, picture_text, with_frames
 from data.images import ImageDecodeError, ImageProcessor
+from data.layouts import pool_index
 from data.loss_weights import LossWeight, loss_weight_of
 from data.message_tree import grow_trees
 from data.places import with_images
@@ -60,6 +61,7 @@ class Sample:
     branches: list[torch.Tensor] = field(
         default_factory=list
     )  # with message_tree: ids, int32 [T], of each conversation
+    pool_index: torch.Tensor | None = None  # int64 [M, K], of its images: see data.layouts
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Questions:
     sources: list[str | None]
     id: str
     dropped: dict[str, int] = field(default_factory=dict)
+    pool_index: torch.Tensor | None = None  # as of Sample
     texts: list[str] = field(default_factory=list)  # of the questions, as the row has them
 
 
@@ -159,7 +162,9 @@ class VQADataset:
         if prepared.mirrored and images is not None:
             images = self._mirror(images, prepared.grids)
         said = {name: getattr(prepared, name) for name in ("conversations", "id", "dropped", "mirrored")}
-        return Sample(images, **said, loss_weight=prepared.loss_weight, branches=prepared.branches)
+        said |= {name: getattr(prepared, name) for name in ("loss_weight", "branches")}
+        windows = pool_index(prepared.grids, self.vlm_cfg) if images is not None else None
+        return Sample(images, **said, pool_index=windows)
 
     def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
         """With the tiles in place of the images."""
@@ -210,7 +215,7 @@ class VQADataset:
             images, truncated = self._tiles(row["images"], where_of(row)) if tiles is None else (tiles, {})
         except RowDropped as bad:
             return Questions(None, [], [], [], row["id"], {bad.reason: 1})
-        found = Questions(images, [], [], [], row["id"])
+        found = Questions(images, [], [], [], row["id"], pool_index=pool_index(grids, self.vlm_cfg))
         for turn in turns:
             asked = turn | {"user": with_images(turn, self._image_texts(row, grids))[0]}
             try:

@@ -14,6 +14,7 @@ import torch
 
 from data.formats import Row
 from data.images import ImageProcessor
+from data.layouts import FRAME
 from data.text import image_string
 from data.video import decoded, sampled
 from data.video_frames import BROKEN, Frame, VideoError
@@ -72,13 +73,12 @@ def subtitle_text(subtitles: Iterable[dict] | None, start: float | None = None, 
 
 
 def grid_of(picture: Any, processor: ImageProcessor) -> tuple[int, int]:
-    """The grid of an image, from its header; a frame is one picture S x S. Raises ImageDecodeError."""
-    return (1, 1) if isinstance(picture, Frame) else processor.grid(picture)
+    """The grid of an image, from its header; a frame has its own. Raises ImageDecodeError."""
+    return FRAME if isinstance(picture, Frame) else processor.grid(picture)
 
 
 def picture_text(picture: Any, grid: tuple[int, int], cfg: VLMConfig) -> str:
     """The text that stands for an image or a frame."""
-    # A frame has as many tokens as an image of one tile. A model that pools video more coarsely writes its number here.
     text = image_string([grid], cfg)
     return f"{picture.before}{text}{picture.after}" if isinstance(picture, Frame) else text
 
@@ -93,7 +93,7 @@ def decode_pictures(pictures: Sequence[Any], processor: ImageProcessor) -> tuple
         if not isinstance(first, Frame):
             tiles.append(processor(first)[0])
         elif first.stamp is None:  # of a folder
-            tiles.append(processor.decoded(first.source, (processor.side, processor.side))[None])
+            tiles.append(processor.square(first.source)[None])
         else:
             found, is_broken = decoded(group, processor.side)
             if is_broken and not processor.use_truncated:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from data import layouts
+from data.layouts import Grid
 from data.web_images import FetchError, WebImage, fetched
 from models.config import VLMConfig
 
@@ -64,6 +66,13 @@ def decode_image(source: Source, size: tuple[int, int] | None = None, use_trunca
     1 byte each if grey, 2 if one-bit, 4 if RGB, 8 if RGBA, at most 13 in any other mode; 4 more where EXIF says that
     the image is to be turned.
     """
+    pixels = decode_pixels(source, size, use_truncated)
+    return (pixels if size is None else resized(pixels, size)).expand(3, -1, -1)
+
+
+def decode_pixels(source: Source, size: tuple[int, int] | None = None, use_truncated: bool = False) -> torch.Tensor:
+    """uint8 [C, height, width], C 1 or 3: the same before it is resized; a large one at least REDUCING_GAP times `size`
+    (width, height), the smallest that it will be resized to."""
     with _opened(source, use_truncated) as (image, orientation):
         if size is not None and image is not source:  # a caller's own image keeps its size
             width, height = size[::-1] if orientation in SIDEWAYS else size
@@ -76,8 +85,7 @@ def decode_image(source: Source, size: tuple[int, int] | None = None, use_trunca
             across, down = (max(1, int(old / new / REDUCING_GAP)) for old, new in zip(image.size, size, strict=True))
             image = image.reduce((across, down))
         pixels = torch.from_numpy(np.array(image))
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        return (pixels if size is None else resized(pixels, size)).expand(3, -1, -1)
+        return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def small(source: Source, side: int) -> torch.Tensor:
@@ -186,65 +194,98 @@ def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(pixels[None], size[::-1], mode="bicubic", antialias=True)[0]
 
 
+def fitted(pixels: torch.Tensor, size: tuple[int, int], mode: str, antialias: bool, keep_aspect: bool) -> torch.Tensor:
+    """uint8 [C, H, W] resized to (width, height); with keep_aspect as large as fits, in the middle of black."""
+    old, new = (pixels.shape[2], pixels.shape[1]), size
+    if keep_aspect:
+        scale = min(new_length / length for new_length, length in zip(size, old, strict=True))
+        new = max(1, min(size[0], round(scale * old[0]))), max(1, min(size[1], round(scale * old[1])))
+    if old != new:
+        pixels = F.interpolate(pixels[None], new[::-1], mode=mode, antialias=antialias)[0]
+    left, top = (size[0] - new[0]) // 2, (size[1] - new[1]) // 2
+    return F.pad(pixels, (left, size[0] - new[0] - left, top, size[1] - new[1] - top)) if new != size else pixels
+
+
 class ImageProcessor:
-    """An image, of any size and mode, as the square images that the vision tower sees."""
+    """An image, of any size and mode, as the square images that the vision tower sees: see data.layouts."""
 
     def __init__(self, cfg: VLMConfig, use_truncated: bool = False):
         """use_truncated: of an image whose data ends too early take what is there, and count it."""
         self.cfg = cfg
         self.use_truncated, self.truncated = use_truncated, 0  # how many were, so far
         self.side = cfg.vit_img_size
-        self.with_global = "global_image_token" in cfg.vlm_extra_tokens
 
-    def __call__(self, source: Source) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(uint8 [n, 3, S, S], the grid (rows, columns) of tiles) of an image.
+    def __call__(self, source: Source) -> tuple[torch.Tensor, Grid]:
+        """(uint8 [n, 3, S, S], the grid (rows, columns) of tiles or crops) of an image. Raises ImageDecodeError.
 
-        A 1x1 grid is the image alone; a larger one is, where the config has a global_image_token, the whole image
-        made S x S, and then the tiles row by row. Raises ImageDecodeError.
+        Resized as nanoVLM does it, bicubic with antialiasing; for molmo_crops as Molmo does it, bilinear, and
+        antialiased only where the aspect is kept.
         """
-        whole = self.decoded(source, self.target_size(*image_size(source)))
-        side = self.side
-        rows, cols = whole.shape[1] // side, whole.shape[2] // side
-        tiles = np.empty((self.count((rows, cols)), 3, side, side), dtype=np.uint8)
+        grid = layouts.grid_of(*image_size(source), self.cfg)
+        if layouts.has_crops(self.cfg):
+            return self._crops(source, grid), grid
+        if self.cfg.image_layout == "resize":
+            return self.square(source)[None], grid
+        return self._tiles(source, grid), grid
+
+    def square(self, source: Source) -> torch.Tensor:
+        """uint8 [3, S, S]: the whole image. Raises ImageDecodeError."""
+        size = (self.side, self.side)
+        if not self.cfg.keep_aspect:
+            return self.decoded(source, size)
+        return fitted(self.decoded(source, size, resize=False), size, "bicubic", True, True).expand(3, -1, -1)
+
+    def _tiles(self, source: Source, grid: Grid) -> torch.Tensor:
+        """uint8 [n, 3, S, S]: a 1x1 grid is the image alone; a larger one is, where the config has a
+        global_image_token, the whole image made S x S, and then the tiles row by row."""
+        (rows, cols), side = grid, self.side
+        whole = self.decoded(source, (cols * side, rows * side))
+        tiles = np.empty((self.count(grid), 3, side, side), dtype=np.uint8)
         first = len(tiles) - rows * cols
         if first:
             tiles[0] = resized(whole, (side, side)).numpy()
         # NumPy: on a busy CPU torch's threads take a hundred times as long for a copy.
         cut = whole.numpy().reshape(3, rows, side, cols, side).transpose(1, 3, 0, 2, 4)
         tiles[first:].reshape(rows, cols, 3, side, side)[:] = cut
-        return torch.from_numpy(tiles), (rows, cols)
+        return torch.from_numpy(tiles)
 
-    def decoded(self, source: Source, size: tuple[int, int]) -> torch.Tensor:
-        """As decode_image, with what is there of an image that breaks off where that is to be used, and counted."""
+    def _crops(self, source: Source, grid: Grid) -> torch.Tensor:
+        """uint8 [n, 3, S, S]: the whole image made S x S, then the crops of the canvas row by row."""
+        cfg, side, size = self.cfg, self.side, layouts.canvas_size(grid, self.cfg)
+        pixels = self.decoded(source, size, resize=False)
+        whole, canvas = (
+            fitted(pixels, to, "bilinear", cfg.keep_aspect, cfg.keep_aspect).numpy() for to in ((side, side), size)
+        )
+        crops, step = np.empty((self.count(grid), 3, side, side), dtype=np.uint8), layouts.crop_step(cfg)
+        crops[0] = whole
+        for number, (row, column) in enumerate(np.ndindex(grid), start=1):
+            top, left = row * step, column * step
+            crops[number] = canvas[:, top : top + side, left : left + side]
+        return torch.from_numpy(crops)
+
+    def decoded(self, source: Source, size: tuple[int, int], resize: bool = True) -> torch.Tensor:
+        """As decode_image (or decode_pixels), with what is there of an image that breaks off where that is to be used,
+        and counted."""
+        decode = decode_image if resize else decode_pixels
         try:
-            return decode_image(source, size)
+            return decode(source, size)
         except ImageDecodeError as error:
             if error.kind != CUT_OFF or not self.use_truncated:
                 raise
         self.truncated += 1
-        return decode_image(source, size, use_truncated=True)
+        return decode(source, size, use_truncated=True)
 
-    def grid(self, source: Source) -> tuple[int, int]:
-        """The grid (rows, columns) of tiles, from the image's header alone. Raises ImageDecodeError."""
-        width, height = self.target_size(*image_size(source))
-        return height // self.side, width // self.side
+    def grid(self, source: Source) -> Grid:
+        """The grid (rows, columns) of tiles or crops, from the image's header alone. Raises ImageDecodeError."""
+        return layouts.grid_of(*image_size(source), self.cfg)
 
-    def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in multiples of S: the longer side at most max_img_size, the shorter in proportion, up."""
-        long, short = max(width, height), min(width, height)
-        new_long = self.cfg.max_img_size
-        if not self.cfg.resize_to_max_side_len:
-            new_long = min(new_long, -(-long // self.side) * self.side)
-        # In integers: a rounding error must not add a row of tiles.
-        new_short = -(-short * new_long // (long * self.side)) * self.side
-        return (new_long, new_short) if width >= height else (new_short, new_long)
+    def count(self, grid: Grid) -> int:
+        """How many images [3, S, S] a grid of tiles or crops makes."""
+        return layouts.count_images(grid, self.cfg)
 
-    def count(self, grid: tuple[int, int]) -> int:
-        """How many images [3, S, S] a grid of tiles makes."""
-        return 1 if grid == (1, 1) else grid[0] * grid[1] + self.with_global
+    def mirror(self, images: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The result of __call__ for the image mirrored left to right.
 
-    def mirror(self, tiles: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The result of __call__ for the image mirrored left to right."""
-        first = len(tiles) - grid[0] * grid[1]  # 1 with a global image
-        order = np.arange(first, len(tiles)).reshape(grid)[:, ::-1]
-        return torch.from_numpy(tiles.numpy()[..., ::-1][[*range(first), *order.flatten()]])
+        With keep_aspect, where an odd number of black columns is added, they are one pixel beside.
+        """
+        return torch.from_numpy(images.numpy()[..., ::-1][layouts.mirror_order(grid, len(images))])

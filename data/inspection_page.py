@@ -80,6 +80,8 @@ def _row(batch: dict, row: int, number: int, tokenizer: Any, cfg: VLMConfig) -> 
     parts = [f"<section>\n<h2>{text(title)}</h2>\n<p>{counts}</p>", '<div class="tiles">']
     for order, (tile, positions) in enumerate(places.items(), start=1):
         caption = f"tile {order}: positions {positions[0]} to {positions[-1]}"
+        if len(positions) <= positions[-1] - positions[0]:  # other crops and column tokens stand between
+            caption = f"tile {order}: {len(positions)} of the positions {positions[0]} to {positions[-1]}"
         parts.append(f'<figure><img alt="{caption}" src="{data_url(batch["images"][tile])}"><figcaption>{caption}')
         parts.append("</figcaption></figure>")
     order_of = {tile: order for order, tile in enumerate(places, start=1)}
@@ -98,9 +100,13 @@ def _tiles_at(batch: dict, row: int, cfg: VLMConfig) -> dict[int, int]:
     sources = np.arange(len(slots)) if sources is None else sources.numpy()
     length = batch["input_ids"].shape[1]
     mine = slots // length == row
-    return dict(
-        zip((slots[mine] % length).tolist(), (sources[mine] // cfg.mp_image_token_length).tolist(), strict=True)
-    )
+    if "pool_index" in batch:  # of a window over two crops the first patch's
+        windows = batch["pool_index"].numpy()[sources[mine]]
+        first = windows[np.arange(len(windows)), (windows >= 0).argmax(axis=1)]
+        tiles = first // cfg.vit_grid**2
+    else:
+        tiles = sources[mine] // cfg.mp_image_token_length
+    return dict(zip((slots[mine] % length).tolist(), tiles.tolist(), strict=True))
 
 
 def _padding(ids: list[int], targets: list[int], pad_id: int) -> int:

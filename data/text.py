@@ -12,6 +12,7 @@ import torch
 
 from data import easy_vqa
 from data.hub import require_hub
+from data.layouts import FRAME, count_image_tokens, has_crops, token_rows
 from data.templates import (
     Tokenizer,
     conversation_text,
@@ -144,16 +145,38 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def image_string(grids: list[tuple[int, int]], cfg: VLMConfig) -> str:
-    """The text that stands for images of the given grids (rows, columns): one image token for each image embedding."""
+    """The text that stands for images of the given grids (rows, columns): one image token for each image embedding.
+
+    A frame of a video stands between frame_start and frame_end, where vlm_extra_tokens have them.
+    """
+    kind = _crops_string if has_crops(cfg) else _tiles_string
+    return "".join(_frame_string(cfg) if grid == FRAME else kind(grid, cfg) for grid in grids)
+
+
+def _frame_string(cfg: VLMConfig) -> str:
     tokens = cfg.vlm_extra_tokens
+    start = tokens.get("frame_start", tokens.get("global_image_token", ""))
+    return start + tokens["image_token"] * count_image_tokens(FRAME, cfg) + tokens.get("frame_end", "")
+
+
+def _tiles_string(grid: tuple[int, int], cfg: VLMConfig) -> str:
+    """Of one image in tiles or resize: the whole image, and where there are several tiles each with its name."""
+    tokens, (rows, cols) = cfg.vlm_extra_tokens, grid
     slots = tokens["image_token"] * cfg.mp_image_token_length
     text = ""
-    for rows, cols in grids:
-        if (rows, cols) == (1, 1) or "global_image_token" in tokens:
-            text += tokens.get("global_image_token", "") + slots
-        if (rows, cols) != (1, 1):
-            text += "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
+    if grid == (1, 1) or "global_image_token" in tokens:
+        text += tokens.get("global_image_token", "") + slots
+    if grid != (1, 1):
+        text += "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
     return text
+
+
+def _crops_string(grid: tuple[int, int], cfg: VLMConfig) -> str:
+    """Of one image in molmo_crops: the whole image, then the rows of all crops, each row closed."""
+    tokens, (rows, columns) = cfg.vlm_extra_tokens, token_rows(grid, cfg)
+    whole = tokens["low_res_im_start"] + tokens["image_token"] * cfg.mp_image_token_length + tokens["im_end"]
+    row = tokens["image_token"] * columns + tokens["im_col"]
+    return whole + tokens["im_start"] + row * rows + tokens["im_end"]
 
 
 def encode_conversation(

@@ -16,6 +16,7 @@ from data.datasets import Questions
 from data.drops import IMAGE_TOKEN_IN_TEXT
 from data.frames import decode_pictures, grid_of, picture_text, with_times
 from data.images import ImageProcessor
+from data.layouts import FRAME, Grid, pool_index
 from data.places import PLACE, place_images, with_images
 from data.text import encode_chat, encode_prompt, get_tokenizer
 from data.values import BadRow
@@ -33,8 +34,13 @@ class Shown:
 
     tiles: torch.Tensor  # uint8 [n, 3, S, S]
     text: str  # what stands for it in a prompt
-    grid: tuple[int, int] = (1, 1)  # rows and columns of an image's tiles
+    grid: Grid = FRAME  # of an image; that of each frame of a video
     is_video: bool = False
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of all its pictures."""
+        return [self.grid] * len(self.tiles) if self.is_video else [self.grid]
 
 
 @dataclass
@@ -67,7 +73,8 @@ class Reader:
         texts = self._texts(images)
         prompt = encode_prompt(self.tokenizer, with_images(dict(turn), texts)[0], "", system) + self.ids(answer_prefix)
         tiles, _ = decode_pictures(images, self.processor)
-        return Questions(torch.cat(tiles) if tiles else None, [prompt], [""], [None], id)
+        windows = pool_index([grid_of(one, self.processor) for one in images], self.processor.cfg)
+        return Questions(torch.cat(tiles) if tiles else None, [prompt], [""], [None], id, pool_index=windows)
 
     def _texts(self, pictures: Sequence[Any]) -> list[str]:
         """The text that stands for each image and frame. Raises ValueError as `check` does at subtitles."""
@@ -86,9 +93,9 @@ class Reader:
         tiles, _ = decode_pictures(frames, self.processor)
         return Shown(torch.cat(tiles), "".join(self._texts(frames)), is_video=True)
 
-    def spoken(self, text: str, shown: Sequence[Shown]) -> tuple[str, list[torch.Tensor]]:
-        """(what a user says, with the tokens of what it shows: before it, or where it says <image> and <video>; the
-        tiles of these in their order).
+    def spoken(self, text: str, shown: Sequence[Shown]) -> tuple[str, list[Shown]]:
+        """(what a user says, with the tokens of what it shows: before it, or where it says <image> and <video>; these
+        in their order).
 
         Raises ValueError where these are not as many as the <image> or <video> in it, and as `check` does.
         """
@@ -102,17 +109,19 @@ class Reader:
             raise ValueError(f"{bad.kind}: {bad.found}") from None
         rest = {True: iter(videos), False: iter(images)}
         ordered = [next(rest[number in numbers]) for number in range(len(shown))]
-        return with_images(turn, [one.text for one in ordered])[0], [one.tiles for one in ordered]
+        return with_images(turn, [one.text for one in ordered])[0], ordered
 
     def conversation(
-        self, contents: Sequence[str], tiles: Sequence[torch.Tensor], system: str = "", answer_prefix: str = ""
+        self, contents: Sequence[str], shown: Sequence[Shown], system: str = "", answer_prefix: str = ""
     ) -> Questions:
         """The last question of a conversation. contents: what was said in turn, of the user as `spoken` gives it.
 
-        tiles: of all its images in order, uint8 [n, 3, S, S] each. answer_prefix: as in `read`.
+        shown: all its images and videos in order. answer_prefix: as in `read`.
         """
         prompt = encode_chat(self.tokenizer, list(contents), system) + self.ids(answer_prefix)
-        return Questions(torch.cat(list(tiles)) if tiles else None, [prompt], [""], [None], "")
+        tiles = torch.cat([one.tiles for one in shown]) if shown else None
+        windows = pool_index([grid for one in shown for grid in one.grids], self.processor.cfg)
+        return Questions(tiles, [prompt], [""], [None], "", pool_index=windows)
 
     def ids(self, text: str) -> list[int]:
         """Of a text that follows another one's ids."""

@@ -43,8 +43,8 @@ def show_answer(
             processed.append(asker.reader.image(image))
         except ImageDecodeError as error:
             raise ValueError(f"{error.kind}: {error}") from None
-    spoken, tiles = asker.reader.spoken(text, processed)
-    question = asker.reader.conversation([spoken], tiles)
+    spoken, shown = asker.reader.spoken(text, processed)
+    question = asker.reader.conversation([spoken], shown)
     if problem := asker.too_long(question, max_new_tokens):
         raise ValueError(problem)
     prompt = question.prompts[0]

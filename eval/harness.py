@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from data.datasets import Questions
-from data.text import image_string
-from eval.asking import Asker, Reader
+from eval.asking import Asker, Reader, Shown
 from eval.batches import Batches
 from eval.prompts import styled
 from eval.rules import Item
@@ -96,9 +93,9 @@ def chat_question(reader: Reader, task: str, messages: Sequence[Mapping[str, Any
     prefix = ""
     if texts := [part for part in said[-1][1] if part["type"] == "text"]:
         texts[-1]["text"], prefix = styled(task, Item(texts[-1]["text"], texts[-1]["text"], {}), style)
-    tiles: list[torch.Tensor] = []
-    contents = ["".join(_shown(reader, task, part, tiles) for part in parts) for _, parts in said]
-    return reader.conversation(contents, tiles, system, prefix)
+    pictures: list[Shown] = []
+    contents = ["".join(_shown(reader, task, part, pictures) for part in parts) for _, parts in said]
+    return reader.conversation(contents, pictures, system, prefix)
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -106,13 +103,12 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
 
 
-def _shown(reader: Reader, task: str, part: Mapping[str, Any], tiles: list[torch.Tensor]) -> str:
-    """The text that stands for a part; tiles: gets those of its image."""
+def _shown(reader: Reader, task: str, part: Mapping[str, Any], pictures: list[Shown]) -> str:
+    """The text that stands for a part; pictures: gets its image."""
     if part["type"] == "text":
         reader.check(part["text"])
         return part["text"]
     if part["type"] != "image":
         raise ValueError(f"{task}: holds {part['type']}; this model sees images alone")
-    of_image, grid = reader.processor(part["url"])
-    tiles.append(of_image)
-    return image_string([grid], reader.processor.cfg)
+    pictures.append(reader.image(part["url"]))
+    return pictures[-1].text

@@ -34,11 +34,18 @@ class PromptCache:
             self.cache = KVCache(cfg, 1, room, device, dtype)
         self.cache.make_room(length, room)
         self.ids = list(prompt)
-        images = question.images
+        seen = prompt[:length].count(cfg.image_token_id)
+        images, windows = question.images, question.pool_index
+        if windows is not None and images is not None:
+            windows = windows[seen:]
+            first = int(windows[windows >= 0].min()) // cfg.vit_grid**2 if len(windows) else len(images)
+            windows = torch.where(windows >= 0, windows - first * cfg.vit_grid**2, -1)
+        else:
+            first = seen // cfg.mp_image_token_length
         if images is not None:
-            seen = prompt[:length].count(cfg.image_token_id) // cfg.mp_image_token_length
-            images = images[seen:] if seen < len(images) else None
-        return replace(question, prompts=[prompt[length:]], images=images)
+            images = images[first:] if first < len(images) else None
+        windows = windows if images is not None else None
+        return replace(question, prompts=[prompt[length:]], images=images, pool_index=windows)
 
     def _known(self, prompt: list[int], cfg: VLMConfig) -> int:
         """How many of its first tokens are in the cache: all but the last at most, and no image in part."""

@@ -26,6 +26,10 @@ CHATML = (
 EXTRA_TOKENS = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"} | {
     f"r{row}c{col}": f"<row_{row}_col_{col}>" for row in range(1, 9) for col in range(1, 9)
 }
+# Beside the image token, what the layout molmo_crops writes: names in vlm_extra_tokens, and Molmo's own tokens.
+CROP_TOKENS = {
+    "low_res_im_start": "<low_res_im_start>", "im_start": "<im_start>", "im_end": "<im_end>", "im_col": "<im_col>",
+}  # fmt: skip
 # Of OpenAI's CLIP; see VLMConfig.image_mean.
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 MLP_HIDDEN_DIM = 2048
@@ -103,9 +107,19 @@ class VLMConfig(Checked):
         "image embeddings replace those of the image tokens, or are added to them (Molmo)",
         "replace", choices=("replace", "add"),
     )  # fmt: skip
+    mp_video_pool_size: int = doc("side of molmo's window for frames of a video", 3, gt=0)
     mp_image_token_length: int = doc("image tokens of one image (or tile)", 64, gt=0)
 
-    max_img_size: int = doc("the longer side of an image is resized to at most this many pixels", 2048, gt=0)
+    image_layout: str = doc(
+        "tiles as nanoVLM's; resize: the whole image alone; molmo_crops: the whole image, then overlapping crops",
+        "tiles", choices=("tiles", "resize", "molmo_crops"),
+    )  # fmt: skip
+    max_crops: int = doc("crops of an image in molmo_crops, the whole not counted (Molmo: 8, with CLIP 12)", 8, gt=0)
+    overlap_margin: int = doc("patches at each side of a crop in which its neighbour shows them too", 4, ge=0)
+    keep_aspect: bool = doc(
+        "resize and molmo_crops keep an image's aspect and fill up with black (Molmo with CLIP)", False
+    )
+    max_img_size: int = doc("tiles: the longer side is resized to at most this many pixels", 2048, gt=0)
     resize_to_max_side_len: bool = doc("also enlarge: the longer side becomes exactly max_img_size", True)
     image_mean: float | list[float] = doc(
         "subtracted from pixels in [0, 1], one number or three of red, green and blue; SigLIP: 0.5, published nanoVLM "
@@ -234,7 +248,7 @@ class VLMConfig(Checked):
             (not own_head or self.head_dim % 2 == 0, "lm_head_dim", "even (rotary embedding)"),
             (lm_heads % self.lm_n_kv_heads == 0, "lm_n_kv_heads", f"a divisor of lm_n_heads {lm_heads}"),
             (image % self.vit_patch_size == 0, "vit_patch_size", f"a divisor of vit_img_size {image}"),
-            (self.max_img_size % image == 0, "max_img_size", f"a multiple of vit_img_size {image}"),
+            *self._layout_relations(),
             (
                 self.mp_type != "pixel_shuffle" or grid % factor == 0,
                 "mp_pixel_shuffle_factor",
@@ -246,10 +260,26 @@ class VLMConfig(Checked):
             ),
         ]
 
+    def _layout_relations(self) -> list[Relation]:
+        """What image_layout asks of the other fields."""
+        image, margins = self.vit_img_size, 2 * self.overlap_margin
+        if self.image_layout == "tiles":
+            return [
+                (self.max_img_size % image == 0, "max_img_size", f"a multiple of vit_img_size {image}"),
+                (not self.keep_aspect, "keep_aspect", "off where --image_layout is tiles"),
+            ]
+        if self.image_layout != "molmo_crops":
+            return []
+        names = ", ".join(CROP_TOKENS)
+        return [
+            (margins < self.vit_grid, "overlap_margin", f"less than half of the {self.vit_grid} patches a side"),
+            (set(CROP_TOKENS) <= set(self.vlm_extra_tokens), "vlm_extra_tokens", f"one with {names} for molmo_crops"),
+        ]
+
     def _token_relations(self) -> list[Relation]:
         side = {"pixel_shuffle": "mp_pixel_shuffle_factor", "molmo": "mp_pool_size"}.get(self.mp_type)
         divides = self.mp_type != "pixel_shuffle" or self.vit_grid % self.mp_window == 0
-        tiles = self.max_img_size // self.vit_img_size
+        tiles = self.max_img_size // self.vit_img_size if self.image_layout == "tiles" else 1
         tile_tokens = {f"r{row}c{col}" for row in range(1, tiles + 1) for col in range(1, tiles + 1)}
         extra, vocabulary = self.vlm_extra_tokens, self.lm_base_vocab_size + self.extra_token_amount
         return [

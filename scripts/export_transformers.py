@@ -88,11 +88,13 @@ def inexpressible(cfg: VLMConfig) -> list[str]:
         problems.append(f"lm_attn_scaling {cfg.lm_attn_scaling}: must be 1.0, SmolVLM has no such factor")
     only = {
         "vit_architecture": "siglip", "vit_feature_layers": [], "lm_qk_norm": False, "lm_qkv_bias": False,
-        "mp_type": "pixel_shuffle", "mp_merge": "replace",
+        "mp_type": "pixel_shuffle", "mp_merge": "replace", "keep_aspect": False,
     }  # fmt: skip
     for name, value in only.items():
         if getattr(cfg, name) != value:
             problems.append(f"{name} {getattr(cfg, name)}: must be {value}, as in SmolVLM")
+    if cfg.image_layout == "molmo_crops":
+        problems.append("image_layout molmo_crops: must be tiles or resize, SmolVLM knows no such crops")
     if len(cfg.pixel_scaling()) > 1:
         problems.append(f"image_mean {cfg.image_mean}, image_std {cfg.image_std}: must be equal for all colors here")
     if not keeps_positions(cfg.vit_grid):
@@ -157,7 +159,7 @@ def smolvlm_tensors(model: "VisionLanguageModel") -> "dict[str, torch.Tensor]":
 
 def has_tiles(cfg: VLMConfig) -> bool:
     """Whether a picture can become more than one image of the vision tower."""
-    return cfg.max_img_size > cfg.vit_img_size
+    return cfg.image_layout == "tiles" and cfg.max_img_size > cfg.vit_img_size
 
 
 def processor_of(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "ProcessorMixin":

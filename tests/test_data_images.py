@@ -15,6 +15,7 @@ from tiny.data import TILE_TOKENS, dataset, encoded, picture, row, tiny_vlm
 
 from data import images
 from data.images import ImageDecodeError, ImageProcessor, decode_image, image_size
+from data.layouts import tiled_size
 from data.text import image_string
 
 ROOT = Path(__file__).parent.parent
@@ -58,10 +59,10 @@ def slow_size(width: int, height: int, side: int, largest: int, enlarge: bool) -
 
 @pytest.mark.parametrize("enlarge", [True, False])
 def test_target_size_against_trying(enlarge):
-    processor = ImageProcessor(tiny_vlm(resize_to_max_side_len=enlarge))
+    cfg = tiny_vlm(resize_to_max_side_len=enlarge)
     for width in (1, 15, 16, 17, 33, 48, 63, 64, 65, 1000):
         for height in (1, 16, 31, 32, 33, 64, 70, 999, 5000):
-            assert processor.target_size(width, height) == slow_size(width, height, 16, 64, enlarge), (width, height)
+            assert tiled_size(width, height, cfg) == slow_size(width, height, 16, 64, enlarge), (width, height)
 
 
 @pytest.mark.parametrize("with_global", [True, False])

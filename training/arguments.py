@@ -24,7 +24,8 @@ CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
 # Fields of VLMConfig that do not shape the weights: a flag may change them for a checkpoint.
 FREE_FIELDS = {
     "vit_dropout", "vit_model_type", "lm_dropout", "lm_max_length", "lm_model_type", "lm_tokenizer", "lm_chat_template",
-    "lm_eos_token_id", "max_img_size", "resize_to_max_side_len", "image_mean", "image_std", "vlm_checkpoint_path",
+    "lm_eos_token_id", "image_layout", "max_crops", "overlap_margin", "keep_aspect", "max_img_size",
+    "resize_to_max_side_len", "mp_video_pool_size", "image_mean", "image_std", "vlm_checkpoint_path",
     "vlm_load_backbone_weights", "hf_repo_name",
 }  # fmt: skip
 BOTH_TOWERS = "lr_backbones"  # a flag for lr_vision_backbone and lr_language_backbone

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from data.layouts import count_image_tokens, count_images, has_crops, largest_grid
 from grades import find_components
 from grades.components import Component
 from grades.config import ROLLBACK
@@ -164,26 +165,33 @@ def full_batch(settings: Settings, device: torch.device) -> dict:
     max_images_per_knapsack and its tokens allow.
     """
     vlm, cfg = settings.vlm, settings.train
-    side = vlm.max_img_size // vlm.vit_img_size
-    tiles = side**2 + ("global_image_token" in vlm.vlm_extra_tokens) if side > 1 else 1
+    grid = largest_grid(vlm)
+    tiles, tokens = count_images(grid, vlm), count_image_tokens(grid, vlm)  # of a picture
+    per_tile = tokens / tiles if has_crops(vlm) else vlm.mp_image_token_length
     turns, length = cfg.turns_per_image or 1, cfg.max_sample_length
     if cfg.packing:
         turns, length = 1, vlm.lm_max_length
         tiles *= max(cfg.max_images_per_knapsack, cfg.max_images_per_example)  # which has a row of its own
-    tiles = max(1, min(tiles, (length - 1) // vlm.mp_image_token_length, cfg.tiles_per_row or tiles))
+    tiles = max(1, min(tiles, int((length - 1) / per_tile), cfg.tiles_per_row or tiles))
     rows, images, side = cfg.batch_size * turns, cfg.batch_size * tiles, vlm.vit_img_size
-    slots, labels = rows * tiles * vlm.mp_image_token_length, rows * max(1, round(LABEL_SHARE * length))
+    embeddings = round(tiles * per_tile)  # of a row
+    slots, labels = rows * embeddings, rows * max(1, round(LABEL_SHARE * length))
     indices = functools.partial(torch.zeros, dtype=torch.long, device=device)
     documents = {"position_ids": indices(rows, length), "document_ids": indices(rows, length).int()}
-    return (documents if cfg.packing else {}) | {
-        "input_ids": indices(rows, length),
-        "targets": indices(rows, length),
-        "images": torch.zeros(images, 3, side, side, dtype=torch.uint8, device=device),
-        "image_slots": indices(slots),
-        "image_sources": indices(slots) if cfg.turns_per_image else None,
-        "label_positions": indices(labels),
-        "num_labels": labels,
-    }
+    windows = {"pool_index": indices(cfg.batch_size * embeddings, vlm.mp_window**2)} if has_crops(vlm) else {}
+    return (
+        (documents if cfg.packing else {})
+        | windows
+        | {
+            "input_ids": indices(rows, length),
+            "targets": indices(rows, length),
+            "images": torch.zeros(images, 3, side, side, dtype=torch.uint8, device=device),
+            "image_slots": indices(slots),
+            "image_sources": indices(slots) if cfg.turns_per_image else None,
+            "label_positions": indices(labels),
+            "num_labels": labels,
+        }
+    )
 
 
 def plan_lines(plan: Plan) -> list[str]:
