@@ -44,7 +44,7 @@ class Chat:
     def reset(self) -> None:
         """Forget all."""
         self.contents: list[str] = []  # what user and assistant have said, with the images' tokens
-        self.shown: list[Shown] = []  # in it
+        self.pictures: list[Shown] = []  # in it
         self.waiting: list[Shown] = []  # with the next question
         self.known = PromptCache()  # what the model has read of it
 
@@ -61,7 +61,7 @@ class Chat:
         Raises ValueError for a question that cannot be asked; it is not kept, and its images wait for the next.
         """
         content, new = self.asker.reader.spoken(text, self.waiting)
-        contents, shown = [*self.contents, content], [*self.shown, *new]
+        contents, shown = [*self.contents, content], [*self.pictures, *new]
         question = self.asker.reader.conversation(contents, shown)
         if problem := self.asker.too_long(question, self.max_new_tokens):
             raise ValueError(f"{problem}; /reset begins a new conversation")
@@ -71,7 +71,7 @@ class Chat:
             return
         # A token that only the template may write is not text of a conversation that it is to write.
         self.contents = [*contents, self.asker.reader.control_tokens.without(answer)]
-        self.shown, self.waiting = shown, []
+        self.pictures, self.waiting = shown, []
 
     def _answer(self, question: Any) -> str | None:
         """What was shown of the answer; None where it was stopped before the first token."""
