@@ -286,3 +286,9 @@ runpy.run_path("train.py", run_name="__main__")
 @pytest.mark.parametrize(("given", "expected"), [(["0.3"], 0.3), (["0.1", "0.2", "0.3"], [0.1, 0.2, 0.3])])
 def test_a_flag_of_one_number_or_several(given, expected):
     assert parse_arguments(["--image_mean", *given]).vlm.image_mean == expected
+
+
+def test_help_shows_lists_of_numbers(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--image_mean", "0.1", "0.2", "0.3", "--help_all"])
+    assert "[0.1 0.2 0.3]" in capsys.readouterr().out

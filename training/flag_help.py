@@ -89,7 +89,7 @@ def _in_brackets(value: Any) -> str:
     elif isinstance(value, dict):
         text = json.dumps(value) if value else ""
     else:
-        text = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        text = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
     return f" [{textwrap.shorten(text, 60, placeholder=' ...')}]" if text else ""
 
 
