@@ -58,9 +58,8 @@ class Sample:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows, "turn: " + reason -> turns
     mirrored: bool = False  # the images, left to right
     loss_weight: LossWeight | None = None  # in training; None: each label counts 1
-    branches: list[torch.Tensor] = field(
-        default_factory=list
-    )  # with message_tree: ids, int32 [T], of each conversation
+    # With message_tree: branch ids, int32 [T], of each conversation.
+    branches: list[torch.Tensor] = field(default_factory=list)
     pool_index: torch.Tensor | None = None  # int64 [M, K], of its images: see data.layouts
 
 
@@ -161,10 +160,9 @@ class VQADataset:
         images = prepared.tiles
         if prepared.mirrored and images is not None:
             images = self._mirror(images, prepared.grids)
-        said = {name: getattr(prepared, name) for name in ("conversations", "id", "dropped", "mirrored")}
-        said |= {name: getattr(prepared, name) for name in ("loss_weight", "branches")}
         windows = pool_index(prepared.grids, self.vlm_cfg) if images is not None else None
-        return Sample(images, **said, pool_index=windows)
+        return Sample(images, prepared.conversations, prepared.id, prepared.dropped, prepared.mirrored,
+                      prepared.loss_weight, prepared.branches, windows)  # fmt: skip
 
     def _with_tiles(self, prepared: PreparedSample) -> PreparedSample:
         """With the tiles in place of the images."""
@@ -192,8 +190,7 @@ class VQADataset:
         if cfg.message_tree:
             limit = min(cfg.max_sample_length, self.vlm_cfg.lm_max_length) if cfg.packing else cfg.max_sample_length
             conversations, branches = grow_trees(conversations, limit, self.vlm_cfg.image_token_id)
-        found = replace(prepared, conversations=conversations, branches=branches, mirrored=mirrored)
-        return replace(found, loss_weight=weight)
+        return replace(prepared, conversations=conversations, branches=branches, mirrored=mirrored, loss_weight=weight)
 
     def questions(self, index: int, tiles: torch.Tensor | None = None) -> Questions:
         """Every usable turn of a row as a question of its own, with its answer. tiles: of its images, if decoded."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from tiny.data import dataset
-from tiny.web import PNG, PictureHandler, serving
+from tiny.web import PNG, PictureHandler, impatient, serving
 
 from data import web_images
 from data.options import RowOptions
@@ -18,13 +18,7 @@ from data.web_images import FetchError, cache_folder, fetched, is_public
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Its address is one of this machine, which the tests of addresses do not allow."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(web_images, "WAITS_S", (0.0, 0.0))
-    monkeypatch.setattr(web_images, "SILENCE_S", 0.3)
-    monkeypatch.setattr(web_images, "TOTAL_S", 0.6)
-    monkeypatch.setattr(web_images, "MAX_BYTES", 2**20)
+    impatient(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(web_images, "FAILED", {})
     monkeypatch.setattr(web_images, "is_public", lambda address: True)
     with serving(PictureHandler) as made:

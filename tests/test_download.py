@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tiny.data import encoded, picture
-from tiny.web import PNG, HubHandler, serving
+from tiny.web import PNG, HubHandler, impatient, serving
 
 from data import web_images
 from data.fetching import download as downloads
@@ -48,13 +48,7 @@ def parquet(rows: list[dict]) -> bytes:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(web_images, "WAITS_S", (0.0, 0.0))
-    monkeypatch.setattr(web_images, "SILENCE_S", 0.3)
-    monkeypatch.setattr(web_images, "TOTAL_S", 0.6)
-    monkeypatch.setattr(web_images, "MAX_BYTES", 2**20)
+    impatient(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(pictures, "PAUSE_S", 0.05)
     monkeypatch.setattr(hub, "WAITS_S", (0.0, 0.0))
     with serving(HubHandler) as made:

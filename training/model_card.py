@@ -260,8 +260,8 @@ def _curve(path: Path, step: int) -> list[str]:
     """The validations of the run until this step, as a table of at most CURVE_ROWS spread over it."""
     points = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        point = json.loads(line)
-        if "val/loss" in point and point["step"] <= step:
+        # Most lines are of steps, and are not parsed.
+        if '"val/loss"' in line and (point := json.loads(line))["step"] <= step:
             points.append(point)
     if len(points) < 2:  # one point, if any, stands among the numbers
         return []

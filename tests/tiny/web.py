@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+from data import web_images
 from tiny.data import encoded, picture
 
 PNG = encoded(picture())
@@ -15,6 +16,15 @@ PNG = encoded(picture())
 
 class Server(ThreadingHTTPServer):
     request_queue_size = 64  # connections at a time; of more than that some would wait for a second
+
+
+def impatient(monkeypatch, cache):
+    """Fetching gives up within a second, and keeps what it has in this folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for name, value in {"WAITS_S": (0.0, 0.0), "SILENCE_S": 0.3, "TOTAL_S": 0.6, "MAX_BYTES": 2**20}.items():
+        monkeypatch.setattr(web_images, name, value)
 
 
 @contextlib.contextmanager

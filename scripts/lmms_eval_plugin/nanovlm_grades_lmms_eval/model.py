@@ -6,7 +6,7 @@ lmms-eval --model nanovlm_grades --model_args pretrained=CHECKPOINT --tasks mmst
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,16 @@ class _NanoVLMGrades(lmms):
         images = [image for image in to_visual(self._document(task, split, number)) or [] if image is not None]
         return simple_question(self.asker.reader, _known_name(task), context, images, self.prompt_style)
 
-    def _answers(self, requests: Sequence[Request]) -> list[str]:
-        """In the order of the requests."""
-        found = answer_requests(self.asker, requests, self.batches)
-        by_number = dict(tqdm(found, total=len(requests), desc="answers", disable=self.rank > 0))
-        return [by_number[number] for number in range(len(requests))]
+    def _request(self, *arguments: Any) -> Request:
+        """Of what lmms-eval gives a model of this kind for one question."""
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answers in the order of the requests."""
+        asked = [self._request(*request.args) for request in requests]
+        found = answer_requests(self.asker, asked, self.batches)
+        by_number = dict(tqdm(found, total=len(asked), desc="answers", disable=self.rank > 0))
+        return [by_number[number] for number in range(len(asked))]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         # It turns the numbers into text before it compares them, of every model, and then takes the smallest one, since
@@ -116,14 +121,8 @@ class NanoVLMGradesSimple(_NanoVLMGrades):
 
     is_simple = True
 
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests."""
-        asked = []
-        for request in requests:
-            context, options, to_visual, number, task, split = request.args
-            read = partial(self._simple, context, to_visual, number, task, split)
-            asked.append(Request(read, self._decoding(options)))
-        return self._answers(asked)
+    def _request(self, context: str, options: dict, to_visual: Callable, number: int, task: str, split: str) -> Request:
+        return Request(partial(self._simple, context, to_visual, number, task, split), self._decoding(options))
 
 
 class NanoVLMGradesChat(_NanoVLMGrades):
@@ -131,13 +130,8 @@ class NanoVLMGradesChat(_NanoVLMGrades):
 
     is_simple = False
 
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests."""
-        asked = []
-        for request in requests:
-            _, to_messages, options, number, task, split = request.args
-            asked.append(Request(partial(self._chat, to_messages, number, task, split), self._decoding(options)))
-        return self._answers(asked)
+    def _request(self, _: str, to_messages: Callable, options: dict, number: int, task: str, split: str) -> Request:
+        return Request(partial(self._chat, to_messages, number, task, split), self._decoding(options))
 
     def _chat(self, to_messages: Callable, number: int, task: str, split: str) -> Questions:
         messages = to_messages(self._document(task, split, number))
