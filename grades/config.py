@@ -91,7 +91,8 @@ class GradESConfig(Checked):
     )
     freeze_order: str = doc(
         "any: whatever has converged freezes; front: only once all that lies before it is frozen; together: only when "
-        "all that may freeze has converged, so that the run ends and nothing freezes before",
+        "all that may freeze has converged, so that the run ends and nothing freezes before; the metric rollback then "
+        "does not measure the vision tower while the language tower still gains",
         "any",
         choices=("any", "front", "together"),
     )
@@ -135,6 +136,16 @@ class GradESConfig(Checked):
         if self.metric == ROLLBACK and tau in (AUTO, *DEFAULT_TAUS.values()):  # the paper's, which are not in nats
             return ROLLBACK_TAU
         return tau
+
+    def rollback_limits(self) -> dict[str, float]:
+        """With freeze_order together: of each tower that may freeze the gain at which none does, whatever the others'.
+
+        Empty where every part has to be measured.
+        """
+        if self.metric != ROLLBACK or self.freeze_order != "together" or self.rollback_parts != "towers":
+            return {}
+        towers = [tower for tower in ("vision", "language") if self.may_freeze(tower)]
+        return {tower: min(float(self.tau_of(tower, part)) for part in ("attention", "mlp")) for tower in towers}
 
     def relations(self) -> Iterable[Relation]:
         relative, unfreezes = self.tau_mode == "relative", self.unfreeze_factor is not None

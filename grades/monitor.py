@@ -100,7 +100,10 @@ class GradESMonitor:
         config = self.config
         if config.metric != ROLLBACK:
             return make_metric(config.metric, config.monitor_sample, optimizer)
-        return Rollback(model, self.components, averages, evaluate, config.compute_interval, config.rollback_parts)
+        return Rollback(
+            model, self.components, averages, evaluate, config.compute_interval, config.rollback_parts,
+            limits=config.rollback_limits(),
+        )  # fmt: skip
 
     @property
     def grace_steps(self) -> int:

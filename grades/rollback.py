@@ -7,7 +7,7 @@ rises. Kin: layers put back to earlier values as an analysis (arXiv:1902.01996).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Rollback(Metric):
     """The gain of a component's part since the previous check, plus its standard error, in nats per 100 steps.
 
     The standard error is that over rows: nothing counts as converged on noise. At a check the loss is evaluated once,
-    and once more for each part in which something trains.
+    and once more for each part in which something trains; with `limits`, parts are measured until one is above its own.
     """
 
     first_check = 2
@@ -56,14 +56,15 @@ class Rollback(Metric):
         evaluate: Evaluate | None,
         interval: int,
         parts: str = "towers",
+        limits: Mapping[str, float] | None = None,
     ) -> None:
-        """interval: steps between two checks. parts: see `find_parts`. Raises ValueError where averages or evaluate are
-        missing."""
+        """interval: steps between two checks. parts: see `find_parts`. limits: of each tower, the value that keeps all
+        towers from freezing. Raises ValueError where averages or evaluate are missing."""
         super().__init__()
         if averages is None or evaluate is None:
             raise ValueError("--metric rollback: needs averaged weights and held-out rows: give --average_weights 0.99")
         self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
-        self.scale, self.level = PER_STEPS / interval, parts
+        self.scale, self.level, self.limits = PER_STEPS / interval, parts, dict(limits or {})
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
         self.losses: Losses = ()  # at the last check, under the averaged weights
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
@@ -85,8 +86,11 @@ class Rollback(Metric):
             for part in known:
                 gain, error = paired_difference(self.losses, self._put_back(part))
                 self.gains[part.name] = gain, error
+                bound = max(SMALLEST, self.scale * (gain + CERTAINTY * error))
                 for name in part.components:
-                    bounds.setdefault(name, []).append(max(SMALLEST, self.scale * (gain + CERTAINTY * error)))
+                    bounds.setdefault(name, []).append(bound)
+                if bound >= self.limits.get(part.name, math.inf):
+                    break  # nothing can freeze at this check, and the vision tower is the dear one to measure
         self.vision_moves = any(part.tower == "vision" for part in parts)
         self._remember()
         return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}

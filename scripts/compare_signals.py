@@ -1,7 +1,8 @@
 """Other signs of convergence beside rollback gain, on the checkpoints of runs that went to their full length.
 
-    for seed in 0 1; do python train.py --enable_grades --vision_tau 1e-12 --language_tau 1e-12 --alpha 0.1 \\
-        --compute_interval 100 --eval_interval 100 --keep_checkpoints 100 --seed $seed --run_name curves_$seed; done
+    for seed in 0 1; do python train.py --enable_grades --vision_tau 1e-12 --language_tau 1e-12 --freeze_order any \\
+        --alpha 0.1 --compute_interval 100 --eval_interval 100 --keep_checkpoints 100 --seed $seed \\
+        --run_name curves_$seed; done
     python scripts/compare_signals.py grades_output/curves_*
 
 At each checkpoint, for both towers:

@@ -1,7 +1,8 @@
 """When would each rule have ended a run? Read from runs that went to their full length and measured all the way.
 
-    for seed in 0 1 2 3 4; do python train.py --enable_grades --vision_tau 1e-12 --language_tau 1e-12 --alpha 0.1 \\
-        --compute_interval 100 --eval_interval 100 --seed $seed --run_name curves_$seed; done
+    for seed in 0 1 2 3 4; do python train.py --enable_grades --vision_tau 1e-12 --language_tau 1e-12 \\
+        --freeze_order any --alpha 0.1 --compute_interval 100 --eval_interval 100 --seed $seed \\
+        --run_name curves_$seed; done
     python scripts/compare_stopping.py grades_output/curves_*
 
 Rules: rollback gain as in configs/quickstart.yaml; each run at the ends of the others (is it more than a good mean?);

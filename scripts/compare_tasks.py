@@ -27,7 +27,8 @@ from scripts.runs import Runs, RunSpec
 
 # From an early step on every check measures, and nothing freezes.
 CURVES = (
-    "--enable_grades --vision_tau 1e-12 --language_tau 1e-12 --alpha 0.1 --compute_interval 100 --eval_interval 100"
+    "--enable_grades --vision_tau 1e-12 --language_tau 1e-12 --freeze_order any --alpha 0.1 --compute_interval 100 "
+    "--eval_interval 100"
 )
 WIDER = (
     "--vit_hidden_dim 96 --vit_inter_dim 384 --lm_hidden_dim 192 --lm_inter_dim 384 --lm_n_heads 6 --lm_n_kv_heads 3"

@@ -110,6 +110,19 @@ def test_together_nothing_freezes_before_all_has_converged():
     assert (both.step, set(both.monitor.frozen.values())) == (9, {9})
 
 
+def test_together_the_vision_tower_is_measured_only_where_it_decides():
+    """Ends as without this saving: a tower that was not measured had no say."""
+
+    def parts(**config) -> list[list[str]]:
+        return [list(check.get("gains", {})) for check in loop(config).run().monitor.checks]
+
+    never = {"vision_tau": 1e9, "language_tau": 1e-12}
+    assert parts(**never, freeze_order="together") == [[]] + [["language"]] * (STEPS // 3 - 1)
+    assert parts(**NEVER, freeze_order="any")[1:] == [["language", "vision"]] * (STEPS // 3 - 1)
+    assert parts(vision_tau=1e-12, language_tau=1e9, freeze_order="together")[1:][0] == ["language", "vision"]
+    assert parts(**never, freeze_order="together", freeze_language=False)[1] == ["language", "vision"]
+
+
 def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
     height = [0.0]
     run = loop(

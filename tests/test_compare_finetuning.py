@@ -1,0 +1,59 @@
+"""The comparison of rules in fine-tuning: its runs, what is read off them, and the runs that follow from that."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import common
+from tiny.tables import read_table
+
+
+@pytest.fixture(scope="module")
+def compare():
+    """scripts/compare_finetuning.py, which imports transformers' Trainer: collecting the tests should not."""
+    from scripts import compare_finetuning
+
+    return compare_finetuning
+
+
+def test_runs_are_made_once_and_rules_read_off(compare, tmp_path, monkeypatch):
+    pairs, made = common.documented(60), []
+    monkeypatch.setattr(common, "documented", lambda limit: pairs[:limit])
+    monkeypatch.setattr(common, "bundled_model", lambda: None)
+    monkeypatch.setattr("grades.callback.draw_pictures", lambda path: None)
+
+    def in_this_process(command, check):
+        made.append(command[command.index("--one") + 1])
+        assert compare.main(command[2:]) == 0
+
+    monkeypatch.setattr(compare.subprocess, "run", in_this_process)
+    flags = {"max_steps": 12, "batch_size": 2, "max_length": 16, "eval_rows": 4, "train_rows": 8, "interval": 2}
+    given = ["--output", str(tmp_path), "--kinds", "full", "--tau", "1e9", "--seeds", "1"]
+    given += [f"--{name}={value}" for name, value in flags.items()]
+    assert compare.main(given) == 0
+    assert made == ["constant", "linear", "paper", "random", "shortened"]
+    lines = {row["run"]: row for row in read_table((tmp_path / "table.md").read_text(encoding="utf-8"))}
+    steps = {name: line["steps"].split()[0] for name, line in lines.items()}
+    # tau is so high that the rule ends at the second check with a gain after the grace period of 0.3 * 12 steps.
+    assert steps["**the same, ended by rollback gain**"] == steps["linear to zero, planned for that mean"] == "6"
+    assert steps["constant and averaged, full length"] == steps["linear to zero, full length"] == "12"
+    assert lines["the same, all at its mean"]["each seed"] == lines["**the same, ended by rollback gain**"]["each seed"]
+    assert float(lines["linear to zero, full length"]["worst"]) > 0
+
+    assert compare.main(given) == 0  # nothing is made again
+    assert len(made) == 5
+    with pytest.raises(ValueError, match="max_length 16, now 24"):
+        compare.main([*given, "--max_length=24"])
+    with pytest.raises(SystemExit):
+        compare.main(["--runs", "random"])
+
+
+def test_early_stopping_keeps_the_best_checkpoint_that_it_saw(compare):
+    seen, test = [3.0, 2.0, 2.1, 2.2, 1.0], [3.5, 2.5, 2.4, 2.3, 1.5]
+    curve = {10 * (i + 1): {"seen": s, "test": t} for i, (s, t) in enumerate(zip(seen, test, strict=True))}
+    run = {"steps": 50, "curve": curve}
+    end = compare.end_by_early_stopping(run, "seen")
+    assert (end, compare.best_seen(run, end), compare.best_seen(run, 50)) == (40, 2.5, 1.5)
