@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from tiny.data import dataset, encoded, picture, row, same, tiny_train, tiny_vlm, turn
+from tiny.families import CROP_EXTRA, CROPS
 from tiny.grades import TINY
 
 from data.collators import PromptCollator, TrainCollator
@@ -18,12 +19,10 @@ from data.packing import PackedCollator
 from data.text import get_tokenizer, image_string
 from eval.asking import ModelAsker
 from eval.prompt_cache import PromptCache
-from models.config import CROP_TOKENS, VLMConfig
+from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
 from training.feature_cache import FeatureCache
 
-TOKENS = {"image_token": "<im_patch>"} | CROP_TOKENS
-CROPS = {"image_layout": "molmo_crops", "vlm_extra_tokens": TOKENS, "mp_type": "molmo", "overlap_margin": 1}
 SIGLIP, CLIP = (378, 14, 8), (336, 14, 12)
 
 
@@ -260,7 +259,7 @@ def crops_model() -> VisionLanguageModel:
     base = tiny()
     names = ("lm_base_vocab_size", "lm_tokenizer", "lm_max_length", "vit_img_size", "vit_patch_size", "max_crops")
     cfg = VLMConfig(
-        **TINY | CROPS | {"extra_token_amount": len(TOKENS)} | {name: getattr(base, name) for name in names}
+        **TINY | CROPS | {"extra_token_amount": len(CROP_EXTRA)} | {name: getattr(base, name) for name in names}
     )
     torch.manual_seed(0)
     return VisionLanguageModel(cfg).eval()

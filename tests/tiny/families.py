@@ -8,6 +8,8 @@ pool_index in every batch.
 import json
 from typing import Any
 
+import pytest
+
 from models.config import CROP_TOKENS
 
 CROP_EXTRA = {"image_token": "<im_patch>"} | CROP_TOKENS
@@ -32,3 +34,13 @@ def words_of(flags: dict[str, Any]) -> list[str]:
         else:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
+
+
+def of_families(fixture: str) -> pytest.MarkDecorator:
+    """Run a test with each family of the fixture, which asks `family_of` which one."""
+    return pytest.mark.parametrize(fixture, FAMILIES, indirect=True)
+
+
+def family_of(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The settings of the family that a fixture is asked for; nanoVLM's where a test does not say."""
+    return FAMILIES[getattr(request, "param", "nanovlm")]

@@ -35,9 +35,12 @@ def make_model(seed: int = 0, **fields) -> VisionLanguageModel:
     return VisionLanguageModel(VLMConfig(**(TINY | fields)))
 
 
-def save_answering_model(folder: Path) -> Path:
-    """A checkpoint of an untrained model whose answers depend on picture and question; returns the folder."""
-    model = make_model(lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_tokenizer=easy_vqa.NAME)
+def save_answering_model(folder: Path, **fields) -> Path:
+    """A checkpoint of an untrained model whose answers depend on picture and question; returns the folder.
+
+    fields: of VLMConfig.
+    """
+    model = make_model(lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_tokenizer=easy_vqa.NAME, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
