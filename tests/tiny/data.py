@@ -33,7 +33,7 @@ def tiny_vlm(**changes) -> VLMConfig:
         "lm_max_length": 512,
         "vlm_extra_tokens": TILE_TOKENS,
     } | changes
-    return VLMConfig(extra_token_amount=len(values["vlm_extra_tokens"]), **values)
+    return VLMConfig(**values | {"extra_token_amount": len(values["vlm_extra_tokens"])})
 
 
 def tiny_train(**changes) -> TrainConfig:

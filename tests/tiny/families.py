@@ -26,13 +26,12 @@ SIZES = ((16, 16), (40, 16), (20, 30))  # of pictures whose crops are not as man
 
 
 def words_of(flags: dict[str, Any]) -> list[str]:
-    """The command line of the flags."""
+    """The command line of the flags, no word of which holds a blank."""
     words = []
     for key, value in flags.items():
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        else:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        if isinstance(value, dict):
+            value = json.dumps(value, separators=(",", ":"))
+        words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return words
 
 
