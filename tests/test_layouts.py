@@ -14,7 +14,7 @@ from tiny.grades import TINY
 from data.collators import PromptCollator, TrainCollator
 from data.images import ImageProcessor
 from data.inspection_page import make_page
-from data.layouts import FRAME, count_image_tokens, grid_of, largest_grid, pool_index
+from data.layouts import FRAME, count_image_tokens, grid_of, image_tokens_in_words, largest_grid, pool_index
 from data.packing import PackedCollator
 from data.text import get_tokenizer, image_string
 from eval.asking import ModelAsker
@@ -244,6 +244,15 @@ def test_what_a_layout_needs_is_checked():
         assert words in problems
     assert "--keep_aspect True: must be off" in "\n".join(tiny_vlm(keep_aspect=True).problems())
     assert "--image_layout crops: must be one of" in "\n".join(tiny_vlm(image_layout="crops").problems())
+
+
+def test_image_tokens_in_words():
+    assert image_tokens_in_words(published(*CLIP)) == (
+        "144 image tokens for the whole image and at most 1,200 for its crops, 64 per frame of a video"
+    )
+    assert count_image_tokens((1, 12), published(*CLIP)) == 144 + 12 * 100  # of 24 x 200 patches
+    assert image_tokens_in_words(tiny_vlm()) == "4 image tokens per image or tile"
+    assert image_tokens_in_words(tiny_vlm(max_img_size=16)) == "4 image tokens per image"
 
 
 def test_the_largest_picture():

@@ -11,6 +11,8 @@ from tiny.families import SIZES, family_of, of_families
 from tiny.runs import arguments
 
 import train
+from data.layouts import image_tokens_in_words
+from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
 from training.arguments import parse_arguments
 from training.checkpoint import Checkpointer
@@ -69,6 +71,7 @@ def test_a_card_holds_what_was_measured_and_how_it_was_made(trained, data):
         "python generate.py --checkpoint",
         "| weights at first | random |",
         "- the code that trained it: MIT",
+        image_tokens_in_words(VLMConfig.load(trained / "last")),
     ):
         assert words in text, words
     assert not is_edited(trained / "last" / CARD)
@@ -178,3 +181,5 @@ def test_push_to_hub_sends_the_card_of_the_weights_and_no_other(trained, monkeyp
     model.push_to_hub("someone/tiny")
     assert b"someone/tiny" in sent[CARD]
     assert b"What was measured" not in sent[CARD]
+    for card in (sent[CARD], (trained / "last" / CARD).read_bytes()):
+        assert model.cfg.in_words.encode() in card
