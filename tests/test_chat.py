@@ -7,7 +7,6 @@ from tiny.families import family_of, of_families
 from tiny.grades import save_answering_model
 
 from data.datasets import Questions
-from data.easy_vqa import NAME, VOCAB_SIZE
 from data.text import encode_conversation, encode_prompt, get_tokenizer
 from eval.asking import Asker
 from eval.chat import Chat, paths_of

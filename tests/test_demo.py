@@ -60,7 +60,7 @@ def test_a_device_that_is_not_here_is_told(monkeypatch):
 @pytest.mark.parametrize(("family", "tokens"), [("nanovlm", "4 image tokens of 15"), ("nanomolmo2", "16 image tokens "),
                                                 ("molmo2", "14 image tokens of 31")])  # fmt: skip
 def test_the_last_of_what_is_shown_is_the_answer(tmp_path, family, tokens):
-    """Of crops: 4 tokens of the whole, 2 x 5 of the 4 x 10 patches of 1 x 4 crops, 4 signs around, 2 at ends of rows."""
+    """Of crops: 4 image tokens of the whole, 2 x 5 of the 4 x 10 patches of 1 x 4 crops."""
     asker = asker_of(tmp_path, **FAMILIES[family])
     first, *_, last = show_answer(asker, [encoded(picture(40, 16))], "what color?", 4)
     assert first.answer == ""

@@ -262,7 +262,7 @@ def images_of(batch: dict, inside: torch.Tensor, vlm: VLMConfig) -> torch.Tensor
     """The images whose tokens stand where `inside`, bool [B, T], says."""
     windows = batch.get("pool_index", grid_windows(len(batch["images"]), vlm.vit_grid, vlm.mp_window))
     found = windows[inside.flatten()[batch["image_slots"]]]
-    return found[found >= 0]// vlm.vit_grid**2
+    return found[found >= 0] // vlm.vit_grid**2
 
 
 of_families = pytest.mark.parametrize("family", ["nanovlm", "molmo2"])

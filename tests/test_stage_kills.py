@@ -96,7 +96,7 @@ def test_a_stage_that_is_killed_continues_to_the_same_weights(monkeypatch):
 @pytest.mark.slow
 def test_three_stages_each_of_which_is_killed_end_with_the_same_weights():
     """And with GradES, which freezes in each of them."""
-    flags = "--enable_grades --vision_tau 1e9 --language_tau 1e-9 --alpha 0.3 --num_workers 2".split()
+    flags = ["--enable_grades", "--vision_tau", "1e9", "--language_tau", "1e-9", "--alpha", "0.3", "--num_workers", "2"]
     command = [sys.executable, str(ROOT / "scripts/train_stages.py")]
     whole = subprocess.run([*command, *stages("whole", *flags)], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr

@@ -87,7 +87,9 @@ def write_rows(folder: Path, count: int, text=lambda i: False, sizes=((16, 16),)
     lines = []
     for i in range(count):
         if not text(i):
-            (folder / f"{i}.png").write_bytes(encoded(picture(*sizes[i % len(sizes)], seed=i)) if i != 3 else b"not an image")
+            (folder / f"{i}.png").write_bytes(
+                encoded(picture(*sizes[i % len(sizes)], seed=i)) if i != 3 else b"not an image"
+            )
         turns = [turn(assistant="yes" if i % 2 else "no"), turn("what?", "red")]
         lines.append(json.dumps({"images": [] if text(i) else [f"{i}.png"], "texts": turns}))
     (folder / "rows.jsonl").write_text("\n".join(lines))
