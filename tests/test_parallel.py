@@ -164,7 +164,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert lines(ours, key) == pytest.approx(lines(theirs, key), rel=1e-3), key
     a, b = weights(ours), weights(theirs)
     assert a.keys() == b.keys()
-    for name in b:
+    # A bias of keys changes no attention: its gradient is rounding alone, of which Adam makes whole steps.
+    for name in b.keys() - {"MP.pooling.k_proj.bias"}:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4, msg=name)
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (ours, theirs))
     for key in ("steps", "stop_reason", "train_tokens", "frozen_share", "dropped", "parameters"):
