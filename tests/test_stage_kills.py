@@ -22,7 +22,7 @@ STEPS, INTERVAL = 8, 2
 # The third checkpoint is complete beside its place, and will never stand there.
 KILLED_AT = "step_00000006"
 FLAGS = (
-    f"--vit_n_blocks 2 --lm_n_blocks 1 --batch_size 2 --eval_batch_size 8 --max_new_tokens 4 --keep_checkpoints 9 "
+    "--batch_size 2 --eval_batch_size 8 --max_new_tokens 4 --keep_checkpoints 9 "
     f"--checkpoint_interval {INTERVAL} --max_training_steps {STEPS} --eval_interval {STEPS}"
 ).split()
 # Python imports it at its start. At a moment that is the same on every machine, however slow.
@@ -73,8 +73,8 @@ def last(output: str, stage: int) -> dict:
 
 
 def assert_same_weights(stage: int) -> None:
-    assert not same(last("whole", 1), last("whole", stage))
     assert same(last("killed", stage), last("whole", stage))
+    assert stage == 1 or not same(last("whole", stage - 1), last("whole", stage))
     summary = json.loads(Path("killed", f"nanomolmo2_tiny_stage{stage}", "summary.json").read_text())
     assert summary["resumed_at_steps"] == [4]
 
@@ -94,17 +94,17 @@ def test_a_stage_that_is_killed_continues_to_the_same_weights(monkeypatch):
 
 
 @pytest.mark.slow
-def test_three_stages_each_of_which_is_killed_end_with_the_same_weights():
+def test_three_stages_each_of_which_is_killed_end_with_the_same_weights(monkeypatch):
     """And with GradES, which freezes in each of them."""
     flags = ["--enable_grades", "--vision_tau", "1e9", "--language_tau", "1e-9", "--alpha", "0.3", "--num_workers", "2"]
     command = [sys.executable, str(ROOT / "scripts/train_stages.py")]
-    whole = subprocess.run([*command, *stages("whole", *flags)], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    monkeypatch.setattr(train_stages, "run", in_process)
+    assert train_stages.main(stages("whole", *flags)) == 0
     for stage in (1, 2, 3):
         kill_inside([*command, *stages("killed", *flags)], stage)
         assert not checkpoints("killed", stage + 1)
         assert KILLED_AT not in checkpoints("killed", stage)
     ended = subprocess.run([*command, *stages("killed", *flags)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         assert_same_weights(stage)
