@@ -77,7 +77,8 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder, self.made = folder, {"rows"}
         self.rows = write_rows(folder / "rows", 40, text=some_texts)
-        self.uneven = write_rows(folder / "uneven_rows", 40, text=some_texts, sizes=SIZES)
+        # With micro-batches that are text alone on one rank.
+        self.uneven = write_rows(folder / "uneven_rows", 40, text=lambda i: i % 5 in (1, 2), sizes=SIZES)
         self.sparse = write_rows(folder / "sparse_rows", 40, text=lambda i: i % 4 != 0)
 
     def __truediv__(self, name: str) -> Path:
