@@ -50,7 +50,9 @@ class Settings:
     in_recipe: frozenset[str] = frozenset()  # of RECIPE_FIELDS those in a recipe that --config names
 
     def use_model_config(self, vlm: VLMConfig, origin: str) -> None:
-        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's; flags and RECIPE_FIELDS override it.
+        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's.
+
+        Flags, and of a recipe that --config names RECIPE_FIELDS, override it.
 
         origin: what an error calls it. Raises ValueError where a flag asks for another shape than the weights have, and
         where the settings as a whole are impossible.
