@@ -118,6 +118,18 @@ def count_image_tokens(grid: Grid, cfg: VLMConfig) -> int:
     return cfg.mp_image_token_length + rows * columns
 
 
+def image_tokens_in_words(cfg: VLMConfig) -> str:
+    """How many image tokens stand for a picture, and for a frame of a video where these are not as many."""
+    whole, frame = cfg.mp_image_token_length, frame_tokens(cfg)
+    if has_crops(cfg):
+        of_crops = count_image_tokens(largest_grid(cfg), cfg) - whole
+        words = f"{whole:,} image tokens for the whole image and at most {of_crops:,} for its crops"
+    else:
+        is_tiled = cfg.image_layout == "tiles" and cfg.max_img_size > cfg.vit_img_size
+        words = f"{whole:,} image tokens per image{' or tile' if is_tiled else ''}"
+    return words if frame == whole else f"{words}, {frame:,} per frame of a video"
+
+
 def largest_grid(cfg: VLMConfig) -> Grid:
     """The grid whose pictures have most images and, of these, most image tokens."""
     if cfg.image_layout == "resize":

@@ -48,7 +48,12 @@ def get_image_processor(
 def get_image_string(
     tokenizer: text.Tokenizer, splitted_image_counts: Sequence[tuple[int, int]], mp_image_token_length: int
 ) -> str:
-    """The text that stands for images of these grids (rows, columns). tokenizer: of get_tokenizer."""
+    """The text that stands for images of these grids (rows, columns). tokenizer: of get_tokenizer.
+
+    Raises ValueError for a model of crops: the programs that ask here cut tiles, which it was never shown.
+    """
+    if hasattr(tokenizer, "low_res_im_start"):
+        raise ValueError("--image_layout molmo_crops: must be tiles here; generate.py and evaluate.py cut its crops")
     names = ["image_token", "global_image_token"]
     names += [
         f"r{row}c{column}"

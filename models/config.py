@@ -179,6 +179,13 @@ class VLMConfig(Checked):
         """Width inside the projector, of mlp and molmo."""
         return self.mp_hidden_dim or (self.lm_inter_dim if self.mp_type == "molmo" else MLP_HIDDEN_DIM)
 
+    @property
+    def in_words(self) -> str:
+        """The kinds of its three parts, for a reader."""
+        tower = {"siglip": "SigLIP", "clip": "CLIP"}[self.vit_architecture]
+        decoder = "Qwen3" if self.lm_qk_norm else "Qwen2.5" if self.lm_qkv_bias else "SmolLM2"
+        return f"a vision tower as {tower}'s, a projector of the type {self.mp_type} and a decoder as {decoder}'s"
+
     def pixel_scaling(self) -> list[tuple[float, float]]:
         """(factor, what is then subtracted) for pixels of 0 to 255: one pair, or one for each colour."""
         mean, std = (value if isinstance(value, list) else [value] * 3 for value in (self.image_mean, self.image_std))

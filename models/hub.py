@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from models.config import VLMConfig
+
 HUB_TIMEOUT_S = 5
 CONFIG_FILES = ("config.json",)
 WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
@@ -25,7 +27,7 @@ pipeline_tag: image-text-to-text
 
 # {name}
 
-A vision-language model of the nanoVLM family: a SigLIP vision tower, a SmolLM2 decoder and a linear projector.
+A vision-language model of the nanoVLM family: {parts}.
 Load it from a checkout of the training repository:
 
 ```python
@@ -95,7 +97,8 @@ def push_folder(save: Callable[[str], None], repo_id: str, private: bool = False
     with tempfile.TemporaryDirectory() as name:
         save(name)
         folder = Path(name)
-        card = MODEL_CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id)
+        parts = VLMConfig.load(folder).in_words
+        card = MODEL_CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id, parts=parts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if source is not None:
             kept = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]

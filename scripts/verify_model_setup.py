@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from data.layouts import image_tokens_in_words
 from models.config import VLMConfig
 from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
@@ -93,8 +94,8 @@ def part_lines(plan: Plan, cfg: VLMConfig) -> list[str]:
     lines += [f"watched by GradES: {watched:,} matrices"] if watched else []
     return [
         *lines,
-        f"micro-batch: {plan.rows:,} rows of at most {plan.row_tokens:,} tokens with {plan.images:,} images of "
-        f"{cfg.mp_image_token_length:,} image tokens; {plan.micro_batches:,} in a step",
+        f"micro-batch: {plan.rows:,} rows of at most {plan.row_tokens:,} tokens with {plan.images:,} images, tiles or "
+        f"crops; {image_tokens_in_words(cfg)}; {plan.micro_batches:,} micro-batches in a step",
     ]
 
 

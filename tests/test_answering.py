@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny.benchmarks import records
 from tiny.data import encoded, picture
+from tiny.families import SIZES, family_of, of_families
 from tiny.grades import save_answering_model
 
 import evaluate
@@ -16,8 +17,8 @@ from eval.tasks import TASKS
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    return save_answering_model(tmp_path / "model")
+def checkpoint(request, tmp_path):
+    return save_answering_model(tmp_path / "model", **family_of(request))
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def data(tmp_path):
     rows = records("mmstar", 8)
     for i, row in enumerate(rows):
         row["question"] = f"what color is the shape{' red' * (i % 3)}?"
-        row["image"] = {"bytes": encoded(picture(16, 16, seed=i)), "path": None}
+        row["image"] = {"bytes": encoded(picture(*SIZES[i % 3], seed=i)), "path": None}
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({TASKS["mmstar"].split: table}).save_to_disk(tmp_path / "mmstar")
     return tmp_path
@@ -44,6 +45,7 @@ def answers(rows):
     return {(row["task"], row["id"]): row["answer"] for row in rows}
 
 
+@of_families("checkpoint")
 def test_a_batch_answers_as_one_question_does(checkpoint, data, tmp_path, capsys):
     one, results = run(checkpoint, data, tmp_path / "one", "--batch_size", 1)
     many, _ = run(checkpoint, data, tmp_path / "many", "--batch_size", 5, "--num_workers", 1)
@@ -59,6 +61,7 @@ def test_a_batch_answers_as_one_question_does(checkpoint, data, tmp_path, capsys
     assert str(checkpoint) in capsys.readouterr().out
 
 
+@of_families("checkpoint")
 def test_without_images_the_same_question_has_the_same_answer(checkpoint, data, tmp_path):
     blind, results = run(checkpoint, data, tmp_path / "blind", "--without_image")
     by_question = {}
@@ -137,6 +140,7 @@ def test_only_its_own_rank_cuts_a_file_that_breaks_off(tmp_path):
     assert path.read_text(encoding="utf-8") == written[: written.rindex("\n") + 1]
 
 
+@of_families("checkpoint")
 def test_the_likeliest_letter_is_scored_too(checkpoint, data, tmp_path):
     rows, results = run(checkpoint, data, tmp_path / "out", "--likelihood")
     assert set(results["tasks"]) == {"mmstar", "mmstar/likelihood"}

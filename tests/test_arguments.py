@@ -1,5 +1,6 @@
 """The command line: flags, recipes, help, and errors that come all at once and early."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,24 @@ def test_the_flags_people_know_work():
     assert (train.lr_mp, train.lr_vision_backbone, train.relevance_min_rating, train.seed) == (0.001, 1e-5, 2, 3)
     assert (settings.vlm.vlm_checkpoint_path, grades.target_components) == ("there", ["fc1", "q_proj"])
     assert settings.given == {word.removeprefix("--") for word in words.split() if word.startswith("--")}
+
+
+def test_a_named_recipe_says_how_long_rows_are_and_the_checkpoint_the_rest(tmp_path):
+    """As of the stages of a recipe, the last of which has the longest rows."""
+    texts = {"first": "{image_mean: 0.25, lm_max_length: 100, max_sample_length: 90}",
+             "last": "{image_mean: 0.5, lm_max_length: 200, max_sample_length: 190}"}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    first, last, flagged = (
+        parse_arguments(["--config", str(tmp_path / words[0]), *words[1:]])
+        for words in (["first"], ["last"], ["first", "--image_mean", "0.75"])
+    )
+    before = dataclasses.replace(first.vlm)
+    last.use_model_config(before, "the checkpoint")
+    assert (last.vlm.lm_max_length, last.vlm.image_mean) == (200, 0.25)
+    flagged.use_model_config(before, "the checkpoint")
+    assert (flagged.vlm.lm_max_length, flagged.vlm.image_mean) == (100, 0.75)
+    assert parse_arguments([]).in_recipe == frozenset()
 
 
 @pytest.mark.parametrize(

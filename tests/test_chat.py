@@ -3,10 +3,10 @@
 import pytest
 import torch
 from tiny.data import encoded, picture, tiny_vlm
-from tiny.grades import make_model
+from tiny.families import family_of, of_families
+from tiny.grades import save_answering_model
 
 from data.datasets import Questions
-from data.easy_vqa import NAME, VOCAB_SIZE
 from data.text import encode_conversation, encode_prompt, get_tokenizer
 from eval.asking import Asker
 from eval.chat import Chat, paths_of
@@ -15,14 +15,10 @@ from training.setup import autocast
 
 
 @pytest.fixture
-def chat(tmp_path, monkeypatch):
+def chat(request, tmp_path, monkeypatch):
     """A chat with an untrained model; `shown` is the answers' text, `notes` the other lines, `asked` the prompts."""
-    model = make_model(lm_base_vocab_size=VOCAB_SIZE, lm_tokenizer=NAME)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    model.save_pretrained(tmp_path)
-    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    save_answering_model(tmp_path, **family_of(request))
+    (tmp_path / "a.png").write_bytes(encoded(picture(40, 16)))
     device = torch.device("cpu")
     asker = Asker(tmp_path, device, autocast(device, "float32"))
     shown, notes, asked = [], [], []
@@ -73,6 +69,7 @@ def test_a_turn_reads_only_what_is_new(chat, monkeypatch):
     assert lengths[2] <= prompts[2] - prompts[1]
 
 
+@of_families("chat")
 def test_answers_are_those_to_the_whole_conversation(chat):
     chat.run(iter(["what color?", chat.image, "is it red?", chat.image, "and <image> this?", "is it blue?"]))
     alone = [chat.asker.answer([one], 6)[0] for one in chat.asked]
@@ -103,6 +100,7 @@ def test_another_beginning_is_read_again_and_no_image_in_part(chat):
     ask([9], None)
 
 
+@of_families("chat")
 def test_the_streamed_answer_is_the_answer(chat):
     chat.run(iter([chat.image, "what color?"]))
     [question] = chat.asked

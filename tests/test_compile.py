@@ -12,6 +12,7 @@ from tiny.grades import ALWAYS, FAMILIES, NEVER, batch, make_model
 from grades import GradESConfig, GradESMonitor, compiled, find_components
 from grades.compiled import DEFAULT_RECOMPILE_LIMIT, PATTERNS, flippable
 from grades.freezing import Freezer
+from models.modality_projector import grid_windows
 
 PRODUCTS = {"aten.mm.default", "aten.addmm.default", "aten.bmm.default"}
 
@@ -193,14 +194,15 @@ def test_blocks_show_few_patterns_whole_ones_always():
     assert len(patterns) == PATTERNS
 
 
-def batch_of_any_length(seed: int) -> dict:
-    """Rows and lengths vary; every third batch holds no image."""
+def batch_of_any_length(seed: int, family: str) -> dict:
+    """Rows and lengths vary; every third batch holds no image. Of Molmo's family the batch names the windows."""
     full, rng = batch(seed), random.Random(seed)
     filler = torch.full((2, rng.randrange(5)), 7)
     rows = {name: torch.cat((full[name], filler), 1).repeat(1 + seed % 2, 1) for name in ("input_ids", "targets")}
     if seed % 3 == 2:
         return rows | {"input_ids": rows["input_ids"].clamp(max=29)}
-    return rows | {"images": full["images"].repeat(1 + seed % 2, 1, 1, 1)}
+    windows = {} if family == "nanovlm" else {"pool_index": grid_windows(2 + 2 * (seed % 2), 4, 2).flip(0)}
+    return rows | windows | {"images": full["images"].repeat(1 + seed % 2, 1, 1, 1)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,7 +218,7 @@ def test_the_model_compiles_without_graph_breaks_and_evaluation_compiles_nothing
     monitor = GradESMonitor(config, model, optimizer, 8, log=lambda line: None)
     for step in range(1, 9):
         torch._dynamo.utils.counters.clear()
-        model(**batch_of_any_length(step))[1].backward()
+        model(**batch_of_any_length(step, family))[1].backward()
         assert not torch._dynamo.utils.counters["graph_break"]
         monitor.after_backward(step)
         optimizer.step()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny.browser import CHROMIUM, Browser
 from tiny.data import encoded, picture, tiny_vlm
+from tiny.families import FAMILIES
 from tiny.grades import save_answering_model
 
 import demo
@@ -23,8 +24,8 @@ from training.setup import autocast, pick_device
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def asker_of(folder: Path) -> Asker:
-    return Asker(save_answering_model(folder), torch.device("cpu"), autocast(torch.device("cpu"), "float32"))
+def asker_of(folder: Path, **fields) -> Asker:
+    return Asker(save_answering_model(folder, **fields), torch.device("cpu"), autocast(torch.device("cpu"), "float32"))
 
 
 def test_everything_wrong_with_the_flags_is_told(tmp_path, monkeypatch, capsys):
@@ -56,12 +57,16 @@ def test_a_device_that_is_not_here_is_told(monkeypatch):
     assert pick_device("cpu").type == "cpu"
 
 
-def test_the_last_of_what_is_shown_is_the_answer(tmp_path):
-    asker = asker_of(tmp_path)
-    first, *_, last = show_answer(asker, [encoded(picture())], "what color?", 4)
-    assert (first.answer, first.numbers) == ("", "4 image tokens of 15 in the prompt")
+@pytest.mark.parametrize(("family", "tokens"), [("nanovlm", "4 image tokens of 15"), ("nanomolmo2", "16 image tokens "),
+                                                ("molmo2", "14 image tokens of 31")])  # fmt: skip
+def test_the_last_of_what_is_shown_is_the_answer(tmp_path, family, tokens):
+    """Of crops: 4 image tokens of the whole, 2 x 5 of the 4 x 10 patches of 1 x 4 crops."""
+    asker = asker_of(tmp_path, **FAMILIES[family])
+    first, *_, last = show_answer(asker, [encoded(picture(40, 16))], "what color?", 4)
+    assert first.answer == ""
+    assert first.numbers.startswith(tokens)
     assert first.seen is not None
-    question = asker.reader.read({"user": "what color?"}, [picture()])
+    question = asker.reader.read({"user": "what color?"}, [picture(40, 16)])
     assert last.answer == asker.answer([question], 4)[0] != ""
     assert "first token after" in last.numbers
     alone = list(show_answer(asker, [], "what color?", 4))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny.data import byte_level_tokenizer, picture, tiny_vlm
+from tiny.families import FAMILIES
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data.images import ImageProcessor
@@ -214,6 +215,8 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys):
         "vit_architecture clip", "vit_feature_layers [-1]", "lm_qk_norm True", "lm_qkv_bias True", "mp_type linear",
         "mp_merge add", "image_mean [0.1, 0.2, 0.3], image_std 0.5",
     ]  # fmt: skip
+    crops = inexpressible(tiny_vlm(**FAMILIES["molmo2"]))
+    assert "image_layout molmo_crops" in [problem.split(":")[0] for problem in crops]
     VisionLanguageModel(wrong).save_pretrained(tmp_path / "wrong")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "smolvlm"}')

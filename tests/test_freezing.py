@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn as nn
-from tiny.grades import ALWAYS, NEVER, Loop, batch, make_model, make_optimizer, same_weights, unfreezing_loop
+from tiny.grades import ALWAYS, FAMILIES, NEVER, Loop, batch, make_model, make_optimizer, same_weights, unfreezing_loop
 
 from grades import GradESConfig, GradESMonitor, find_components
 from grades.freezing import Freezer
@@ -51,10 +51,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def model():
-    return make_model()
+def model(request):
+    return make_model(**FAMILIES[getattr(request, "param", "nanovlm")])
 
 
+of_families = pytest.mark.parametrize("model", FAMILIES, indirect=True)
+
+
+@of_families
 def test_of_a_frozen_vision_tower_nothing_trains_and_no_activation_is_kept(model):
     before = trainable(model)
     freeze(model, "vision_encoder")
@@ -173,9 +177,10 @@ def test_a_matrix_behind_the_blocks_of_the_vision_tower_trains_and_a_projector_i
 
 @pytest.mark.parametrize("wanted", ["vision_encoder", "vision_encoder.blocks.0.", "decoder.blocks.0.", ""])
 @pytest.mark.parametrize("projector", [True, False])
-def test_the_step_is_the_same_with_and_without_prefix(wanted, projector):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_is_the_same_with_and_without_prefix(family, wanted, projector):
     """The loss and every gradient of what trains on; that of a tied embedding whose lookup is cut off excepted."""
-    models = [make_model() for _ in range(2)]
+    models = [make_model(**FAMILIES[family]) for _ in range(2)]
     for model, prefix in zip(models, (True, False), strict=True):
         model.MP.requires_grad_(projector)
         cut = freeze(model, wanted, prefix=prefix).cuts
@@ -188,6 +193,7 @@ def test_the_step_is_the_same_with_and_without_prefix(wanted, projector):
             assert torch.equal(gradient, without[name])
 
 
+@of_families
 def test_gradients_and_optimizer_state_are_freed_of_matrices_and_prefix(model):
     optimizer = make_optimizer(model)
     loss_of(model).backward()
@@ -202,12 +208,13 @@ def test_gradients_and_optimizer_state_are_freed_of_matrices_and_prefix(model):
     loss_of(model).backward()
     optimizer.step()  # with weight decay
     assert all(torch.equal(p, b) for p, b in zip(frozen, before, strict=True))
-    fresh = make_optimizer(make_model())
+    fresh = make_optimizer(copy.deepcopy(model).requires_grad_(True))
     fresh.load_state_dict(optimizer.state_dict())  # the groups still fit
     assert len(fresh.state) == len(optimizer.state) == len(list(model.parameters())) - len(frozen)
 
 
 @pytest.mark.parametrize("with_momentum", [False, True])
+@of_families
 def test_frozen_weights_never_move_again(model, with_momentum):
     settings = {"lr": 1e-2, "weight_decay": 0.1}
     sgd = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)

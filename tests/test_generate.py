@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny.data import encoded, picture
+from tiny.families import SIZES, family_of, of_families
 from tiny.grades import save_answering_model
 
 import evaluate
@@ -33,10 +34,10 @@ def test_everything_wrong_with_the_flags_is_told_without_torch(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    save_answering_model(tmp_path / "model")
+def checkpoint(request, tmp_path):
+    save_answering_model(tmp_path / "model", **family_of(request))
     for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(encoded(picture(seed=number)))
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(*SIZES[number], seed=number)))
     return tmp_path / "model"
 
 
@@ -74,6 +75,7 @@ def test_a_checkpoint_whose_config_is_damaged_is_one_sentence(checkpoint, capsys
     assert f"--checkpoint {checkpoint}" in capsys.readouterr().err
 
 
+@of_families("checkpoint")
 def test_answers_and_an_image_that_is_none(checkpoint, tmp_path, capsys):
     (tmp_path / "b.png").write_bytes(b"not an image")
     generate(checkpoint, "--prompt", "what color?", "--generations", 2, "--image", tmp_path / "1.png", "--speed")
@@ -104,6 +106,7 @@ def test_a_prompt_cannot_write_what_only_the_template_and_images_write(checkpoin
             generate(checkpoint, "--prompt", text)
 
 
+@of_families("checkpoint")
 def test_a_chat_at_standard_input(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path / '1.png'}\nis it red?\n"))
     generate(checkpoint, "--chat", "--image", tmp_path / "0.png", "--prompt", "what color?")
@@ -142,6 +145,7 @@ def answered(checkpoint, prompts, output, *flags):
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
+@of_families("checkpoint")
 def test_questions_of_a_file_are_answered_in_its_order(checkpoint, prompts, tmp_path, capsys):
     rows = answered(checkpoint, prompts, tmp_path / "a.jsonl", "--batch_size", 1)
     ids = ["x", *(f"rows.jsonl#{number}" for number in (1, 2, 3, 4, 5, 6)), "rows.jsonl#8/0", "rows.jsonl#8/1"]
@@ -151,7 +155,7 @@ def test_questions_of_a_file_are_answered_in_its_order(checkpoint, prompts, tmp_
     assert {"neither" in line for line in capsys.readouterr().err.splitlines() if "not asked" in line} == {True}
     assert answered(checkpoint, prompts, tmp_path / "b.jsonl", "--batch_size", 4, "--num_workers", 1) == rows
     generate(checkpoint, "--prompt", ROWS[3]["prompt"], "--image", tmp_path / "0.png", tmp_path / "2.png")
-    assert capsys.readouterr().out.splitlines()[-1] == rows[3]["answer"]
+    assert capsys.readouterr().out.endswith(f"{rows[3]['answer']}\n")
     twice = answered(checkpoint, prompts, tmp_path / "c.jsonl", "--generations", 2)
     assert twice[0]["answers"] == [rows[0]["answer"]] * 2
 

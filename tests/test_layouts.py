@@ -8,22 +8,21 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from tiny.data import dataset, encoded, picture, row, same, tiny_train, tiny_vlm, turn
+from tiny.families import CROP_EXTRA, CROPS
 from tiny.grades import TINY
 
 from data.collators import PromptCollator, TrainCollator
 from data.images import ImageProcessor
 from data.inspection_page import make_page
-from data.layouts import FRAME, count_image_tokens, grid_of, largest_grid, pool_index
+from data.layouts import FRAME, count_image_tokens, grid_of, image_tokens_in_words, largest_grid, pool_index
 from data.packing import PackedCollator
 from data.text import get_tokenizer, image_string
 from eval.asking import ModelAsker
 from eval.prompt_cache import PromptCache
-from models.config import CROP_TOKENS, VLMConfig
+from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
 from training.feature_cache import FeatureCache
 
-TOKENS = {"image_token": "<im_patch>"} | CROP_TOKENS
-CROPS = {"image_layout": "molmo_crops", "vlm_extra_tokens": TOKENS, "mp_type": "molmo", "overlap_margin": 1}
 SIGLIP, CLIP = (378, 14, 8), (336, 14, 12)
 
 
@@ -247,6 +246,15 @@ def test_what_a_layout_needs_is_checked():
     assert "--image_layout crops: must be one of" in "\n".join(tiny_vlm(image_layout="crops").problems())
 
 
+def test_image_tokens_in_words():
+    assert image_tokens_in_words(published(*CLIP)) == (
+        "144 image tokens for the whole image and at most 1,200 for its crops, 64 per frame of a video"
+    )
+    assert count_image_tokens((1, 12), published(*CLIP)) == 144 + 12 * 100  # of 24 x 200 patches
+    assert image_tokens_in_words(tiny_vlm()) == "4 image tokens per image or tile"
+    assert image_tokens_in_words(tiny_vlm(max_img_size=16)) == "4 image tokens per image"
+
+
 def test_the_largest_picture():
     assert largest_grid(tiny()) == (1, 6)
     assert count_image_tokens((1, 6), tiny()) == max(
@@ -260,7 +268,7 @@ def crops_model() -> VisionLanguageModel:
     base = tiny()
     names = ("lm_base_vocab_size", "lm_tokenizer", "lm_max_length", "vit_img_size", "vit_patch_size", "max_crops")
     cfg = VLMConfig(
-        **TINY | CROPS | {"extra_token_amount": len(TOKENS)} | {name: getattr(base, name) for name in names}
+        **TINY | CROPS | {"extra_token_amount": len(CROP_EXTRA)} | {name: getattr(base, name) for name in names}
     )
     torch.manual_seed(0)
     return VisionLanguageModel(cfg).eval()

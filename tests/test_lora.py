@@ -24,9 +24,10 @@ LANGUAGE = ATTENTION | dict.fromkeys(["gate_proj", "up_proj", "down_proj"], 2)
 
 
 @pytest.fixture(params=FAMILIES, autouse=True)
-def family(request, monkeypatch):
-    """Every test here is one of both families."""
+def family(request, monkeypatch) -> str:
+    """Every test here is one of both families; its name."""
     monkeypatch.setattr("test_lora.make_model", functools.partial(make_any_model, **FAMILIES[request.param]))
+    return request.param
 
 
 make_model = make_any_model
@@ -184,7 +185,8 @@ def test_adapters_work_in_bfloat16_autocast_and_see_no_float32_copy():
 
 
 @pytest.mark.parametrize("metric", ["weight_change", "gradient_norm"])
-def test_a_run_freezes_adapters_that_then_stop_moving(data, tmp_path, monkeypatch, metric):
+def test_a_run_freezes_adapters_that_then_stop_moving(data, tmp_path, monkeypatch, family, metric):
+    from tiny import families
     from tiny.runs import arguments
 
     import train
@@ -198,13 +200,14 @@ def test_a_run_freezes_adapters_that_then_stop_moving(data, tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "forward_backward", forward_backward)
     flags = {"lora_rank": 4, "enable_grades": True, "alpha": 0.5, "metric": metric}
-    flags |= {"vision_tau": 1e9, "language_tau": 1e-12}
+    flags |= {"vision_tau": 1e9, "language_tau": 1e-12} | families.FAMILIES[family]
+    matrices = 4 * flags.get("vit_n_blocks", 1) + 7
     assert train.main(parse_arguments(arguments(data, tmp_path, "run", **flags))) == 0
     folder = tmp_path / "out" / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["frozen_share_vision"], summary["frozen_share_language"]) == (1.0, 0.0)
     history = json.loads((folder / "grades_history.json").read_text())
-    assert len(history["components"]) == 4 + 7
+    assert len(history["components"]) == matrices
     assert {event["step"] for event in history["events"]} == {5}
 
     states.append(models[-1].state_dict())
@@ -224,4 +227,4 @@ def test_a_run_freezes_adapters_that_then_stop_moving(data, tmp_path, monkeypatc
     assert all(torch.equal(loaded[name], value) for name, value in merged.items())
     kept = torch.load(checkpoint / "training_state.pt", weights_only=True)["lora"]
     assert all(torch.equal(states[-1][name], value) for name, value in kept.items())
-    assert len(kept) == 3 * (4 + 7)
+    assert len(kept) == 3 * matrices

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny.families import FAMILIES, words_of
 from torch.overrides import TorchFunctionMode
 
 from grades import GradESMonitor
@@ -110,6 +111,13 @@ def test_nor_does_one_of_two_micro_batches_that_computes_activations_again(run):
     before = run.monitor.last_step
     run.step(1)
     assert run.monitor.last_step == before + 1
+
+
+def test_nor_does_one_with_crops_and_the_windows_of_their_patches(run):
+    sizes = {"vit_img_size": 16, "max_img_size": 16, "vit_patch_size": 4, "mp_image_token_length": 4}
+    run = run("quickstart", " ".join(["--metric weight_change", *words_of(sizes | FAMILIES["molmo2"])]))
+    assert run.micro_batches[0]["pool_index"].shape[1] == 4
+    run.step(1)
 
 
 WAITS = {

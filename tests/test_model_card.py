@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from tiny.data import write_rows
+from tiny.families import SIZES, family_of, of_families
 from tiny.runs import arguments
 
 import train
+from data.layouts import image_tokens_in_words
+from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
 from training.arguments import parse_arguments
 from training.checkpoint import Checkpointer
@@ -31,12 +35,19 @@ def results(card: ModelCard) -> dict[tuple[str, str], float]:
 
 
 @pytest.fixture
-def trained(data, tmp_path, no_network):
-    folder = run(data, tmp_path, "run", **FREEZING)
+def data(tmp_path):
+    return write_rows(tmp_path / "rows", 16, sizes=SIZES)
+
+
+@pytest.fixture
+def trained(request, data, tmp_path, monkeypatch, no_network):
+    monkeypatch.setattr("grades.plots.draw", lambda history: [])
+    folder = run(data, tmp_path, "run", **FREEZING, **family_of(request))
     assert no_network == []
     return folder
 
 
+@of_families("trained")
 def test_a_card_holds_what_was_measured_and_how_it_was_made(trained, data):
     text = (trained / "last" / CARD).read_text(encoding="utf-8")
     card = ModelCard(text)  # as the hub's classes parse it
@@ -60,6 +71,7 @@ def test_a_card_holds_what_was_measured_and_how_it_was_made(trained, data):
         "python generate.py --checkpoint",
         "| weights at first | random |",
         "- the code that trained it: MIT",
+        image_tokens_in_words(VLMConfig.load(trained / "last")),
     ):
         assert words in text, words
     assert not is_edited(trained / "last" / CARD)
@@ -150,6 +162,7 @@ def test_a_card_of_another_system_is_not_an_edited_one(trained, tmp_path, ending
     assert not is_edited(tmp_path / "absent.md")
 
 
+@of_families("trained")
 def test_push_to_hub_sends_the_card_of_the_weights_and_no_other(trained, monkeypatch):
     sent: dict[str, bytes] = {}
 
@@ -164,7 +177,9 @@ def test_push_to_hub_sends_the_card_of_the_weights_and_no_other(trained, monkeyp
     assert sent[CARD] == (trained / "last" / CARD).read_bytes()
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= sent.keys()
     assert "training_state.pt" not in sent
-    model.MP.proj.weight.data += 1  # its numbers hold no more
+    next(model.MP.parameters()).data += 1  # its numbers hold no more
     model.push_to_hub("someone/tiny")
     assert b"someone/tiny" in sent[CARD]
     assert b"What was measured" not in sent[CARD]
+    for card in (sent[CARD], (trained / "last" / CARD).read_bytes()):
+        assert model.cfg.in_words.encode() in card

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from tiny import families
 from tiny.data import dataset, encoded, picture, row, same, some_rows, tiny_train, tiny_vlm, turn
 
 import models.language_model
@@ -18,6 +19,7 @@ from grades import GradESConfig
 from models.attention import attend_flex, block_mask, takes_flex_attention
 from models.config import TrainConfig, VLMConfig, check_settings
 from models.language_model import LanguageModel
+from models.modality_projector import grid_windows
 from models.vision_language_model import VisionLanguageModel
 
 PAD = 1
@@ -256,10 +258,21 @@ def logits_of(model: VisionLanguageModel, batch: dict) -> torch.Tensor:
     return model(**to_device({k: v for k, v in batch.items() if k not in ("targets", "label_positions")}, CPU))[0]
 
 
+def images_of(batch: dict, inside: torch.Tensor, vlm: VLMConfig) -> torch.Tensor:
+    """The images whose tokens stand where `inside`, bool [B, T], says."""
+    windows = batch.get("pool_index", grid_windows(len(batch["images"]), vlm.vit_grid, vlm.mp_window))
+    found = windows[inside.flatten()[batch["image_slots"]]]
+    return found[found >= 0] // vlm.vit_grid**2
+
+
+of_families = pytest.mark.parametrize("family", ["nanovlm", "molmo2"])
+
+
+@of_families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_changing_a_sample_leaves_its_row_mates_as_they_are(dtype):
+def test_changing_a_sample_leaves_its_row_mates_as_they_are(dtype, family):
     torch.manual_seed(0)
-    vlm = small(256)
+    vlm = small(256, **families.FAMILIES[family])
     model = VisionLanguageModel(vlm).eval()
     batch = PackedCollator(PAD, vlm)(documents(0, vlm))
     assert batch["document_ids"].max() == 3
@@ -270,16 +283,16 @@ def test_changing_a_sample_leaves_its_row_mates_as_they_are(dtype):
             inside = batch["document_ids"] == document
             words = inside & (batch["input_ids"] != vlm.image_token_id)
             changed["input_ids"][words] = (batch["input_ids"][words] + 7) % vlm.image_token_id
-            slots = inside.flatten()[batch["image_slots"]].view(-1, vlm.mp_image_token_length)[:, 0]
-            changed["images"][slots] += 100
+            changed["images"][images_of(batch, inside, vlm).unique()] += 100
             after = logits_of(model, changed)
             assert torch.equal(before[~inside], after[~inside])
             assert not torch.isclose(before[inside], after[inside]).all(-1).any()
 
 
-def test_the_packed_loss_and_its_gradient_are_those_of_padded_rows():
+@of_families
+def test_the_packed_loss_and_its_gradient_are_those_of_padded_rows(family):
     torch.manual_seed(0)
-    vlm = small(256)
+    vlm = small(256, **families.FAMILIES[family])
     model = VisionLanguageModel(vlm)
     rows = documents(1, vlm)
     found = []

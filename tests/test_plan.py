@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from tiny.families import CROPS as CROP_SETTINGS
+from tiny.families import words_of
 from torch.autograd.graph import saved_tensors_hooks
 
 import models.attention
@@ -31,6 +33,7 @@ PACKING = "--packing --lm_max_length 120 --max_images_per_example 1 --max_images
 MOLMO = (
     "--vit_architecture clip --vit_feature_layers -1 -2 --mp_type molmo --mp_pool_size 4 --lm_head_dim 32 --lm_qk_norm"
 )
+CROPS = " ".join([MOLMO, *words_of(CROP_SETTINGS), "--extra_token_amount 5 --max_crops 2"])
 TOKENS = ["image_token", "global_image_token", *(f"r{r}c{c}" for r in (1, 2) for c in (1, 2))]
 EXTRA = json.dumps({name: name for name in TOKENS}, separators=(",", ":"))
 TILES = f"--max_img_size 96 --extra_token_amount 6 --vlm_extra_tokens {EXTRA} --max_sample_length"
@@ -119,7 +122,7 @@ def really_held(settings, model) -> dict[str, int]:
         "", "--dtype bfloat16 --metric gradient_change", "--lora_rank 4 --lora_vision false --metric gradient_rms",
         "--activation_checkpointing --monitor_sample 4 --metric weight_change",
         "--loss_chunk_size 7 --metric gradient_norm", "--lr_vision_backbone 0", f"{PACKING} 3", MOLMO,
-        f"{MOLMO} --activation_checkpointing", f"{MOLMO} --lr_vision_backbone 0",
+        f"{MOLMO} --activation_checkpointing", f"{MOLMO} --lr_vision_backbone 0", CROPS,
     ],
 )  # fmt: skip
 def test_a_plan_says_what_real_steps_hold(words, monkeypatch):

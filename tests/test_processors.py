@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from tiny.data import TILE_TOKENS, picture
+from tiny.families import CROP_EXTRA, FAMILIES
 from tiny.grades import make_model
 
 from data import easy_vqa
@@ -90,6 +91,14 @@ def test_vlmevalkit_asks_as_we_do(tmp_path, tokens, side, sizes, enlarge):
     assert theirs.ids[0].tolist() == question.prompts[0]
     assert [answer] == ours.answer([question], 8)
     assert answer
+
+
+def test_a_model_of_crops_is_refused(tmp_path):
+    """Which VLMEvalKit would show tiles, or of a small picture the whole alone."""
+    rest = {name: value for name, value in FAMILIES["molmo2"].items() if "extra_token" not in name}
+    wrapper = TheirWrapper(save_model(tmp_path, CROP_EXTRA, **rest))
+    with pytest.raises(ValueError, match="--image_layout molmo_crops: must be tiles here"):
+        wrapper.generate(QUESTION, [picture()], 4)
 
 
 def test_the_tokens_are_attributes_as_in_nanovlm(tmp_path):

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from tiny.data import byte_level_tokenizer, dataset, encoded, picture, tiny_train, tiny_vlm
+from tiny.families import family_of, of_families
 from tiny.grades import save_answering_model
 from tiny.video import write_clip
 
@@ -195,12 +196,11 @@ def test_frames_go_the_way_of_images(folder, vlm, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    save_answering_model(folder)
-    return folder
+def checkpoint(request, tmp_path_factory):
+    return save_answering_model(tmp_path_factory.mktemp("checkpoint") / "model", **family_of(request))
 
 
+@of_families("checkpoint")
 def test_generate_takes_videos(folder, checkpoint, tmp_path, monkeypatch, capsys):
     given = []
     real = Asker.answer
@@ -226,6 +226,7 @@ def test_generate_takes_videos(folder, checkpoint, tmp_path, monkeypatch, capsys
         main(parse_arguments([*common, "--video", clip, "--prompt", "<video> or <video>"]))
 
 
+@of_families("checkpoint")
 def test_evaluate_asks_about_videos(folder, checkpoint, tmp_path):
     rows = [{"video": str(folder / "a.mp4"), "question": "is there a red shape?", "answer": "yes"}]
     rows += [{"image": str(folder / "p.png"), "question": "is there a red shape?", "answer": "no"}]

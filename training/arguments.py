@@ -28,6 +28,8 @@ FREE_FIELDS = {
     "resize_to_max_side_len", "mp_video_pool_size", "image_mean", "image_std", "vlm_checkpoint_path",
     "vlm_load_backbone_weights", "hf_repo_name",
 }  # fmt: skip
+# Of these, what a recipe named by --config changes too: a later stage may have longer rows and more crops.
+RECIPE_FIELDS = {"lm_max_length", "max_crops"}
 BOTH_TOWERS = "lr_backbones"  # a flag for lr_vision_backbone and lr_language_backbone
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 KINDS = {
@@ -45,15 +47,19 @@ class Settings:
     grades: GradESConfig
     recipe: Path
     given: frozenset[str]  # names of the flags on the command line
+    in_recipe: frozenset[str] = frozenset()  # of RECIPE_FIELDS those in a recipe that --config names
 
     def use_model_config(self, vlm: VLMConfig, origin: str) -> None:
-        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's; the flags given override it.
+        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's.
+
+        Flags, and of a recipe that --config names RECIPE_FIELDS, override it.
 
         origin: what an error calls it. Raises ValueError where a flag asks for another shape than the weights have, and
         where the settings as a whole are impossible.
         """
         ours = self.vlm
-        wanted = {name: getattr(ours, name) for name in self.given | {"vlm_checkpoint_path"} if hasattr(ours, name)}
+        names = self.given | self.in_recipe | {"vlm_checkpoint_path"}
+        wanted = {name: getattr(ours, name) for name in names if hasattr(ours, name)}
         problems = [
             f"--{name} {value}: must be {getattr(vlm, name)}, as {origin} has it"
             for name, value in sorted(wanted.items())
@@ -88,7 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
     """Read flags and recipe, and check all of it; ends the program with every error at once, before any work."""
     flags, problems = read_flags(sys.argv[1:] if argv is None else argv)
     shown = {"help", "help_all"} & flags.keys()
-    recipe = Path(flags.pop("config", DEFAULT_RECIPE))
+    is_named, recipe = "config" in flags, Path(flags.pop("config", DEFAULT_RECIPE))
     try:
         texts = read_recipe(recipe)
     except ValueError as error:
@@ -112,7 +118,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
         problems.append(problem("train_dataset_path", train.train_dataset_path, allowed))
     if problems:
         end(problems)
-    return Settings(vlm, train, grades, recipe, frozenset(flags))
+    in_recipe = RECIPE_FIELDS & texts.keys() if is_named else ()
+    return Settings(vlm, train, grades, recipe, frozenset(flags), frozenset(in_recipe))
 
 
 def end(problems: Iterable[str]) -> NoReturn:

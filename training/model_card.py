@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from data import easy_vqa
+from data.layouts import image_tokens_in_words
 from data.pipeline import Data, format_names
 from grades import GradESMonitor
 from grades.policy import lasting
@@ -78,12 +79,13 @@ class ModelCard:
         lines = [
             f"# {name}\n",
             f"A vision-language model of the nanoVLM family with {self.sizes['all']:,} parameters, after step "
-            f"{state.step:,} of a run of at most {self.settings.train.max_training_steps:,}.\n",
+            f"{state.step:,} of a run of at most {self.settings.train.max_training_steps:,}: {vlm.in_words}.\n",
             "| part | parameters | shape |",
             "|---|--:|---|",
             f"| vision tower | {self.sizes['vision tower']:,} | {vlm.vit_n_blocks} blocks, width {vlm.vit_hidden_dim}, "
-            f"images or tiles of {vlm.vit_img_size} x {vlm.vit_img_size} pixels, patches of {vlm.vit_patch_size} |",
-            f"| projector | {self.sizes['projector']:,} | {vlm.mp_image_token_length} tokens per image or tile |",
+            f"images, tiles or crops of {vlm.vit_img_size} x {vlm.vit_img_size} pixels, patches of "
+            f"{vlm.vit_patch_size} |",
+            f"| projector | {self.sizes['projector']:,} | {image_tokens_in_words(vlm)} |",
             f"| language model | {self.sizes['language model']:,} | {vlm.lm_n_blocks} blocks, width "
             f"{vlm.lm_hidden_dim}, {vlm.lm_vocab_size:,} tokens |",
             "\n## How to ask it\n",

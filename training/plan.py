@@ -198,7 +198,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """The plan in words."""
     sums = (sum(getattr(p, name) for p in plan.parts) for name in ("parameters", "trainable", "components"))
     parts = [*plan.parts, Part("all", *sums)]
-    rows = f"{plan.rows:,} rows of at most {plan.row_tokens:,} tokens with {plan.images:,} images (or tiles)"
+    rows = f"{plan.rows:,} rows of at most {plan.row_tokens:,} tokens with {plan.images:,} images (or tiles, or crops)"
     each = f" of each of {plan.processes:,} processes" if plan.processes > 1 else ""
     sizes = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in plan.memory.items())
     tokens, flops, run = plan.step_tokens, plan.step_flops, f"in {plan.steps:,} steps"

@@ -33,7 +33,7 @@ def tiny_vlm(**changes) -> VLMConfig:
         "lm_max_length": 512,
         "vlm_extra_tokens": TILE_TOKENS,
     } | changes
-    return VLMConfig(extra_token_amount=len(values["vlm_extra_tokens"]), **values)
+    return VLMConfig(**values | {"extra_token_amount": len(values["vlm_extra_tokens"])})
 
 
 def tiny_train(**changes) -> TrainConfig:
@@ -78,13 +78,18 @@ def byte_level_tokenizer(folder) -> int:
     return made.get_vocab_size()
 
 
-def write_rows(folder: Path, count: int, text=lambda i: False) -> Path:
-    """Rows in the_cauldron's shape in a new folder. text: whether row i is text alone; the image of one is none."""
+def write_rows(folder: Path, count: int, text=lambda i: False, sizes=((16, 16),)) -> Path:
+    """Rows in the_cauldron's shape in a new folder. text: whether row i is text alone; the image of one is none.
+
+    sizes: of the images, in turn.
+    """
     folder.mkdir(parents=True)
     lines = []
     for i in range(count):
         if not text(i):
-            (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)) if i != 3 else b"not an image")
+            (folder / f"{i}.png").write_bytes(
+                encoded(picture(*sizes[i % len(sizes)], seed=i)) if i != 3 else b"not an image"
+            )
         turns = [turn(assistant="yes" if i % 2 else "no"), turn("what?", "red")]
         lines.append(json.dumps({"images": [] if text(i) else [f"{i}.png"], "texts": turns}))
     (folder / "rows.jsonl").write_text("\n".join(lines))

@@ -23,7 +23,7 @@ MOLMO = {
     "vit_architecture": "clip", "vit_n_blocks": 3, "vit_feature_layers": [-2, -3], "lm_head_dim": 16,
     "lm_qk_norm": True, "mp_type": "molmo", "lm_vocab_size": 40,
 }  # fmt: skip
-FAMILIES = {"nanovlm": {}, "nanomolmo2": MOLMO}
+FAMILIES = {"nanovlm": {}, "molmo2": MOLMO}  # with one batch for both; those of tiny.families have their own
 LR = 1e-2
 NEVER = 1e-9  # a tau that nothing is below
 ALWAYS = 1e9  # a tau that everything measured is below
@@ -35,9 +35,12 @@ def make_model(seed: int = 0, **fields) -> VisionLanguageModel:
     return VisionLanguageModel(VLMConfig(**(TINY | fields)))
 
 
-def save_answering_model(folder: Path) -> Path:
-    """A checkpoint of an untrained model whose answers depend on picture and question; returns the folder."""
-    model = make_model(lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_tokenizer=easy_vqa.NAME)
+def save_answering_model(folder: Path, **fields) -> Path:
+    """A checkpoint of an untrained model whose answers depend on picture and question; returns the folder.
+
+    fields: of VLMConfig.
+    """
+    model = make_model(lm_base_vocab_size=easy_vqa.VOCAB_SIZE, lm_tokenizer=easy_vqa.NAME, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from tiny.families import words_of
 from training import schedule
 from training.checkpoint_folder import STATE
 
@@ -27,7 +28,7 @@ UNEQUAL = {"settings", "log", "seconds", "reported_s", "resumed_at", "total_wait
 
 def arguments(data: Path, tmp_path: Path, name: str, **flags) -> list[str]:
     given = {"train_dataset_path": data, "test_dataset_path": data, "output_dir": tmp_path / "out", "run_name": name}
-    return [f"--{key}={value}" for key, value in (TINY | given | flags).items()]
+    return words_of(TINY | given | flags)
 
 
 def state(folder: Path, name: str = "last") -> dict:
