@@ -42,25 +42,43 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
     config_class: type[VLMGradEarlyStoppingConfig] = VLMGradEarlyStoppingConfig
 
     def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None) -> None:
-        """config: settings, or their `as_arguments()`. Raises ValueError on impossible ones."""
+        """config: settings, or a dictionary of them. Raises ValueError on impossible ones, TypeError on something else.
+
+        What is set on the configuration until training begins holds for that training.
+        """
         super().__init__()
-        given: Any = config or {}
-        if isinstance(given, Mapping):
-            given = self.config_class(**given)
-        elif type(given) is GradESConfig:
-            given = VLMGradEarlyStoppingConfig(**vars(given))
-        self.config: Any = dataclasses.replace(given)  # a copy, as the caller may change theirs later
+        self.trainer: Any = None  # set during training
+        self.monitor: GradESMonitor | None = None
+        self.config = {} if config is None else config
         self.config.check()
         if ignored := self.config.without_effect():
             warnings.warn("options without effect: " + "; ".join(ignored), stacklevel=2)
-        self.monitor: GradESMonitor | None = None
         self.saved_state: dict[str, Any] | None = None  # from the checkpoint, where the trainer restores callbacks
-        self.trainer: Any = None  # set during training
         self.patches: list[Patch] = []  # of methods of the trainer and its accelerator, during training
         self.run = ""  # id of the latest run, which a resumed run keeps
         self.held_out: HeldOut | None = None  # with the metric rollback
         self.shown_step = 0  # the last step whose gradients the monitor has read
         self.has_ended = False  # the checkpoint is of a run that had ended
+
+    @property
+    def config(self) -> Any:
+        """The settings: the object that was given, and during training a copy of it that refuses changes."""
+        return self._config if self.trainer is None else self._running.config
+
+    @config.setter
+    def config(self, given: GradESConfig | Mapping[str, Any]) -> None:
+        if self.trainer is not None:
+            raise AttributeError("config: cannot be replaced during training; set it before")
+        if isinstance(given, Mapping):
+            given = self.config_class(**given)
+        elif type(given) is GradESConfig:
+            given = VLMGradEarlyStoppingConfig(**dataclasses.asdict(given))
+        if not isinstance(given, VLMGradEarlyStoppingConfig):
+            raise TypeError(
+                f"config {given!r}: must be a {self.config_class.__name__}, as "
+                f"{self.config_class.__name__}(alpha=0.5), or a dictionary of its settings"
+            )
+        self._config = given
 
     def before_loop(self, trainer: Trainer) -> None:
         """Thaw what an earlier run left frozen, before the optimizer is made of what trains."""

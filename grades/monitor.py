@@ -60,11 +60,11 @@ class GradESMonitor:
         config.check()
         if config.unfreeze_factor is not None and rewrap is not None:
             raise ValueError(
-                f"--unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "
-                "cannot be probed; FSDP2 (--parallel fsdp) can"
+                f"unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "
+                "cannot be probed; FSDP2 works"
             )
         thaw_leftovers(model, optimizer)
-        self.config = config
+        self.config = config = config.fixed()
         self.is_closed = False
         self.log, self.detail, self.broadcast = log, detail, broadcast
         self.components = find_components(model, config.target_components)
@@ -224,8 +224,8 @@ class GradESMonitor:
         checks, needed = self.grace_steps // self.config.compute_interval, self.metric.first_check
         if not self.taus and self.config.replay_history is None and checks < needed:
             raise ValueError(
-                f"--alpha {self.config.alpha}: the grace period of {self.grace_steps} steps holds {checks} checks; "
-                f"to find a tau of auto it must hold {needed} or more: raise --alpha or lower --compute_interval"
+                f"alpha {self.config.alpha}: the grace period of {self.grace_steps} steps holds {checks} checks; "
+                f"to find a tau of auto it must hold {needed} or more: raise alpha or lower compute_interval"
             )
 
     def _measure(self, step: int) -> Values:
@@ -373,13 +373,13 @@ class GradESMonitor:
             raise ValueError(f"the saved GradES state is of other components: {', '.join(odd) or 'another order'}")
         for name, now in self._measure_settings().items():
             if (saved := state["measure"][name]) != now:
-                raise ValueError(f"--{name} {now}: the saved GradES state was measured with {saved}")
+                raise ValueError(f"{name} {now}: the saved GradES state was measured with {saved}")
         self.frozen, self.streaks = dict(state["frozen"]), dict(state["streaks"])
         if not self.taus:  # one is auto: take what the saved run found, but keep numbers that are given now
             given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}
             if state["taus"] and (fixed := [name for name in given if given[name] == AUTO and name in state["given"]]):
                 tower = self.by_name[fixed[0]].tower
-                raise ValueError(f"--{tower}_tau auto: must be a number, as in the saved run; its grace period is over")
+                raise ValueError(f"{tower}_tau auto: must be a number, as in the saved run; its grace period is over")
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }
