@@ -50,8 +50,9 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
         self.trainer: Any = None  # set during training
         self.monitor: GradESMonitor | None = None
         self.config = {} if config is None else config
-        self.config.check()
-        if ignored := self.config.without_effect():
+        settings = self._config
+        settings.check()
+        if ignored := settings.without_effect():
             warnings.warn("options without effect: " + "; ".join(ignored), stacklevel=2)
         self.saved_state: dict[str, Any] | None = None  # from the checkpoint, where the trainer restores callbacks
         self.patches: list[Patch] = []  # of methods of the trainer and its accelerator, during training
@@ -78,9 +79,9 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
                 f"config {given!r}: must be a {self.config_class.__name__}, as "
                 f"{self.config_class.__name__}(alpha=0.5), or a dictionary of its settings"
             )
-        self._config = given
+        self._config: VLMGradEarlyStoppingConfig = given
 
-    def before_loop(self, trainer: Trainer) -> None:
+    def before_loop(self, trainer: Any) -> None:
         """Thaw what an earlier run left frozen, before the optimizer is made of what trains."""
         self._end()
         thaw_leftovers(trainer.model, trainer.optimizer)

@@ -83,12 +83,13 @@ def field_problems(config: Any, prefix: str = "--") -> list[str]:
 
 def typed_fields(config: Any) -> list[tuple[Field[Any], Any]]:
     """The fields of a settings dataclass with their types."""
-    types = _types_of(type(config))
+    kind: Any = type(config)
+    types = _types_of(kind)
     return [(item, types[item.name]) for item in fields(config)]
 
 
 @functools.cache
-def _types_of(kind: type) -> dict[str, Any]:
+def _types_of(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
@@ -112,7 +113,7 @@ def allowed_types(kind: Any, rules: Mapping[str, Any]) -> str:
     words = []
     for one in kinds:
         if one is not NoneType and not (one is str and "choices" in rules):  # which are named below
-            of = f" of {TYPE_WORDS.get(*get_args(one), 'values')}" if get_origin(one) is list else ""
+            of = f" of {TYPE_WORDS.get(get_args(one)[0], 'values')}" if get_origin(one) is list else ""
             words.append(TYPE_WORDS.get(get_origin(one) or one, "a mapping") + of)
     allowed = allowed_values(rules)
     none = " or None" if NoneType in kinds else ""

@@ -24,12 +24,20 @@ class LoopCallback(TrainerCallback):
     """A callback that also learns when the training loop begins, before the optimizer is made, and when it is over."""
 
     def __init__(self) -> None:
+        self._count()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or of a pickle in another process."""
+        vars(self).update(state)
+        self._count()
+
+    def _count(self) -> None:
         global _callbacks
         _callbacks += 1
         weakref.finalize(self, _let_go).atexit = False
         _replace_loop()
 
-    def before_loop(self, trainer: Trainer) -> None:
+    def before_loop(self, trainer: Any) -> None:
         """The loop begins. With auto_find_batch_size each of its trials is a loop."""
 
     def after_loop(self) -> None:
