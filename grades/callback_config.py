@@ -44,7 +44,7 @@ def by_place(*names: str) -> Callable[[type[Any]], type[Any]]:
             if twice := placed.keys() & given.keys():
                 raise TypeError(f"{made.__name__}: {', '.join(twice)} given by place and by name")
             for name in given.keys() - parameters.keys():
-                if hasattr(made, name):
+                if isinstance(getattr(made, name, None), property):
                     raise TypeError(f"{name}: {made.__name__} {ONE_TAU}")
                 raise TypeError(f"{made.__name__} has no setting {name}" + suggestion(name, [*parameters][1:]))
             init(self, **placed, **given)
