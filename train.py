@@ -12,7 +12,7 @@ import time
 
 PROCESS_STARTED = time.perf_counter()
 
-from training.arguments import Settings, parse_arguments
+from training.arguments import Settings, as_flags, parse_arguments
 from training.preflight import check_paths
 
 if __name__ == "__main__":
@@ -76,7 +76,8 @@ def main(settings: Settings) -> int:
         if start is not None:
             start.remove_new_folder()
         interrupted = isinstance(error, KeyboardInterrupt)
-        print("train.py:", "interrupted before the first step" if interrupted else f"error: {error}", file=sys.stderr)
+        what = "interrupted before the first step" if interrupted else f"error: {as_flags(str(error))}"
+        print("train.py:", what, file=sys.stderr)
         return 130 if interrupted else 2
 
 

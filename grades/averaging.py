@@ -108,9 +108,16 @@ class AveragedWeights:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages, one parameter after the other."""
-        for parameter in self.averaged:
-            exchange(parameter, self.state[parameter][AVERAGE])
+        """Exchange weights and averages, one parameter after the other; all of them or, after an exception, none."""
+        done: list[nn.Parameter] = []
+        try:
+            for parameter in self.averaged:
+                exchange(parameter, self.state[parameter][AVERAGE])
+                done.append(parameter)
+        except BaseException:
+            for parameter in done:
+                exchange(parameter, self.state[parameter][AVERAGE])
+            raise
         self.is_swapped = not self.is_swapped
 
     @torch.no_grad()
@@ -137,5 +144,7 @@ class AveragedWeights:
 def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
     """Swap the values of two tensors in place (sharded weights are known by their storage)."""
     kept = one.detach().clone()
-    one.copy_(other)
-    other.copy_(kept)
+    try:
+        one.copy_(other)
+    finally:  # an interrupt in between must not lose what one held
+        other.copy_(kept)

@@ -2,63 +2,99 @@
 
 import dataclasses
 import inspect
+import json
 import logging
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig
 from grades.config import ROLLBACK, GradESConfig
-from grades.files import written_beside
+from grades.files import write_text, written_beside
 from grades.held_out import HeldOut
+from grades.marks import thaw_leftovers
 from grades.monitor import GradESMonitor
+from grades.outputs import write_outputs
 from grades.report import HISTORY_NAME
+from grades.undo import LoopCallback, Patch
 
 logger = logging.getLogger("grades")
 
 
-class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
+class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
     """Freezes each projection matrix, or its adapter, when it has converged; ends the run when enough is frozen.
 
         Trainer(..., callbacks=[VLMGradEarlyStoppingCallback(VLMGradEarlyStoppingConfig(vision_tau=3.3))])
 
     Works on one device, with DataParallel, DDP and FSDP2. Training raises ValueError with DeepSpeed and FSDP1, which
-    take the weights apart. `monitor` is the GradESMonitor of the latest run. After training requires_grad is again what
-    it was before.
+    take the weights apart. `monitor` is the GradESMonitor of the latest run. Whatever ends a training, an exception
+    too, its history and pictures are written and model, optimizer, trainer and accelerator are as they were before.
     """
 
     config_class: type[VLMGradEarlyStoppingConfig] = VLMGradEarlyStoppingConfig
 
     def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None) -> None:
-        """config: settings, or their `as_arguments()`. Raises ValueError on impossible ones."""
-        given: Any = config or {}
-        if isinstance(given, Mapping):
-            given = self.config_class(**given)
-        elif type(given) is GradESConfig:
-            given = VLMGradEarlyStoppingConfig(**vars(given))
-        self.config: Any = dataclasses.replace(given)  # a copy, as the caller may change theirs later
-        self.config.check()
-        if ignored := self.config.without_effect():
-            warnings.warn("options without effect: " + "; ".join(ignored), stacklevel=2)
-        self.monitor: GradESMonitor | None = None
-        self.saved_state: dict[str, Any] | None = None  # from the checkpoint, where the trainer restores callbacks
+        """config: settings, or a dictionary of them. Raises ValueError on impossible ones, TypeError on something else.
+
+        What is set on the configuration until training begins holds for that training.
+        """
+        super().__init__()
         self.trainer: Any = None  # set during training
+        self.monitor: GradESMonitor | None = None
+        self.config = {} if config is None else config
+        settings = self._config
+        settings.check()
+        if ignored := settings.without_effect():
+            warnings.warn("options without effect: " + "; ".join(ignored), stacklevel=2)
+        self.saved_state: dict[str, Any] | None = None  # from the checkpoint, where the trainer restores callbacks
+        self.patches: list[Patch] = []  # of methods of the trainer and its accelerator, during training
+        self.run = ""  # id of the latest run, which a resumed run keeps
         self.held_out: HeldOut | None = None  # with the metric rollback
         self.shown_step = 0  # the last step whose gradients the monitor has read
         self.has_ended = False  # the checkpoint is of a run that had ended
+
+    @property
+    def config(self) -> Any:
+        """The settings: the object that was given, and during training a copy of it that refuses changes."""
+        return self._config if self.trainer is None else self._running.config
+
+    @config.setter
+    def config(self, given: GradESConfig | Mapping[str, Any]) -> None:
+        if self.trainer is not None:
+            raise AttributeError("config: cannot be replaced during training; set it before")
+        if isinstance(given, Mapping):
+            given = self.config_class(**given)
+        elif type(given) is GradESConfig:
+            given = VLMGradEarlyStoppingConfig(**dataclasses.asdict(given))
+        if not isinstance(given, VLMGradEarlyStoppingConfig):
+            raise TypeError(
+                f"config {given!r}: must be a {self.config_class.__name__}, as "
+                f"{self.config_class.__name__}(alpha=0.5), or a dictionary of its settings"
+            )
+        self._config: VLMGradEarlyStoppingConfig = given
+
+    def before_loop(self, trainer: Any) -> None:
+        """Thaw what an earlier run left frozen, before the optimizer is made of what trains."""
+        self._end()
+        thaw_leftovers(trainer.model, trainer.optimizer)
+
+    def after_loop(self) -> None:
+        """Whatever ended it: where that was an exception, on_train_end was not called."""
+        self._end()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Make the monitor. The model is wrapped now, and on a resume holds the checkpoint's weights and optimizer."""
-        self._hand_back()
+        self._end()
         trainer, checkpoint = find_trainer()
         accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
         ddp = find_ddp(wrapped)
@@ -73,6 +109,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             averages=held_out.averages if held_out else None, evaluate=held_out.losses if held_out else None,
         )  # fmt: skip
         self.trainer, self.monitor, self.shown_step, self.has_ended = trainer, monitor, state.global_step, False
+        self.run = uuid.uuid4().hex
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:
@@ -80,10 +117,12 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
         if monitor.enough_frozen():
             # Trainer makes one more step before it checks whether to stop; that step must change nothing.
             self._say_why(state, "the run of the checkpoint had ended")
-            self._unfreeze_all()
+            monitor.freezer.prefix = False
+            monitor.freezer.unfreeze(monitor.freezer.applied)
             self.has_ended = control.should_training_stop = True
-        accelerator.unscale_gradients = self._unscale_gradients
-        trainer.log = self._log
+        self.patches = [
+            Patch(accelerator, "unscale_gradients", self._watch_gradients), Patch(trainer, "log", self._add_to_logs)
+        ]  # fmt: skip
         return control
 
     def on_pre_optimizer_step(
@@ -121,30 +160,29 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             folder.mkdir(parents=True, exist_ok=True)
             with written_beside(self._state_path(args, folder)) as path:
                 averages = {} if self.held_out is None else {"averages": self.held_out.state_dict()}
-                torch.save(self._running.state_dict() | averages, path)
+                torch.save(self._running.state_dict() | averages | {"run": self.run}, path)
         if state.is_world_process_zero:
-            self._running.save_history(folder / HISTORY_NAME)
+            write_text(folder / HISTORY_NAME, json.dumps(self._history()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the history and the pictures, and leave model and trainer as they were. With the metric rollback the
+        """Leave model and trainer as they were, and write the history and the pictures. With the metric rollback the
         model gets the averaged weights where they are better (not where the trainer loads the best checkpoint).
         """
-        if self.held_out is not None and not args.load_best_model_at_end and not self.has_ended:
-            self.held_out.take_better()
-        if self.config.save_stats and self.config.save_freezing_history and state.is_world_process_zero:
-            folder = Path(self.config.output_dir or args.output_dir or "")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._running.save_history(folder / HISTORY_NAME)
-            draw_pictures(folder / HISTORY_NAME)
-        self._hand_back()
+        try:
+            if self.held_out is not None and not args.load_best_model_at_end and not self.has_ended:
+                self.held_out.take_better()
+                self.held_out = None  # the weights that the model has now stay
+        finally:
+            self._end()
 
     def state(self) -> dict[str, Any]:
         """For trainer_state.json: the settings and what is frozen, without tensors and the values of all checks."""
         saved = self.saved_state
         if self.monitor is not None:
             saved = {k: v for k, v in self.monitor.state_dict().items() if k not in ("metric", "checks")}
+            saved["run"] = self.run
         return {"args": {"config": self.config.as_arguments()}, "attributes": {"saved_state": saved}}
 
     @property
@@ -177,44 +215,58 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             if self.held_out is not None and "averages" in saved:
                 self.held_out.load_state_dict(saved["averages"])
             self._running.load_state_dict(saved)
+            self.run = saved.get("run") or self.run
         elif exported and exported["attributes"]["saved_state"]:
             logger.warning(f"{path} is missing: what is frozen stays frozen, the rest is measured from the beginning")
-            new = self._running.state_dict()
-            self._running.load_state_dict(new | exported["attributes"]["saved_state"])
+            saved = exported["attributes"]["saved_state"]
+            self._running.load_state_dict(self._running.state_dict() | saved)
+            self.run = saved.get("run") or self.run
         else:
             logger.warning(f"the checkpoint {checkpoint} holds no state of {type(self).__name__}: nothing is frozen")
 
-    def _unscale_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Replaces the accelerator's method, with which clipping begins: after it gradients are whole and unscaled."""
-        accelerator = self.trainer.accelerator
-        type(accelerator).unscale_gradients(accelerator, *args, **kwargs)
-        step = self.trainer.state.global_step + 1
-        if self.has_ended:
-            self.trainer.model.zero_grad()
-        elif step > self.shown_step:
-            self._running.after_backward(step)
-        self.shown_step = step
+    def _watch_gradients(self, unscale: Callable[..., Any]) -> Callable[..., Any]:
+        """The accelerator's method with which clipping begins: after it gradients are whole and unscaled."""
 
-    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Replaces the trainer's method: training logs get the frozen shares and the metric."""
-        if "loss" in logs or "train_loss" in logs:
-            logs = logs | self._running.scalars()
-        type(self.trainer).log(self.trainer, logs, *args, **kwargs)
+        def watched(*args: Any, **kwargs: Any) -> None:
+            unscale(*args, **kwargs)
+            if self.trainer is None:
+                return
+            step = self.trainer.state.global_step + 1
+            if self.has_ended:
+                self.trainer.model.zero_grad()
+            elif step > self.shown_step:
+                self._running.after_backward(step)
+            self.shown_step = step
 
-    def _unfreeze_all(self) -> None:
-        """Set requires_grad of what was frozen; the record of it stays."""
-        freezer = self._running.freezer
-        freezer.prefix = False
-        freezer.unfreeze(freezer.applied)
+        return watched
 
-    def _hand_back(self) -> None:
-        """Leave no trace in model and trainer. After training that ended in an error, before the next training."""
-        if self.trainer is not None:
-            vars(self.trainer).pop("log", None)
-            vars(self.trainer.accelerator).pop("unscale_gradients", None)
-            self._running.freezer.rewrap = None
-            self._unfreeze_all()
-            self.trainer = None
+    def _add_to_logs(self, log: Callable[..., Any]) -> Callable[..., Any]:
+        """The trainer's method: training logs get the frozen shares and the metric."""
+
+        def added(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if self.trainer is not None and ("loss" in logs or "train_loss" in logs):
+                logs = logs | self._running.scalars()
+            log(logs, *args, **kwargs)
+
+        return added
+
+    def _history(self) -> dict[str, Any]:
+        return self._running.history() | {"run": self.run}
+
+    def _end(self) -> None:
+        """Leave no trace in model, trainer and accelerator, then write the history and the pictures. Once per run."""
+        if (trainer := self.trainer) is None:
+            return
+        if self.held_out is not None and self.held_out.averages.is_swapped:
+            self.held_out.averages.swap()
+        for patch in self.patches:
+            patch.undo()
+        self._running.close()
+        self.patches, self.held_out, self.trainer = [], None, None
+        wanted = self.config.save_stats and self.config.save_freezing_history and self._running.last_step > 0
+        if wanted and trainer.is_world_process_zero():
+            folder = self.config.output_dir or trainer._get_output_dir(trial=trainer._trial) or ""
+            write_outputs(self._history(), Path(folder))
 
 
 class GradEarlyStoppingCallback(VLMGradEarlyStoppingCallback):
@@ -264,13 +316,3 @@ def rebuild_ddp(ddp: Any, handler: Any) -> None:
     )
     if handler is not None:
         handler.register_comm_hook(ddp)
-
-
-def draw_pictures(history: Path) -> None:
-    """Draw the pictures beside the history; without matplotlib only a warning."""
-    from grades.plots import draw
-
-    try:
-        draw(history)
-    except ImportError:
-        logger.warning(f"no pictures without matplotlib; install it, then: python -m grades report {history.parent}")

@@ -3,11 +3,15 @@
 Needs neither torch nor transformers.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, ClassVar
 
 from grades.config import AUTO, GradESConfig
-from grades.fields import doc
+from grades.fields import doc, suggestion
 
 NO_EFFECT = {
     "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always detected",
@@ -17,6 +21,47 @@ NO_EFFECT = {
 }
 
 
+ONE_TAU = "has one tau for all components: set tau, or take VLMGradEarlyStoppingConfig, which has one for each tower"
+
+
+def refuse_tower_tau(config: Any, value: Any) -> None:
+    """What sets the tau of a tower where there is none."""
+    raise AttributeError(f"{type(config).__name__} {ONE_TAU}")
+
+
+def by_place(*names: str) -> Callable[[type[Any]], type[Any]]:
+    """A class decorator: these settings may be given by their place too, as in the authors' package."""
+
+    def decorate(made: type[Any]) -> type[Any]:
+        init = made.__init__
+        parameters = inspect.signature(init).parameters
+
+        @functools.wraps(init)
+        def __init__(self: Any, *values: Any, **given: Any) -> None:
+            if len(values) > len(names):
+                raise TypeError(f"{made.__name__}: by their place only {', '.join(names)} are taken, the rest by name")
+            placed = dict(zip(names, values, strict=False))
+            if twice := placed.keys() & given.keys():
+                raise TypeError(f"{made.__name__}: {', '.join(twice)} given by place and by name")
+            for name in given.keys() - parameters.keys():
+                if isinstance(getattr(made, name, None), property):
+                    raise TypeError(f"{name}: {made.__name__} {ONE_TAU}")
+                raise TypeError(f"{made.__name__} has no setting {name}" + suggestion(name, [*parameters][1:]))
+            init(self, **placed, **given)
+
+        first = [parameters[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        rest = [parameter for name, parameter in parameters.items() if name not in names]
+        __init__.__signature__ = inspect.Signature([rest[0], *first, *rest[1:]])  # type: ignore[attr-defined]
+        made.__init__ = __init__
+        return made
+
+    return decorate
+
+
+@by_place(
+    "vision_tau", "language_tau", "alpha", "max_frozen_ratio", "compute_interval", "freeze_vision", "freeze_language",
+    "auto_detect_mode", "use_cuda_acceleration", "save_freezing_history", "enable_wandb_logging", "output_dir",
+)  # fmt: skip
 @dataclass(kw_only=True)
 class VLMGradEarlyStoppingConfig(GradESConfig):
     """Settings of VLMGradEarlyStoppingCallback: every field of GradESConfig, with a tau for each tower, and these.
@@ -44,9 +89,12 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
     auto_detect_mode: bool = doc("no effect: " + NO_EFFECT["auto_detect_mode"], True)
     use_cuda_acceleration: bool = doc("no effect: " + NO_EFFECT["use_cuda_acceleration"], True)
 
-    def __post_init__(self) -> None:
-        self.target_components = list(self.target_components or [])
-        self.output_dir = None if self.output_dir is None else str(self.output_dir)
+    def read(self, name: str, value: Any) -> Any:
+        if name == "target_components" and value is None:  # as the authors write "all"
+            return []
+        if name == "output_dir" and isinstance(value, PathLike):
+            return str(value)
+        return super().read(name, value)
 
     def without_effect(self) -> list[str]:
         """The options that differ from their default and do nothing, each with the reason."""
@@ -58,14 +106,15 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
 
+@by_place(
+    "tau", "alpha", "max_frozen_ratio", "compute_interval", "target_components", "auto_detect_mode",
+    "use_cuda_acceleration", "save_freezing_history", "enable_wandb_logging", "output_dir",
+)  # fmt: skip
 @dataclass(kw_only=True)
 class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
     """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components."""
 
     tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4, gt=0, choices=(AUTO,))
-    vision_tau: float | str = field(init=False, default=1e-4)
-    language_tau: float | str = field(init=False, default=1e-4)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.vision_tau = self.language_tau = self.tau
+    # Not settings of their own, so that no two can disagree.
+    vision_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]
+    language_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]

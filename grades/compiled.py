@@ -30,6 +30,8 @@ PATTERNS = 4
 # frozen too, are one more pattern.
 VARIANTS = 2 * (PATTERNS + 1)
 DEFAULT_RECOMPILE_LIMIT = 8
+LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+_limits_before: dict[str, int] = {}  # dynamo's, before the first freeze of a run
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -77,6 +79,8 @@ def follow() -> None:
     """After requires_grad has changed: let the next step compile what is new, or, where it cannot tell, everything."""
     from torch._dynamo import config  # takes a second to import
 
+    for name in LIMITS:
+        _limits_before.setdefault(name, getattr(config, name))
     limit = max(config.recompile_limit, DEFAULT_RECOMPILE_LIMIT * VARIANTS)
     if notices_freezing():
         limit += 2 * VARIANTS
@@ -84,6 +88,15 @@ def follow() -> None:
         torch.compiler.reset()
     config.recompile_limit = limit
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+
+
+def forget() -> None:
+    """After a run: drop the variants that its freezes made, and set dynamo's limits back."""
+    from torch._dynamo import config
+
+    torch.compiler.reset()
+    for name in list(_limits_before):
+        setattr(config, name, _limits_before.pop(name))
 
 
 @functools.cache

@@ -1,11 +1,14 @@
 """The settings of GradES and what they may be. Imports nothing heavy, so a wrong flag is reported at once."""
 
+import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from grades.fields import Checked, Relation, doc
+from grades.fields import Checked, Relation, doc, suggestion
 
 METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")  # each component has its own number
 ROLLBACK = "rollback"
@@ -15,14 +18,18 @@ TAU_MODES = ("absolute", "relative")
 AUTO = "auto"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GradESConfig(Checked):
     """When a weight matrix counts as converged (GradES, arXiv:2509.01842, Algorithm 1).
 
     A component is one projection matrix (its module: the weight and, where it has one, the bias; under LoRA the pair
     of adapter matrices). Every `compute_interval` optimizer steps it gets one number, the metric; after the grace
     period of ceil(alpha * total steps) it is frozen when that number is below its tau.
+
+    A setting may be changed until a run begins, which then works with a copy that refuses changes.
     """
+
+    prefix: ClassVar[str] = ""  # train.py, where the fields are flags, asks for --
 
     metric: str = doc(
         "what is measured: weight_change, gradient_change, gradient_norm, gradient_rms or rollback. The L1 norm of: "
@@ -125,6 +132,29 @@ class GradESConfig(Checked):
     )
     replay_seed: int = doc("with replay_history: seed of the draw", 0)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AttributeError for a name that is no setting, and in the copy of a run."""
+        if "_is_fixed" in vars(self):
+            raise FrozenInstanceError(
+                f"{name}: cannot be changed during a run. Set it on the configuration before training begins; here it "
+                "would change nothing, or half of what it should"
+            )
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(f"{name}: {type(self).__name__} has no such setting" + suggestion(name, vars(self)))
+        super().__setattr__(name, self.read(name, value))
+
+    def read(self, name: str, value: Any) -> Any:
+        """The value of a setting as plain Python has it: numbers of NumPy, tuples."""
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return int(value) if isinstance(value, Integral) else float(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    def fixed(self) -> Self:
+        """A copy that refuses changes, for a run."""
+        made = copy.deepcopy(self)
+        vars(made)["_is_fixed"] = True
+        return made
+
     def may_freeze(self, tower: str) -> bool:
         """Whether components of this tower, "vision" or "language", may freeze."""
         return self.freeze_vision if tower == "vision" else self.freeze_language
@@ -154,24 +184,24 @@ class GradESConfig(Checked):
         above_peak = relative and any(tau > 1 for tau in in_use if not isinstance(tau, str))
         return [
             (not above_peak, "tau_mode", "absolute where a tau is > 1, which no share of a peak exceeds"),
-            (self.monitor_grace or not relative, "monitor_grace", "on with --tau_mode relative, which needs the peaks"),
+            (self.monitor_grace or not relative, "monitor_grace", "on with tau_mode relative, which needs the peaks"),
             (self.monitor_grace or not self.finds_taus(), "monitor_grace", "on where a tau is auto"),
             (self.alpha > 0 or not self.finds_taus(), "alpha", "> 0 where a tau is auto"),
             (
                 not unfreezes or self.metric == "gradient_norm",
                 "unfreeze_factor",
-                "left out unless --metric is gradient_norm",
+                "left out unless metric is gradient_norm",
             ),
             (
                 not unfreezes or self.tau_mode == "absolute",
                 "unfreeze_factor",
-                "left out unless --tau_mode is absolute",
+                "left out unless tau_mode is absolute",
             ),
-            (not unfreezes or self.replay_history is None, "unfreeze_factor", "left out with --replay_history"),
+            (not unfreezes or self.replay_history is None, "unfreeze_factor", "left out with replay_history"),
             (
                 self.metric != ROLLBACK or (not relative and self.monitor_sample == 1),
                 "metric",
-                "another than rollback with --tau_mode relative or --monitor_sample",
+                "another than rollback with tau_mode relative or monitor_sample",
             ),
             (self.replay_history is None or Path(self.replay_history).is_file(), "replay_history", "a file"),
         ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from grades import compiled, policy
+from grades import compiled, marks, policy
 from grades.components import Component, clean_name, tower_of
 
 # Words in the names of what runs after the blocks, though some models define it before them (OPT's final_layer_norm).
@@ -87,6 +87,7 @@ class Freezer:
         self.rounds_done = self._round_number()
         is_compiled = compiled.has_compiled(self.model)
         flipped = compiled.flippable(self.model, self.components, self.decided) if is_compiled else set(self.decided)
+        self._mark(self.applied | flipped)
         for name in self.applied ^ flipped:
             for parameter in self.by_name[name].parameters:
                 parameter.requires_grad_(name not in flipped)
@@ -95,8 +96,13 @@ class Freezer:
             self._freeze_prefix()
         if is_compiled:
             compiled.follow()
+        self._mark(self.applied)
         if self.rewrap is not None:
             self.rewrap()
+
+    def _mark(self, names: Iterable[str]) -> None:
+        """Mark in the model what is frozen, these components and the prefix, before it freezes and after it thaws."""
+        marks.mark(self.model, [*(p for name in names for p in self.by_name[name].parameters), *self.prefix_parameters])
 
     def unfreeze(self, names: Iterable[str]) -> None:
         """Let frozen components train again, from new optimizer state."""
@@ -113,10 +119,26 @@ class Freezer:
         self.prefix_parameters, self.cuts = [], []
         if self.prefix:
             self._freeze_prefix()
+        self._mark(self.applied)
         if compiled.has_compiled(self.model):
             compiled.follow()
         if self.rewrap is not None:
             self.rewrap()
+
+    def close(self) -> None:
+        """Let everything train again that is frozen, and leave no hook, no mark and no setting behind.
+
+        Works wherever freezing was interrupted. The record of what was decided stays.
+        """
+        thawed = marks.thaw(self.model)
+        is_changed = bool(thawed or self.rounds_done)
+        self.applied, self.prefix_parameters, self.cuts = set(), [], []
+        if is_changed and compiled.has_compiled(self.model):
+            compiled.forget()
+        rewrap, self.rewrap = self.rewrap, None
+        if is_changed and rewrap is not None:
+            rewrap()
+        self.settle = lambda parameters: None
 
     def begin_probe(self) -> None:
         """Let the next backward pass compute the gradients of what is frozen."""
@@ -133,13 +155,14 @@ class Freezer:
 
     def _freeze_prefix(self) -> None:
         parameters, shared = frozen_prefix(self.model, self.components)
+        self.prefix_parameters += parameters
+        self._mark(self.applied)
         for parameter in parameters:
             parameter.requires_grad_(False)
         self.settle(parameters)
         self.freed_bytes += release(parameters, self.optimizer)
-        self.prefix_parameters += parameters
         if not self.cuts:
-            self.cuts = [module.register_forward_hook(_detach_output) for module in shared]
+            self.cuts = [module.register_forward_hook(marks.detach_output) for module in shared]
 
     def state_dict(self) -> dict[str, Any]:
         """Which components are decided and applied, by name, and the counts."""
@@ -258,7 +281,3 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(module)
     return owners
-
-
-def _detach_output(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.detach()

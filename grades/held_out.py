@@ -30,13 +30,15 @@ class HeldOut:
         model, found = self.trainer.model, []
         was_training = model.training
         model.eval()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for batch in self._sample():
-                inputs = self.trainer._prepare_inputs(batch)
-                with self.trainer.compute_loss_context_manager():
-                    logits = model(**inputs).logits
-                found += row_losses(logits, inputs["labels"], getattr(model.config, "is_encoder_decoder", False))
-        model.train(was_training)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                for batch in self._sample():
+                    inputs = self.trainer._prepare_inputs(batch)
+                    with self.trainer.compute_loss_context_manager():
+                        logits = model(**inputs).logits
+                    found += row_losses(logits, inputs["labels"], getattr(model.config, "is_encoder_decoder", False))
+        finally:
+            model.train(was_training)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             everyone: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, found)

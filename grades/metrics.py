@@ -160,7 +160,7 @@ class GradientRms(Metric):
         super().__init__(sample)
         groups = [] if optimizer is None else optimizer.param_groups
         if optimizer is None or not all("betas" in group for group in groups):
-            raise ValueError("--metric gradient_rms: needs an optimizer of Adam's kind, whose state it reads")
+            raise ValueError("metric gradient_rms: needs an optimizer of Adam's kind, whose state it reads")
         self.optimizer = optimizer
         self.beta2 = {id(p): group["betas"][1] for group in groups for p in group["params"]}
         self.steps: dict[str, list[float]] = {}  # by component: number of updates of its weights at the last check
@@ -172,7 +172,7 @@ class GradientRms(Metric):
         weights = [weight for component in known for weight in component.weights]
         states = [self.optimizer.state[weight] for weight in weights]
         if odd := [state for state in states if "exp_avg_sq" not in state]:
-            raise ValueError(f"--metric gradient_rms: reads exp_avg_sq; this optimizer's state has {', '.join(odd[0])}")
+            raise ValueError(f"metric gradient_rms: reads exp_avg_sq; this optimizer's state has {', '.join(odd[0])}")
         sums = _reduce_shards(self.sampler.root([state["exp_avg_sq"] for state in states]), weights)
         steps = stack([torch.as_tensor(state["step"]) for state in states]).to(sums)
         found = iter(zip(weights, *torch.stack([sums, steps]).tolist(), strict=True))

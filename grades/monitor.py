@@ -17,7 +17,9 @@ from grades.components import TOWERS, Component, find_components
 from grades.config import AUTO, ROLLBACK, GradESConfig
 from grades.files import write_text
 from grades.freezing import Freezer
+from grades.marks import thaw_leftovers
 from grades.metrics import GradientNorm, Metric, make_metric
+from grades.replay import draw_replay
 from grades.rollback import Evaluate, Rollback
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 
@@ -58,10 +60,12 @@ class GradESMonitor:
         config.check()
         if config.unfreeze_factor is not None and rewrap is not None:
             raise ValueError(
-                f"--unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "
-                "cannot be probed; FSDP2 (--parallel fsdp) can"
+                f"unfreeze_factor {config.unfreeze_factor:g}: must be left out under DDP, where frozen components "
+                "cannot be probed; FSDP2 works"
             )
-        self.config = config
+        thaw_leftovers(model, optimizer)
+        self.config = config = config.fixed()
+        self.is_closed = False
         self.log, self.detail, self.broadcast = log, detail, broadcast
         self.components = find_components(model, config.target_components)
         self.by_name = {component.name: component for component in self.components}
@@ -76,7 +80,7 @@ class GradESMonitor:
         )
         self.prober = GradientNorm(config.monitor_sample)
         self.taus = resolve_taus(config, self.components)  # by name; empty while one is still to be found
-        self.replayed = self._draw_replay()  # step -> names
+        self.replayed = draw_replay(config, self.components)  # step -> names
         self.frozen: dict[str, int] = {}  # name -> step of freezing
         self.streaks: dict[str, int] = {}  # name -> checks in a row below tau
         self.converged_step: int | None = None  # with on_converged cooldown, the step after which it begins
@@ -104,6 +108,22 @@ class GradESMonitor:
             model, self.components, averages, evaluate, config.compute_interval, config.rollback_parts,
             limits=config.rollback_limits(),
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Leave the model as it was before: everything trains again that was frozen here, and no hook, copy of a weight
+        or average remains. What happened can still be read: `frozen`, `history()`. More calls do nothing.
+        """
+        if not self.is_closed:
+            self.is_closed = True
+            self.freezer.close()
+            self.metric, self.prober = Metric(), GradientNorm()
+
+    def __enter__(self) -> "GradESMonitor":
+        """with GradESMonitor(...) as monitor: close it in the end, whatever ends the loop."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
     @property
     def grace_steps(self) -> int:
@@ -188,7 +208,9 @@ class GradESMonitor:
         return wanted and within and policy.is_check(step, self.config.probe_interval)
 
     def _check_use(self) -> None:
-        """Raise ValueError where after_backward is not called but needed, else unnoticed."""
+        """Raise ValueError where after_backward is not called but needed, else unnoticed, and once it is closed."""
+        if self.is_closed:
+            raise ValueError("this GradESMonitor is closed; a new run needs a new one")
         if not self._seen_backward and (self.metric.reads_gradients or self.freezer.waits):
             what = f"metric {self.config.metric}" if self.metric.reads_gradients else "a compiled or distributed model"
             raise ValueError(f"{what} needs after_backward(step) between the backward pass and the clipping")
@@ -202,8 +224,8 @@ class GradESMonitor:
         checks, needed = self.grace_steps // self.config.compute_interval, self.metric.first_check
         if not self.taus and self.config.replay_history is None and checks < needed:
             raise ValueError(
-                f"--alpha {self.config.alpha}: the grace period of {self.grace_steps} steps holds {checks} checks; "
-                f"to find a tau of auto it must hold {needed} or more: raise --alpha or lower --compute_interval"
+                f"alpha {self.config.alpha}: the grace period of {self.grace_steps} steps holds {checks} checks; "
+                f"to find a tau of auto it must hold {needed} or more: raise alpha or lower compute_interval"
             )
 
     def _measure(self, step: int) -> Values:
@@ -213,15 +235,8 @@ class GradESMonitor:
         self.checks.append({"step": step, "values": listed} | self.metric.details())
         if not self.taus and step <= self.grace_steps:
             self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
-        self._thin_checks()
+        self.checks = policy.thin(self.checks, self.config.compute_interval, self.config.history_maxlen)
         return values
-
-    def _thin_checks(self) -> None:
-        """With more than history_maxlen checks keep those with an even number, then with a multiple of 4, and so on."""
-        stride = 1
-        while len(self.checks) > self.config.history_maxlen:
-            stride *= 2
-            self.checks = [c for c in self.checks if c["step"] // self.config.compute_interval % stride == 0]
 
     def _judge(self, step: int) -> None:
         """Freeze what has converged at this check, after the grace period."""
@@ -298,19 +313,6 @@ class GradESMonitor:
             why = drawn or f"{event['value']:.4g} {sign} tau {event['tau']:.4g}"
             self.detail(f"step {event['step']:,}: {what} {event['name']}, {why}")
 
-    def _draw_replay(self) -> dict[int, list[str]]:
-        """What to freeze at which step under replay_history."""
-        if self.config.replay_history is None:
-            return {}
-        events = json.loads(Path(self.config.replay_history).read_text(encoding="utf-8"))["events"]
-        towers = {component.name: component.tower for component in self.components}
-        if odd := sorted({event["name"] for event in events} - set(towers)):
-            raise ValueError(
-                f"--replay_history {self.config.replay_history}: must be of a run with the same components; "
-                f"this model has none named {', '.join(odd)}"
-            )
-        return policy.replay(events, towers, self.config.replay_seed)
-
     def history(self) -> dict[str, Any]:
         """Everything that happened, as JSON types: the pictures are drawn from this alone."""
         return {
@@ -371,13 +373,13 @@ class GradESMonitor:
             raise ValueError(f"the saved GradES state is of other components: {', '.join(odd) or 'another order'}")
         for name, now in self._measure_settings().items():
             if (saved := state["measure"][name]) != now:
-                raise ValueError(f"--{name} {now}: the saved GradES state was measured with {saved}")
+                raise ValueError(f"{name} {now}: the saved GradES state was measured with {saved}")
         self.frozen, self.streaks = dict(state["frozen"]), dict(state["streaks"])
         if not self.taus:  # one is auto: take what the saved run found, but keep numbers that are given now
             given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}
             if state["taus"] and (fixed := [name for name in given if given[name] == AUTO and name in state["given"]]):
                 tower = self.by_name[fixed[0]].tower
-                raise ValueError(f"--{tower}_tau auto: must be a number, as in the saved run; its grace period is over")
+                raise ValueError(f"{tower}_tau auto: must be a number, as in the saved run; its grace period is over")
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }

@@ -107,6 +107,15 @@ def replay(events: Iterable[Mapping[str, Any]], towers: Mapping[str, str], seed:
     return drawn
 
 
+def thin(checks: Sequence[dict[str, Any]], compute_interval: int, at_most: int) -> list[dict[str, Any]]:
+    """With more than `at_most` checks those with an even number, then with a multiple of 4, and so on."""
+    kept, stride = list(checks), 1
+    while len(kept) > at_most:
+        stride *= 2
+        kept = [check for check in kept if check["step"] // compute_interval % stride == 0]
+    return kept
+
+
 def lasting(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The freezes that lasted: for a component that was unfrozen only a later freeze."""
     last = {event["name"]: event for event in events}

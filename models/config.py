@@ -323,7 +323,7 @@ def retired_problems(stored: dict[str, Any]) -> list[str]:
 
 def check_settings(vlm: VLMConfig, train: TrainConfig, grades: GradESConfig) -> None:
     """Raise ValueError that names every impossible value of the three configs at once."""
-    found = vlm.problems() + train.problems() + grades.problems()
+    found = vlm.problems() + train.problems() + grades.problems("--")
     length = vlm.lm_max_length
     if train.compile is True and train.enable_grades and grades.unfreeze_factor is not None:
         allowed = "left out with --compile: compiled blocks cannot be probed"

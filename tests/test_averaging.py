@@ -5,7 +5,7 @@ import torch
 from tiny.grades import Loop, batch, make_model, make_optimizer, same_weights
 
 from grades import GradESConfig, GradESMonitor
-from grades.averaging import AVERAGE, AveragedWeights
+from grades.averaging import AVERAGE, AveragedWeights, OwnState, exchange
 
 
 def trained(rate: float, steps: int):
@@ -83,3 +83,24 @@ def test_a_weight_freezes_at_its_average_or_its_last_value(kept):
     assert AVERAGE not in optimizer.state.get(weight, {})
     norm = model.vision_encoder.layer_norm.weight  # frozen with its tower
     assert not norm.requires_grad
+
+
+def test_an_interrupted_swap_is_none(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.full((2,), float(i))) for i in range(3)]
+    averages = AveragedWeights(parameters, OwnState(), 0.5)
+    averages.update()
+    for parameter in parameters:
+        parameter.data.add_(10)
+    calls = []
+
+    def interrupted(one, other):
+        calls.append(one)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        exchange(one, other)
+
+    monkeypatch.setattr("grades.averaging.exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt), averages.applied():
+        pass
+    assert [float(p[0]) for p in parameters] == [10.0, 11.0, 12.0]
+    assert not averages.is_swapped

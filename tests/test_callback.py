@@ -343,7 +343,8 @@ def test_options_of_the_authors_package_are_taken_with_its_defaults():
         "compute_interval": 1, "history_maxlen": 1000, "log_interval": 10, "output_dir": "./grades_output",
         "save_stats": True,
     }  # fmt: skip
-    assert vars(llm).items() >= (common | {"tau": 1e-4, "vision_tau": 1e-4, "language_tau": 1e-4}).items()
+    assert vars(llm).items() >= (common | {"tau": 1e-4}).items()
+    assert llm.vision_tau == llm.language_tau == 1e-4
     towers = {"vision_tau": 1e-5, "language_tau": 1e-4, "freeze_vision": True, "freeze_language": True}
     assert {key: vars(vlm)[key] for key in common | towers} == common | towers
 
@@ -360,9 +361,9 @@ def test_options_without_effect_are_named_in_one_warning(hf):
 
 
 def test_impossible_settings_are_named_before_training(hf):
-    with pytest.raises(ValueError, match=r"--alpha 1(.|\n)*--tau -1|--tau -1(.|\n)*--alpha 1"):
+    with pytest.raises(ValueError, match=r"alpha 1(.|\n)*tau -1"):
         grades.GradEarlyStoppingCallback(GradEarlyStoppingConfig(tau=-1, alpha=1))
-    with pytest.raises(ValueError, match="vision_tau 0"):
+    with pytest.raises(ValueError, match=r"^vision_tau 0"):
         grades.VLMGradEarlyStoppingCallback(GradESConfig(vision_tau=0))
     with pytest.raises(TypeError, match="language_tau"):
         GradEarlyStoppingConfig(language_tau=1.0)

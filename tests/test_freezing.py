@@ -312,7 +312,7 @@ def test_what_waited_for_a_round_is_applied_where_a_run_continues_without_rounds
 
 def test_ddp_cannot_be_probed_and_says_so_at_once(model):
     config = GradESConfig(metric="gradient_norm", unfreeze_factor=2.0)
-    with pytest.raises(ValueError, match=r"--unfreeze_factor 2: .*--parallel fsdp"):
+    with pytest.raises(ValueError, match=r"^unfreeze_factor 2: .*FSDP2"):
         GradESMonitor(config, model, rewrap=lambda: None)
 
 

@@ -162,7 +162,7 @@ def test_the_parts(level, names):
 
 
 def test_it_says_what_it_needs():
-    with pytest.raises(ValueError, match="--average_weights"):
+    with pytest.raises(ValueError, match="average_weights"):
         GradESMonitor(GradESConfig(metric="rollback"), make_model(), total_steps=10)
     with pytest.raises(ValueError, match="rollback"):
         GradESConfig(metric="rollback", tau_mode="relative").check()

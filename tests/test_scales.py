@@ -82,9 +82,9 @@ def test_auto_taus_are_found_in_a_run_and_recorded(metric):
 )
 def test_a_grace_period_too_short_for_auto_is_an_error_before_the_first_step(metric, alpha, interval, needed):
     config = GradESConfig(metric=metric, vision_tau="auto", language_tau=1.0, alpha=alpha, compute_interval=interval)
-    with pytest.raises(ValueError, match=f"--alpha {alpha}.* {needed} or more"):
+    with pytest.raises(ValueError, match=f"^alpha {alpha}.* {needed} or more"):
         Loop(make_model(), config, 100)
     loop = Loop(make_model(), config, 100 * interval)
     loop.monitor.total_steps = 100
-    with pytest.raises(ValueError, match=f"--alpha {alpha}"):
+    with pytest.raises(ValueError, match=f"^alpha {alpha}"):
         loop.run()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Iterable
@@ -120,6 +121,12 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
         end(problems)
     in_recipe = RECIPE_FIELDS & texts.keys() if is_named else ()
     return Settings(vlm, train, grades, recipe, frozenset(flags), frozenset(in_recipe))
+
+
+def as_flags(message: str) -> str:
+    """The message of a library, which names settings, with -- before the one that each line begins with."""
+    begins = re.compile(rf"({'|'.join(fields())}) [^:\n]*: ")
+    return "\n".join(f"--{line}" if begins.match(line) else line for line in message.splitlines())
 
 
 def end(problems: Iterable[str]) -> NoReturn:
