@@ -204,6 +204,8 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
     def _unfreeze_all(self) -> None:
         """Set requires_grad of what was frozen; the record of it stays."""
         freezer = self._running.freezer
+        if freezer.feeds is not None:
+            freezer.feeds.stop()
         freezer.prefix = False
         freezer.unfreeze(freezer.applied)
 

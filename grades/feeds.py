@@ -1,7 +1,7 @@
 """What feeds what in a model, as the autograd graph of its first forward passes in training tells.
 
-The order in which modules are defined and named does not tell it: an embedding may feed later blocks too, a block may be
-called several times, cross attention joins two lists of blocks, a wrapper may lead around a block.
+The order in which modules are defined and named does not tell it: an embedding may feed later blocks too, a block may
+be called several times, cross attention joins two lists of blocks, a wrapper may lead around a block.
 """
 
 import re

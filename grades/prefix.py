@@ -1,6 +1,5 @@
-"""The prefix: what lies before the first matrix that still trains, and can freeze so that the backward pass ends there."""
+"""The prefix: what lies before the first matrix that still trains, to freeze so that the backward pass ends there."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch.nn as nn
@@ -14,11 +13,11 @@ def frozen_prefix(
 ) -> tuple[list[nn.Parameter], list[nn.Module]]:
     """What to freeze besides the components: parameters, and modules whose output is to be detached.
 
-    A block is passed when no matrix in it trains and all that feeds it comes from passed blocks or freezes. What freezes
-    is all else that trains (norms, embeddings, patch convolution) in passed blocks and before the blocks of a tower,
-    where it feeds passed blocks alone. When all blocks of a tower before the language model are passed, all of the tower
-    freezes, unless a matrix after the blocks trains. A tied embedding trains on as the head; where its lookup feeds
-    passed blocks alone, the output of the lookup is to be detached.
+    A block is passed when no matrix in it trains and all that feeds it comes from passed blocks or freezes. What
+    freezes is all else that trains (norms, embeddings, patch convolution) in passed blocks and before the blocks of a
+    tower, where it feeds passed blocks alone. When all blocks of a tower before the language model are passed, all of
+    the tower freezes, unless a matrix after the blocks trains. A tied embedding trains on as the head; where its lookup
+    feeds passed blocks alone, the output of the lookup is to be detached.
     Nothing where `feeds` does not know what feeds what.
     """
     if not feeds.is_known:
@@ -34,9 +33,7 @@ def frozen_prefix(
 class _Rule:
     """Finds the largest set of stations that fits the rule: all candidates, less what breaks it, until nothing does."""
 
-    def __init__(
-        self, model: nn.Module, components: Sequence[Component], sources: Mapping[str, set[str]]
-    ) -> None:
+    def __init__(self, model: nn.Module, components: Sequence[Component], sources: Mapping[str, set[str]]) -> None:
         self.sources = sources
         self.modules = {clean_name(path): module for path, module in model.named_modules()}
         named = [(clean_name(path), parameter) for path, parameter in model.named_parameters()]

@@ -60,6 +60,8 @@ def frozen(bench: Bench, state: State) -> Iterator[None]:
     """The bench's model in this state, frozen as GradES does it; before and after nothing is frozen."""
     components = find_components(bench.model, bench.settings.grades.target_components)
     freezer = Freezer(bench.model, components, bench.optimizer, state.prefix)
+    if state.prefix:
+        bench.step()  # the prefix is told by a forward pass
     names = [component.name for component in components if component.tower in state.towers]
     freezer.freeze(names)
     projector = set(bench.model.MP.parameters())

@@ -23,6 +23,7 @@ ENCODER_DECODER = TOKENS | {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 1,
 }  # fmt: skip
 SPARSE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 
 
@@ -33,6 +34,10 @@ def text(*_: Any) -> dict[str, torch.Tensor]:
 
 def pixels(*_: Any) -> torch.Tensor:
     return torch.rand(ROWS, 3, 16, 16)
+
+
+def pairs() -> dict[str, Any]:
+    return {"input_ids": text()["input_ids"], "pixel_values": pixels(), "return_loss": True}
 
 
 def image_text(tokens: int = 4, one_more_dimension: bool = False) -> Callable[[], dict[str, torch.Tensor]]:
@@ -54,6 +59,14 @@ def qwen_images() -> dict[str, torch.Tensor]:
     return {
         "input_ids": ids, "labels": ids, "pixel_values": torch.rand(ROWS * 4, 3 * 2 * 8 * 8), "image_grid_thw": grid,
         "mm_token_type_ids": (ids == IMAGE).int(),
+    }  # fmt: skip
+
+
+def mllama_images() -> dict[str, torch.Tensor]:
+    ones = torch.ones(ROWS, 1, dtype=torch.long)
+    return text() | {
+        "pixel_values": pixels()[:, None, None], "aspect_ratio_ids": ones, "aspect_ratio_mask": ones[:, :, None],
+        "cross_attention_mask": torch.ones(ROWS, LENGTH, 1, 1),
     }  # fmt: skip
 
 
@@ -101,16 +114,17 @@ def decoder(model: str, tied: bool, stack: str = "model.layers", embedding: str 
     return Architecture(model, TEXT | {"tie_word_embeddings": tied} | settings, text, halves(stack), **name)
 
 
-NEVER = "each block holds a matrix that is not watched: a router, a convolution or state of Mamba"
 T5 = {
     "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": LAYERS, "num_heads": 2, "decoder_start_token_id": 0,
 }  # fmt: skip
-VISION_MODEL = ("vision_model.embeddings",)
+TOWER, EMBEDDINGS = "model.vision_tower.encoder.layers", "model.vision_tower.embeddings"
 SIGLIP = VISION | {"model_type": "siglip_vision_model"}
 CLIP_VISION = VISION | {"model_type": "clip_vision_model", "projection_dim": 8}
-GEMMA_3N = {
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "altup_num_inputs": 2,
-    "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * LAYERS, "intermediate_size": 24,
+LAYER_EMBEDDINGS = {
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0,
+}  # fmt: skip
+GEMMA_3N = LAYER_EMBEDDINGS | {
+    "laurel_rank": 4, "altup_num_inputs": 2, "layer_types": ["full_attention"] * LAYERS, "intermediate_size": 24,
     "activation_sparsity_pattern": [0.0] * LAYERS,
 }  # fmt: skip
 
@@ -123,7 +137,9 @@ ARCHITECTURES = {
     "Gemma2": decoder("Gemma2ForCausalLM", True),
     "Gemma3": decoder("Gemma3ForCausalLM", True),
     "GPT-NeoX": decoder("GPTNeoXForCausalLM", False, "gpt_neox.layers", "gpt_neox.embed_in"),
-    "Falcon": decoder("FalconForCausalLM", True, "transformer.h", "transformer.word_embeddings"),
+    "Falcon": Architecture(
+        "FalconForCausalLM", BLOCKS | TOKENS, text, halves("transformer.h"), (), ("transformer.word_embeddings",),
+    ),
     "GPT-2": Architecture(
         "GPT2LMHeadModel", TOKENS | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 32}, text,
         halves("transformer.h"), ("transformer.wpe",), ("transformer.wte",),
@@ -131,9 +147,15 @@ ARCHITECTURES = {
     "OPT": decoder(
         "OPTForCausalLM", False, "model.decoder.layers", "model.decoder.embed", ffn_dim=24, word_embed_proj_dim=WIDTH
     ),
+    # Each block holds a matrix that trains and is not watched: a router, a convolution or the state of Mamba.
     "Mixtral": Architecture("MixtralForCausalLM", TEXT | SPARSE),
     "Qwen3-MoE": Architecture("Qwen3MoeForCausalLM", TEXT | SPARSE),
+    # Their embeddings of a token for each layer feed all layers.
     "Gemma3n": Architecture("Gemma3nForCausalLM", TEXT | GEMMA_3N),
+    "Gemma4": Architecture(
+        "Gemma4ForCausalLM",
+        TEXT | LAYER_EMBEDDINGS | {"layer_types": ["full_attention"] * LAYERS, "global_head_dim": 8},
+    ),
     "Zamba2": Architecture(
         "Zamba2ForCausalLM",
         TEXT | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
@@ -149,63 +171,103 @@ ARCHITECTURES = {
                                     "mamba_chunk_size": 4, "attn_layer_indices": [1, 3]},
     ),
     "T5": Architecture("T5ForConditionalGeneration", TOKENS | T5),
-    "Bart": Architecture("BartForConditionalGeneration", ENCODER_DECODER),
+    "Bart": Architecture(
+        "BartForConditionalGeneration", ENCODER_DECODER, text, halves("model.encoder.layers"),
+        ("model.encoder.embed_positions", "model.encoder.layernorm_embedding"), ("model.encoder.embed_tokens",),
+    ),
     "Whisper": Architecture(
         "WhisperForConditionalGeneration", ENCODER_DECODER | {"num_mel_bins": 4, "max_source_positions": 8},
         lambda: {"input_features": torch.rand(ROWS, 4, 16), "labels": text()["labels"]},
+        halves("model.encoder.layers"), ("model.encoder.conv1", "model.encoder.conv2"),
     ),
-    "ViT": Architecture("ViTForImageClassification", VISION, lambda: {"pixel_values": pixels(), "labels": torch.tensor([0, 1])}),
+    "ViT": Architecture(
+        "ViTForImageClassification", VISION, lambda: {"pixel_values": pixels(), "labels": torch.tensor([0, 1])},
+        halves("vit.layers"), ("vit.embeddings",),
+    ),
     "CLIP": Architecture(
-        "CLIPModel", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
-        lambda: {"input_ids": text()["input_ids"], "pixel_values": pixels(), "return_loss": True},
+        "CLIPModel", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8}, pairs,
+        halves("text_model.encoder.layers", "vision_model.encoder.layers"),
+        ("text_model.embeddings", "vision_model.embeddings", "vision_model.pre_layrnorm"),
     ),
     "SigLIP": Architecture(
-        "SiglipModel", {"text_config": TEXT | {"projection_size": WIDTH}, "vision_config": VISION},
-        lambda: {"input_ids": text()["input_ids"], "pixel_values": pixels(), "return_loss": True},
+        "SiglipModel", {"text_config": TEXT | {"projection_size": WIDTH}, "vision_config": VISION}, pairs,
+        halves("text_model.encoder.layers", "vision_model.encoder.layers"),
+        ("text_model.embeddings", "vision_model.embeddings"),
     ),
     "SmolVLM": Architecture(
         "SmolVLMForConditionalGeneration",
-        {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION, "scale_factor": 2, "image_token_id": IMAGE},
-        image_text(1, True),
+        {
+            "text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION, "scale_factor": 2,
+            "image_token_id": IMAGE,
+        },
+        image_text(1, True), halves("model.vision_model.encoder.layers"), ("model.vision_model.embeddings",),
     ),
     "LLaVA": Architecture(
         "LlavaForConditionalGeneration",
         {"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP_VISION, "image_token_index": IMAGE},
-        image_text(4),
+        image_text(4), halves(TOWER), (EMBEDDINGS, "model.vision_tower.pre_layrnorm"),
     ),
     "PaliGemma": Architecture(
         "PaliGemmaForConditionalGeneration",
-        {"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE, "projection_dim": WIDTH},
+        {
+            "text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
+            "projection_dim": WIDTH,
+        },
         lambda: image_text(4)() | {"token_type_ids": torch.zeros(ROWS, 12, dtype=torch.long)},
+        halves(TOWER), (EMBEDDINGS,),
     ),
     "Qwen2-VL": Architecture(
         "Qwen2VLForConditionalGeneration",
         {"text_config": TEXT | MROPE, "image_token_id": IMAGE, "vision_config": {
             "depth": LAYERS, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2,
         }},
-        qwen_images,
+        qwen_images, halves("model.visual.blocks"), ("model.visual.patch_embed",),
     ),
     "Idefics": Architecture(
         "IdeficsForVisionText2Text",
-        TEXT | {"vision_config": VISION | {"embed_dim": WIDTH}, "use_resampler": False, "cross_layer_interval": 2, "additional_vocab_size": 0},
+        TEXT | {
+            "vision_config": VISION | {"embed_dim": WIDTH}, "use_resampler": False, "cross_layer_interval": 2,
+            "additional_vocab_size": 0, "freeze_text_layers": False, "freeze_vision_layers": False,
+        },
         lambda: text() | {"pixel_values": pixels()[:, None], "image_attention_mask": torch.ones(ROWS, LENGTH, 1)},
     ),
     "BLIP": Architecture(
         "BlipForConditionalGeneration",
-        {"text_config": TEXT | {"encoder_hidden_size": WIDTH, "projection_dim": 8, "is_decoder": True}, "vision_config": VISION, "projection_dim": 8},
+        {
+            "text_config": TEXT | {"encoder_hidden_size": WIDTH, "projection_dim": 8, "is_decoder": True},
+            "vision_config": VISION, "projection_dim": 8,
+        },
         lambda: text() | {"pixel_values": pixels()},
+        halves("vision_model.encoder.layers"), ("vision_model.embeddings",),
     ),
     "Mllama": Architecture(
         "MllamaForConditionalGeneration",
-        {"text_config": TEXT | {"cross_attention_layers": [2, 3], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-         "vision_config": {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 2, "attention_heads": 2, "image_size": 16, "patch_size": 8,
-                           "vision_output_dim": 2 * WIDTH, "intermediate_layers_indices": [1], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
-         "image_token_index": IMAGE},
-        lambda: text() | {"pixel_values": pixels()[:, None, None], "aspect_ratio_ids": torch.ones(ROWS, 1, dtype=torch.long),
-                          "aspect_ratio_mask": torch.ones(ROWS, 1, 1, dtype=torch.long), "cross_attention_mask": torch.ones(ROWS, LENGTH, 1, 1)},
+        {
+            "text_config": TEXT | {"cross_attention_layers": [2, 3]} | ROPE, "image_token_index": IMAGE,
+            "vision_config": {
+                "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 2,
+                "attention_heads": 2, "image_size": 16, "patch_size": 8, "vision_output_dim": 2 * WIDTH,
+                "intermediate_layers_indices": [1], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]],
+            },
+        },
+        mllama_images, (*halves("model.language_model.layers"), "model.vision_model.transformer.layers.0"),
+        ("model.language_model.embed_tokens", *(f"model.vision_model.{part}" for part in (
+            "class_embedding", "gated_positional", "layernorm_pre", "patch_embedding", "pre_tile"
+        ))),
     ),
-    "Albert": Architecture("AlbertForMaskedLM", TEXT | {"embedding_size": 8}),
-    "ModernBERT": Architecture("ModernBertForMaskedLM", TEXT | {"cls_token_id": 1, "sep_token_id": 2}),
-    "DeBERTa-v2": Architecture("DebertaV2ForMaskedLM", TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}),
-    "Gemma4": Architecture("Gemma4ForCausalLM", TEXT | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * LAYERS, "global_head_dim": 8}),
+    # One block, called four times.
+    "Albert": Architecture(
+        "AlbertForMaskedLM", TEXT | {"embedding_size": 8}, text, ("albert.encoder.albert_layer_groups.0",),
+        (*(f"albert.embeddings.{part}" for part in ("LayerNorm", "position", "token_type")),
+         "albert.encoder.embedding_hidden_mapping_in"),
+        ("albert.embeddings.word_embeddings",),
+    ),
+    "ModernBERT": Architecture(
+        "ModernBertForMaskedLM", TEXT | {"cls_token_id": 1, "sep_token_id": 2}, text, halves("model.layers"),
+        ("model.embeddings.norm",), ("model.embeddings.tok_embeddings",),
+    ),
+    "DeBERTa-v2": Architecture(  # one table of relative positions for all blocks
+        "DebertaV2ForMaskedLM",
+        TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4},
+    ),
 }  # fmt: skip
