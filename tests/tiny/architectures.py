@@ -230,6 +230,8 @@ ARCHITECTURES = {
             "additional_vocab_size": 0, "freeze_text_layers": False, "freeze_vision_layers": False,
         },
         lambda: text() | {"pixel_values": pixels()[:, None], "image_attention_mask": torch.ones(ROWS, LENGTH, 1)},
+        halves("model.vision_model.encoder.layers"),
+        ("model.vision_model.embeddings", "model.vision_model.pre_layrnorm"),
     ),
     "BLIP": Architecture(
         "BlipForConditionalGeneration",
