@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 from grades.compiled import is_compiled
 from grades.components import Component, clean_name
@@ -38,7 +39,8 @@ class Feeds:
     """
 
     def __init__(self, model: nn.Module, components: Sequence[Component]) -> None:
-        self.model = model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # the wrapper loses its hooks when it is made again
         self.blocks = list(dict.fromkeys(block for c in components if (block := block_of(c.name))))
         self.sources: dict[str, set[str]] = {}
         # Whether something trains that the graph does not show: checkpointing with use_reentrant=True computes without

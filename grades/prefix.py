@@ -35,6 +35,7 @@ class _Rule:
 
     def __init__(self, model: nn.Module, components: Sequence[Component], sources: Mapping[str, set[str]]) -> None:
         self.sources = sources
+        self.tower_of = tower_of
         self.modules = {clean_name(path): module for path, module in model.named_modules()}
         named = [(clean_name(path), parameter) for path, parameter in model.named_parameters()]
         self.trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -69,7 +70,7 @@ class _Rule:
     def _may_freeze(self, name: str) -> bool:
         """Whether a parameter, or lookup, feeds passed blocks alone and is a part of them or of their tower."""
         fed = self.fed.get(name, set())
-        block, tower = block_of(name), tower_of(name)
+        block, tower = block_of(name), self.tower_of(name)
         own = block in self.passed if block in self.towers else {self.towers.get(b, tower) for b in fed} == {tower}
         return bool(fed) and fed <= self.passed and own
 
@@ -78,26 +79,26 @@ class _Rule:
         roots: dict[str, set[str]] = {}
         for block, tower in self.towers.items():
             if tower != "language":
-                roots.setdefault(_root_of(block, tower), set()).add(block)
+                roots.setdefault(self._root_of(block, tower), set()).add(block)
         found: set[str] = set()
         for root, blocks in roots.items():
             if blocks <= self.passed:
                 (tower,) = {self.towers[block] for block in blocks}
                 # A projector inside the module of the tower is not part of the tower.
-                own = {name for name in self.trainable if name.startswith(f"{root}.") and tower_of(name) == tower}
+                own = {name for name in self.trainable if name.startswith(f"{root}.") and self.tower_of(name) == tower}
                 if not any(_trains_as_matrix(self.trainable[name]) for name in own - self.free):
                     found |= own
         return found
 
+    def _root_of(self, block: str, tower: str) -> str:
+        """The path of the outermost module around the block that is of its tower."""
+        parts = block.split(".")
+        outer = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return next((path for path in outer if self.tower_of(path) == tower), block)
+
     def lookups(self) -> list[str]:
         """The passed lookups of tied embeddings."""
         return sorted(self.passed - self.towers.keys())
-
-
-def _root_of(block: str, tower: str) -> str:
-    """The path of the outermost module around the block that is of its tower."""
-    parts = block.split(".")
-    return next(root for i in range(len(parts)) if tower_of(root := ".".join(parts[: i + 1])) == tower)
 
 
 def _trains_as_matrix(parameter: nn.Parameter) -> bool:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from tiny.grades import batch, make_model
 from torch.utils.checkpoint import checkpoint
@@ -318,3 +319,50 @@ def test_a_resumed_run_knows_at_once_and_takes_the_prefix_back_where_it_hides_wh
         backward(model, loss_of)
         assert all(p.grad is not None for p in model.layers[2:].parameters())
         assert len(resumed.applied) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sharded_weights_are_known_by_their_names(tied, compiled):
+    """FSDP2, of one rank: the graph holds what was gathered."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        model, mesh = plain(tied=tied), init_device_mesh("cpu", (1,))
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+            if compiled:
+                block.compile(backend="eager")
+        fully_shard(model, mesh=mesh)
+        freezer, prefix = freeze_first_half(model, loss_of)
+        assert prefix == {f"layers.{i}.norm.{part}" for i in (0, 1) for part in ("weight", "bias")} | (
+            set() if tied else {"embed.weight"}
+        )
+        assert set(freezer.cuts) == ({model.embed} if tied else set())
+        backward(model, loss_of)
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_join_what_they_have_seen(monkeypatch):
+    """Each has seen another tower; and one that hides what trains speaks for all."""
+    model = plain()
+    read = [feeds.Feeds(model, find_components(model)) for _ in range(2)]
+    read[0].load_state_dict({"": ["head.weight", "a.0"], "a.0": ["x"]})
+    read[1].load_state_dict({"": ["head.weight", "b.0"], "b.0": ["y"]})
+
+    def gather(found, own):
+        found[:] = [(of_rank.state_dict(), of_rank.is_hidden) for of_rank in read]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    read[0].share()
+    assert read[0].state_dict() == {"": ["a.0", "b.0", "head.weight"], "a.0": ["x"], "b.0": ["y"]}
+    assert read[0].is_known
+    read[1].is_hidden = True
+    read[0].share()
+    assert not read[0].is_known
