@@ -72,6 +72,7 @@ def frozen(bench: Bench, state: State) -> Iterator[None]:
     components = find_components(bench.model, bench.settings.grades.target_components)
     freezer = Freezer(bench.model, components, bench.optimizer, state.prefix)
     if freezer.feeds is not None:
+        freezer.feeds.stop()
         freezer.feeds.load_state_dict(known_feeds(bench, components))
     names = [component.name for component in components if component.tower in state.towers]
     freezer.freeze(names)

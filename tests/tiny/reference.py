@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grades import GradESConfig, GradESMonitor
 from grades.config import METRICS
-from tiny.grades import NEVER
 
 STEPS, INTERVAL, ROWS, BETA2, CLIP, WORLD = 6, 2, 6, 0.95, 0.05, 2
+NEVER = 1e-9  # a tau that nothing is below
 RUN, LEAST = 8, 4096  # a sample is made of runs of so many elements, and is of at least so many
 Arrays = dict[str, list[np.ndarray]]  # by component, one for each of its weights
 
