@@ -336,7 +336,7 @@ def test_sharded_weights_are_known_by_their_names(tied, compiled):
             if compiled:
                 block.compile(backend="eager")
         fully_shard(model, mesh=mesh)
-        freezer, prefix = freeze_first_half(model, loss_of)
+        freezer, prefix = freeze_first_half(model, lambda model: backward(model, loss_of))
         assert prefix == {f"layers.{i}.norm.{part}" for i in (0, 1) for part in ("weight", "bias")} | (
             set() if tied else {"embed.weight"}
         )
