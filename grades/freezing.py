@@ -1,7 +1,5 @@
 """What a freeze does to the weights, the optimizer's state and the part of the model before the weights."""
 
-import itertools
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,10 +8,9 @@ import torch
 import torch.nn as nn
 
 from grades import compiled, marks, policy
-from grades.components import Component, clean_name, tower_of
-
-# Words in the names of what runs after the blocks, though some models define it before them (OPT's final_layer_norm).
-COMES_LAST = re.compile(r"(^|[._])(final|post|out)([._]|$)")
+from grades.components import Component
+from grades.feeds import Feeds
+from grades.prefix import frozen_prefix
 
 
 class Freezer:
@@ -34,7 +31,8 @@ class Freezer:
         rewrap: Callable[[], None] | None = None,
         settle: Callable[[Iterable[nn.Parameter]], None] | None = None,
     ) -> None:
-        """optimizer: its state of frozen weights is freed. prefix: freeze what lies before the first trainable matrix.
+        """optimizer: its state of frozen weights is freed. prefix: freeze what lies before the first trainable matrix,
+        as the forward passes from now on tell it; before the first of them matrices alone freeze.
 
         rounds: at most this many with a compiled or distributed model. rewrap: called after requires_grad has changed,
         to wrap a distributed model again. settle: gives parameters the values with which they are to freeze.
@@ -42,6 +40,7 @@ class Freezer:
         self.model, self.components, self.optimizer = model, components, optimizer
         self.by_name = {component.name: component for component in components}
         self.prefix = prefix
+        self.feeds = Feeds(model, components) if prefix else None
         self.rounds = rounds
         self.rewrap = rewrap
         self.settle = settle or (lambda parameters: None)
@@ -50,7 +49,7 @@ class Freezer:
         self.rounds_done = 0
         self.freed_bytes = 0
         self.prefix_parameters: list[nn.Parameter] = []  # frozen because they lie before the first trainable matrix
-        self.cuts: list[torch.utils.hooks.RemovableHandle] = []
+        self.cuts: dict[nn.Module, torch.utils.hooks.RemovableHandle] = {}  # by lookup of a tied embedding
 
     @property
     def waits(self) -> bool:
@@ -114,9 +113,9 @@ class Freezer:
                 parameter.requires_grad_(True)
         for parameter in self.prefix_parameters:
             parameter.requires_grad_(True)
-        for cut in self.cuts:
+        for cut in self.cuts.values():
             cut.remove()
-        self.prefix_parameters, self.cuts = [], []
+        self.prefix_parameters, self.cuts = [], {}
         if self.prefix:
             self._freeze_prefix()
         self._mark(self.applied)
@@ -132,7 +131,9 @@ class Freezer:
         """
         thawed = marks.thaw(self.model)
         is_changed = bool(thawed or self.rounds_done)
-        self.applied, self.prefix_parameters, self.cuts = set(), [], []
+        if self.feeds is not None:
+            self.feeds.stop()
+        self.applied, self.prefix_parameters, self.cuts = set(), [], {}
         if is_changed and compiled.has_compiled(self.model):
             compiled.forget()
         rewrap, self.rewrap = self.rewrap, None
@@ -154,15 +155,24 @@ class Freezer:
                 weight.requires_grad_(False)
 
     def _freeze_prefix(self) -> None:
-        parameters, shared = frozen_prefix(self.model, self.components)
+        assert self.feeds is not None
+        if self.rewrap is not None or any(hasattr(c.weights[0], "placements") for c in self.components):
+            self.feeds.share()
+        parameters, lookups = frozen_prefix(self.model, self.components, self.feeds)
         self.prefix_parameters += parameters
         self._mark(self.applied)
         for parameter in parameters:
             parameter.requires_grad_(False)
         self.settle(parameters)
         self.freed_bytes += release(parameters, self.optimizer)
-        if not self.cuts:
-            self.cuts = [module.register_forward_hook(marks.detach_output) for module in shared]
+        for module in lookups:
+            if module not in self.cuts:
+                self.cuts[module] = module.register_forward_hook(marks.detach_output)
+
+    def check_prefix(self) -> None:
+        """After a step: take the prefix back where a resumed run now hides what trains behind it."""
+        if self.feeds is not None and self.feeds.is_hidden and (self.prefix_parameters or self.cuts):
+            self.unfreeze(())
 
     def state_dict(self) -> dict[str, Any]:
         """Which components are decided and applied, by name, and the counts."""
@@ -171,11 +181,14 @@ class Freezer:
             "applied": sorted(self.applied),
             "rounds_done": self.rounds_done,
             "freed_bytes": self.freed_bytes,
+            "feeds": {} if self.feeds is None else self.feeds.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Freeze again at once what was frozen. To be called before the model is wrapped or compiled."""
         freed = state["freed_bytes"]
+        if self.feeds is not None:
+            self.feeds.load_state_dict(state.get("feeds", {}))
         self.decided = set(state["applied"])
         release((p for name in state["decided"] for p in self.by_name[name].parameters), self.optimizer)
         if self.decided:
@@ -199,85 +212,3 @@ def release(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer
             state = optimizer.state.pop(parameter, {})
             freed += sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
     return freed
-
-
-def frozen_prefix(model: nn.Module, components: Sequence[Component]) -> tuple[list[nn.Parameter], list[nn.Module]]:
-    """What lies before the first trainable matrix of each tower: parameters to freeze, and modules to detach.
-
-    The prefix of a tower is its first blocks in which no matrix trains, and what lies before the blocks. What trains in
-    it besides matrices (norms, embeddings, patch convolution) is to freeze. Where all blocks of the vision tower are in
-    the prefix the whole tower is, unless a matrix after the blocks trains. The language tower has a prefix only where
-    neither the vision tower nor the projector trains.
-    An embedding whose weight is also the head's keeps training there; its module's output is to be detached instead.
-    """
-    modules = {clean_name(path): module for path, module in model.named_modules()}
-    owners = _owners(model)
-    parameters: list[nn.Parameter] = []
-    shared: list[nn.Module] = []
-    for tower in ("vision", "language"):
-        stacks = {_stack_of(component) for component in components if component.tower == tower}
-        if len(stacks) != 1 or (tower == "language" and _trains_before_language(model, parameters)):
-            continue  # in a tower of several lists of blocks nothing tells which runs first
-        (stack,) = stacks
-        root = _root_of(stack, tower)
-        for name, parameter in _leading(modules[root], root, modules[stack], tower):
-            if len(owners[parameter]) > 1:
-                shared.append(modules[root].get_submodule(name.rpartition(".")[0]))
-            else:
-                parameters.append(parameter)
-    return parameters, shared
-
-
-def _stack_of(component: Component) -> str:
-    """The path of the list of blocks that the component is in."""
-    return re.split(r"\.\d+\.", component.name, maxsplit=1)[0]
-
-
-def _root_of(stack: str, tower: str) -> str:
-    """Path of the module that runs the tower: for vision the outermost of that name, else the blocks' parent."""
-    parts = stack.split(".")
-    if tower == "vision":
-        return next(root for i in range(len(parts)) if tower_of(root := ".".join(parts[: i + 1])) == "vision")
-    return ".".join(parts[:-1])
-
-
-def _leading(root: nn.Module, path: str, stack: nn.Module, tower: str) -> list[tuple[str, nn.Parameter]]:
-    """The tower's trainable parameters before its first block with a trainable matrix, with their names in the root.
-
-    path: of the root. All trainable parameters of a vision tower in which no matrix trains.
-    """
-    blocks = list(stack.children())
-    passed = list(itertools.takewhile(lambda block: not any(_trains_as_matrix(p) for p in block.parameters()), blocks))
-    if not passed:
-        return []
-    in_blocks = {p for block in blocks for p in block.parameters()}
-    in_passed = {p for block in passed for p in block.parameters()}
-    first = next(p for p in root.parameters() if p in in_blocks)
-    before = set(itertools.takewhile(lambda p: p is not first, root.parameters()))
-    # A projector inside the module of the vision tower is not part of the tower.
-    own = {name: p for name, p in root.named_parameters() if p.requires_grad and tower_of(f"{path}.{name}") == tower}
-    leading = {name: p for name, p in own.items() if p in in_passed or (p in before and not COMES_LAST.search(name))}
-    whole = tower == "vision" and not any(_trains_as_matrix(own[name]) for name in own.keys() - leading.keys())
-    return list((own if whole else leading).items())
-
-
-def _trains_as_matrix(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and parameter.dim() >= 2
-
-
-def _trains_before_language(model: nn.Module, about_to_freeze: Sequence[nn.Parameter]) -> bool:
-    """Whether anything outside of the language tower trains, apart from the parameters about to freeze."""
-    frozen = set(about_to_freeze)
-    return any(
-        p.requires_grad and p not in frozen and tower_of(clean_name(name)) != "language"
-        for name, p in model.named_parameters()
-    )
-
-
-def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
-    """The modules that hold each parameter: two for a tied embedding."""
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
-    return owners

@@ -150,6 +150,7 @@ class GradESMonitor:
         """Measure and freeze after optimizer step `step`, counted from 1. True: enough is frozen, end the run."""
         self._check_use()
         self.last_step = step
+        self.freezer.check_prefix()
         if self._is_probe(step):
             self._unfreeze(step)
         if self._is_check(step):

@@ -14,6 +14,7 @@ steps that make up for that step's extra time. What inductor's cache on disk hol
 
 import argparse
 import contextlib
+import copy
 import functools
 import multiprocessing
 import statistics
@@ -29,6 +30,8 @@ import torch
 
 from data.collators import to_device
 from grades import find_components
+from grades.components import Component
+from grades.feeds import Feeds
 from grades.freezing import Freezer, release
 from scripts.bench_common import Bench, make_parser, parse
 from scripts.runs import markdown_table
@@ -55,11 +58,22 @@ STATES = (
 )
 
 
+def known_feeds(bench: Bench, components: Sequence[Component]) -> dict[str, list[str]]:
+    """What feeds what, told by a forward pass that needs no memory and so leaves the peak alone."""
+    twin, device = copy.deepcopy(bench.model).to("meta"), torch.device("meta")
+    feeds = Feeds(twin, components)
+    twin(**to_device(bench.micro_batches[0], device))
+    return feeds.state_dict()
+
+
 @contextlib.contextmanager
 def frozen(bench: Bench, state: State) -> Iterator[None]:
     """The bench's model in this state, frozen as GradES does it; before and after nothing is frozen."""
     components = find_components(bench.model, bench.settings.grades.target_components)
     freezer = Freezer(bench.model, components, bench.optimizer, state.prefix)
+    if freezer.feeds is not None:
+        freezer.feeds.stop()
+        freezer.feeds.load_state_dict(known_feeds(bench, components))
     names = [component.name for component in components if component.tower in state.towers]
     freezer.freeze(names)
     projector = set(bench.model.MP.parameters())

@@ -22,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.collators import to_device
 from grades import find_components, policy
 from grades.components import TOWERS
 from grades.freezing import Freezer
@@ -114,6 +115,7 @@ def saved_flops(history: dict, summary: dict, frozen: dict[str, int], flags: tup
     batch = full_batch(dataclasses.replace(settings, train=train), torch.device("meta"))
     components = find_components(model)
     freezer = Freezer(model, components, None)
+    model(**to_device(batch, torch.device("meta")))  # which tells the prefix
     whole, spent, begin = model_cost(model).of(batch), 0, 0
     for step in sorted({*frozen.values(), history["total_steps"]}):
         spent += (step - begin) * (model_cost(model).of(batch) if len(freezer.decided) < len(components) else 0)

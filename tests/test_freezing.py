@@ -13,11 +13,13 @@ from grades.freezing import Freezer
 
 
 def freeze(
-    model: nn.Module, wanted: str, optimizer=None, prefix: bool = True, targets: tuple[str, ...] = ()
-) -> Freezer:
-    """Freeze the components in whose name the pattern `wanted` is."""
+    model: nn.Module, wanted: str, optimizer=None, prefix: bool = True, targets: tuple[str, ...] = (),
+    run=lambda model: loss_of(model),
+) -> Freezer:  # fmt: skip
+    """Freeze the components in whose name the pattern `wanted` is, after a forward pass by `run`."""
     components = find_components(model, targets)
     freezer = Freezer(model, components, optimizer, prefix)
+    run(model)
     freezer.freeze([component.name for component in components if re.search(wanted, component.name)])
     return freezer
 
@@ -110,6 +112,7 @@ def test_behind_a_matrix_that_trains_watched_or_not_and_without_prefix_matrices_
 def test_the_blocks_of_both_towers_pass_one_after_the_other(model):
     """Frozen in several decisions as in one."""
     freezer = Freezer(model, find_components(model), make_optimizer(model))
+    loss_of(model)
     for component in freezer.components:
         freezer.freeze([component.name])
     twin = make_model()
@@ -287,6 +290,7 @@ def test_a_tower_that_is_decided_whole_waits_for_no_share_of_the_other():
     model = make_model(lm_n_blocks=30)
     components = find_components(model)
     freezer = Freezer(model, components, None, rounds=2, rewrap=lambda: None)
+    loss_of(model)
     vision = [c.name for c in components if c.tower == "vision"]
     for name in vision[:-1]:
         freezer.freeze([name])
