@@ -12,7 +12,7 @@ from test_evaluate import opened, run, saved, table
 from tiny.benchmarks import records
 from tiny.pages import Page
 
-from eval import answers_page
+from eval import answers_page, page_pictures
 from eval.answers_page import choose, make_page
 from eval.results import score
 
@@ -86,7 +86,7 @@ def saved_rows(folder, rows):
 
 
 def test_the_page_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers_page, "PICTURE_BYTES", 1000)
+    monkeypatch.setattr(page_pictures, "PAGE_BYTES", 1000)
     monkeypatch.setattr(answers_page, "LETTERS", 20)
     benchmark = opened(saved(tmp_path, "mmstar"), "mmstar")
     page = Page(page_of(benchmark, {one.id: "A" * 1000 for one in benchmark.questions}))
