@@ -20,7 +20,7 @@ th, td { text-align: left; vertical-align: top; padding: .35em .7em; border-bott
 thead th { vertical-align: bottom; white-space: nowrap }
 thead small { font-weight: normal; color: #555; display: block }
 td.question { min-width: 14em; max-width: 20em; overflow-wrap: anywhere; background: #fff; position: sticky; left: 0 }
-td.question img { float: left; margin: 0 .6em .2em 0; border: 1px solid #bbb } td.question small { color: #777 }
+td.question > img { float: left; margin: 0 .6em .2em 0; border: 1px solid #bbb } td.question small { color: #777 }
 td.answer { min-width: 6em; max-width: 16em; overflow-wrap: anywhere; white-space: pre-wrap }
 td.right { background: #e5f5ec } td.right::before { content: "✓\\00a0"; color: #187 }
 td.wrong { background: #fbeaea } td.wrong::before { content: "✗\\00a0"; color: #b22 }
