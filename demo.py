@@ -105,9 +105,7 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
     from eval.demonstration import show_answer
     from grades.report import summary
 
-    def answer(
-        picture: str | None, video: str | None, question: str, longest: int, temperature: float
-    ) -> Generator:
+    def answer(picture: str | None, video: str | None, question: str, longest: int, temperature: float) -> Generator:
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 0.9} if temperature else {}
         shown = [picture] if picture else []
         try:
@@ -142,8 +140,8 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
                 said = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
                 numbers = gradio.Textbox(label="Tokens and speed", elem_id="numbers")
                 pointed = gradio.Gallery(
-                    label="Points of the answer", format="png", visible=False, interactive=False, columns=2,
-                    object_fit="contain", elem_id="pointed", buttons=["download", "fullscreen"],
+                    show_label=False, format="png", visible=False, interactive=False, columns=2, object_fit="contain",
+                    elem_id="pointed", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 gradio.Markdown("What the model sees")
                 seen = gradio.Image(

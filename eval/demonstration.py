@@ -85,7 +85,7 @@ def with_points(
     frames = sampled(video, max_frames) if video is not None and found.points else []
     placed = place_points(found, len(images), [frame.time_s for frame in frames])
     pointed = [
-        (draw_points(upright(image), labelled), f"picture {number}")
+        (draw_points(upright(image), labelled), f"points in picture {number}")
         for number, (image, labelled) in enumerate(zip(images, placed.images, strict=True), 1)
         if labelled
     ]
@@ -94,7 +94,7 @@ def with_points(
         pictures = small_frames([frame for frame, _ in chosen], POINTED_SIDE)
         for (frame, labelled), pixels in zip(chosen, pictures, strict=True):
             plain = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-            pointed.append((draw_points(plain, labelled), f"{frame.time_s:.1f} s"))
+            pointed.append((draw_points(plain, labelled), f"points at {frame.time_s:.1f} s"))
     unknown = f"; {placed.elsewhere} points are in nothing that is shown" if placed.elsewhere else ""
     return pointed, unknown + "".join(f"; {reason}" for reason in placed.broken)
 

@@ -50,7 +50,9 @@ class PagePictures:
             self._strip(video, *((right.frames, given.frames) if number == 0 else ([], [])))
             for number, video in enumerate(videos)
         ]
-        parts = [self._picture(image, right.images[n], given.images[n]) for n, image in enumerate(images[: self.pictures])]
+        parts = [
+            self._picture(image, right.images[n], given.images[n]) for n, image in enumerate(images[: self.pictures])
+        ]
         if len(images) > self.pictures:
             parts.append(_note(f"and {len(images) - self.pictures} more"))
         key = _key(right, given)
