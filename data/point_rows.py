@@ -1,9 +1,9 @@
 """Rows with points: a question and an answer in data.points' text, by the formats of docs/data.md.
 
-Coordinates are in the row's `points_unit`, or in the unit of its data set: pixmo-points, CoSyn-point and sets of several
-images in percent, pixmo-count in pixels (allenai/molmo2 f3cb108 reads them so, whatever their cards say); what lies outside the picture
-is moved to its edge. Without either they are in 0-1, as nanoMolmo2 has them, and none may lie outside: pixels that
-nobody declared are a bad row.
+Coordinates are in the row's `points_unit`, or in the unit of its data set: pixmo-points, CoSyn-point and sets of
+several images in percent, pixmo-count in pixels (allenai/molmo2 f3cb108 reads them so, whatever their cards say); what
+lies outside the picture is moved to its edge. Without either they are in 0-1, as nanoMolmo2 has them, and none may lie
+outside: pixels that nobody declared are a bad row.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def multi_image_row(record: Record) -> tuple[list[dict], None, list]:
     turns = []
     for name, numbers in groups.items():
         label = text_of(labels[numbers[0]], "a label") or ""
-        is_count = {methods[n] for n in numbers} == {"counting"} if methods else draw_by(name, 2) == 1
+        is_count = all(methods[n] == "counting" for n in numbers) if methods else draw_by(name, 2) == 1
         given = [dict_of(one, "a point") | {"image": n + 1} for n in numbers for one in list_of(points[n])]
         count = sum(_whole(counts[n], "a count") for n in numbers) if counts else len(given)
         if count != len(given):

@@ -83,9 +83,10 @@ def sampled(
 def decoded(frames: Sequence[Frame], side: int, keep_aspect: bool = False) -> tuple[torch.Tensor, bool]:
     """(uint8 [n, 3, side, side], whether the file turned out to be broken) of frames of one file, in order.
 
-    keep_aspect: in the video's own shape, as large as fits there; a smaller one as it is. Each is turned upright and resized as it is decoded. Where a frame does not decode the one before it is still shown,
-    as a player does. Where there are key frames between two that are asked for, those before the last of them are
-    skipped by a seek. Raises VideoError where none decodes.
+    keep_aspect: in the video's own shape, as large as fits there; a smaller one as it is. Each is turned upright and
+    resized as it is decoded. Where a frame does not decode the one before it is still shown, as a player does. Where
+    there are key frames between two that are asked for, those before the last of them are skipped by a seek. Raises
+    VideoError where none decodes.
     """
     source, is_broken = frames[0].source, frames[0].is_broken
     pictures = Pictures(len(frames), side, keep_aspect)

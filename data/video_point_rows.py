@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,11 +40,11 @@ def molmo2_points(record: Record) -> Record:
 
 
 def molmo2_tracks(record: Record) -> Record:
-    """Of allenai/molmo2-track-instruction, in pixels of `width` and `height`: where objects are at the times of a clip.
+    """Of allenai/molmo2-track-instruction, in pixels of `width` and `height`: where objects are at times of a clip.
 
-    As allenai/molmo2 f3cb108 reads it (olmo/data/academic_video_track_datasets.py, `TrackingDataset`): objects are those
-    of `mask_id`, times those on the grid of `sampling_fps`; `task` says what is asked, without it to track. Rows without
-    `clip` show all of `video`.
+    As allenai/molmo2 f3cb108 reads it (olmo/data/academic_video_track_datasets.py, `TrackingDataset`): objects are
+    those of `mask_id`, times those on the grid of `sampling_fps`; `task` says what is asked, without it to track. Rows
+    without `clip` show all of `video`.
     """
     name = "clip" if record.get("clip") is not None else "video"
     folder = text_of(record.get("video_dataset"), "video_dataset") or ""
@@ -51,13 +52,9 @@ def molmo2_tracks(record: Record) -> Record:
     task = text_of(record.get("task"), "task") or "track"
     if task not in TASKS:
         raise BadRow("task is not known", f"{task}: must be one of {', '.join(TASKS)}")
-    rate = record.get("sampling_fps")
-    per_s = float(rate) if is_number(rate) and task != "ground" else 0.0
-    frames = [one for one in _visible(record) if per_s <= 0 or _is_on_grid(seconds_of(one["time"]), per_s)]
-    question, size = TASKS[task].format(label), (record.get("width"), record.get("height"))
-    if not all(is_number(one) and float(one) > 0 for one in size):
-        raise BadRow("a track without width and height", shown(size))
-    pixels = float(size[0]), float(size[1])
+    per_s = 0.0 if task == "ground" or record.get("sampling_fps") is None else _above_0(record, "sampling_fps")
+    frames = [one for one in _visible(record) if not per_s or _is_on_grid(seconds_of(one["time"]), per_s)]
+    question, pixels = TASKS[task].format(label), (_above_0(record, "width"), _above_0(record, "height"))
     if task == "ground":
         frames = _first_and_last(frames)
     if task == "single_point_track":
@@ -83,6 +80,13 @@ def _visible(record: Record) -> list[dict]:
         points = [one for one in points if not wanted or one["id"] in wanted]
         found.append({"time": frame.get("time"), "points": points})
     return sorted(found, key=lambda one: seconds_of(one["time"]))
+
+
+def _above_0(record: Record, key: str) -> float:
+    value = record.get(key)
+    if value is None or not (is_number(value) and 0 < float(value) < math.inf):
+        raise BadRow(f"{key} is no number above 0", shown(value))
+    return float(value)
 
 
 def _is_on_grid(time_s: float, per_s: float) -> bool:

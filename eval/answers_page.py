@@ -159,7 +159,8 @@ def _form(rows: Sequence[dict], several: bool) -> str:
 
 
 def _article(row: Mapping[str, Any], strips: str, pictures: str, several: bool) -> str:
-    """One answer: videos, pictures, prompt, answer, truth, and by each rule what was parsed; rules that agree in one line."""
+    """One answer: what it is about, prompt, answer, truth, and by each rule what was parsed; rules that agree in one
+    line."""
     prompt_name = "question" if row["prompt"] is None else "prompt"
     said = [(prompt_name, row["question"] if row["prompt"] is None else row["prompt"], "")]
     if row.get("answer_prefix"):

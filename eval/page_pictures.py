@@ -1,5 +1,5 @@
-"""What a question shows, on a page: its pictures, and its videos as strips of frames with their times, all of them small
-and with the points of its answers."""
+"""What a question shows, on a page: its pictures, and its videos as strips of frames with their times, all small and
+with the points of its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""samples.html: sample questions with their pictures and videos, and the answers over time, in one file that opens offline."""
+"""samples.html: sample questions, what they show, and the answers over time, in one file that opens offline."""
 
 from __future__ import annotations
 

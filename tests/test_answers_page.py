@@ -147,8 +147,8 @@ def shows(image: Image.Image, colour: str) -> bool:
 
 def test_a_video_is_a_strip_of_its_frames_with_times_and_points(tmp_path):
     write_clip(tmp_path / "a.mp4", 31)  # 0 to 3 s, of which four frames are seen
-    record = {"id": "a", "video": "a.mp4", "query": "the cat",
-              "points": [{"x": 0.75, "y": 0.25, "timestamp": 1.0}, {"x": 0.75, "y": 0.25, "timestamp": 2.9}]}  # fmt: skip
+    points = [{"x": 0.75, "y": 0.25, "timestamp": time_s} for time_s in (1.0, 2.9)]
+    record = {"id": "a", "video": "a.mp4", "query": "the cat", "points": points}
     said = '<points coords="1.1 1 750 250;2.0 2 700 300;9.0 3 700 300">cat</points> <points coords="x">'
     page = own_page(tmp_path, [record], {"a": said})
     assert page.of("figcaption") == ["0.0 s", "1.0 s", "2.0 s", "3.0 s"]

@@ -331,7 +331,7 @@ EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
         (POINTED | {"two_fps_timestamps": [1]}, "another number of times than of lists of points"),
         (TRACKED | {"clip": "../b"}, "clip is no name"),
         (TRACKED | {"task": "guess"}, "task is not known"),
-        (TRACKED | {"width": None}, "a track without width and height"),
+        (TRACKED | {"width": None}, "width is no number above 0"),
         (TRACKED | {"task": "single_point_track", "mask_id": ["7"]}, "a point to track that is never seen"),
         (SEVERAL | {"counts": [2, 0]}, "count is not the number of points"),
         (SEVERAL | {"labels": ["x"]}, "another number of labels than of lists of points"),
