@@ -61,7 +61,9 @@ def molmo2_tracks(record: Record) -> Record:
         first = next((one for one in frames if one["points"]), None)
         if first is None:
             raise BadRow("a point to track that is never seen", label)
-        point = first["points"][0].get("point", first["points"][0])
+        followed = first["points"][0]
+        frames = [one | {"points": [of for of in one["points"] if of["id"] == followed["id"]]} for one in frames]
+        point = followed.get("point", followed)
         question = question.format(video_points([first["time"]], [[point]], label, "pixels", pixels))
     if per_s not in (0.0, USUAL_PER_S):
         question = f"{question[:-1]} at {per_s:g} FPS."

@@ -289,7 +289,7 @@ def test_a_track_is_what_its_task_asks(read, tmp_path):
         ("Point to where the cat first and last appears.",
          '<tracks coords="0.0 1 005 010 2 500 250;1.0 2 600 1000">the cat</tracks>')
     ]  # fmt: skip
-    [turn] = read(TRACKED | {"task": "single_point_track", "sampling_fps": 1, "mask_id": ["4"]})["texts"]
+    [turn] = read(TRACKED | {"task": "single_point_track", "sampling_fps": 1})["texts"]
     assert turn["user"] == 'Track this point: <points coords="0.0 1 500 250">the cat</points> at 1 FPS.'
     assert turn["assistant"] == '<tracks coords="0.0 1 500 250;1.0 1 600 1000">the cat</tracks>'
     [turn] = read(TRACKED | {"frame_trajectories": []})["texts"]
