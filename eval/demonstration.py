@@ -15,6 +15,7 @@ from data.frames import small_frames
 from data.images import ImageDecodeError, Source
 from data.points import find_points
 from data.video import sampled
+from data.video_frames import Source as Video
 from eval.answer_text import Speed
 from eval.asking import Asker, Shown
 from eval.drawing import draw_points, place_points, upright
@@ -41,7 +42,7 @@ def show_answer(
     images: Sequence[Source],
     text: str,
     max_new_tokens: int,
-    video: Source | None = None,
+    video: Video | None = None,
     **sampling: Any,
 ) -> Generator[Moment, None, None]:
     """Yields once before the answer begins, then with every piece of it.
@@ -77,7 +78,7 @@ def show_answer(
 
 
 def with_points(
-    answer: str, images: Sequence[Source], video: Source | None, max_frames: int
+    answer: str, images: Sequence[Source], video: Video | None, max_frames: int
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """(each picture and frame in which the answer has points, with them drawn and what it is; what is not drawn, in
     words). Raises ImageDecodeError."""
