@@ -1,10 +1,11 @@
-"""Ask a trained model about a picture in the browser.
+"""Ask a trained model about a picture or a video in the browser.
 
     python demo.py --checkpoint grades_output/<run name>
 
 --checkpoint is a run folder, a checkpoint folder or a hub id. The page shows the answer as it comes, what the model
-sees of the picture, how fast it is, and when what of it froze in training. It needs the package gradio (uv sync --extra
-demo) and no network: neither it nor the page asks for anything outside this machine.
+sees, the points that the answer holds, how fast it is, and when what of it froze in training. It needs the package
+gradio (uv sync --extra demo), for videos av too (--extra video), and no network: neither it nor the page asks for
+anything outside this machine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generate import find_model
+from models.config import TrainConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,11 +39,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: of all this machine has")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0: any that is free")
+    parser.add_argument(
+        "--max_video_frames", type=int, default=TrainConfig.max_video_frames, help="frames of a video at most"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where the model runs")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     given = parser.parse_args(argv)
     _, problems = find_model(given)
+    if given.max_video_frames < 1:
+        problems.append(f"--max_video_frames {given.max_video_frames}: must be >= 1")
     if not 0 <= given.port < 2**16:
         problems.append(f"--port {given.port}: must be in [0, 65535]")
     elif problem := _address_problem(given.host, given.port):
@@ -98,13 +105,15 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
     from eval.demonstration import show_answer
     from grades.report import summary
 
-    def answer(picture: str | None, question: str, longest: int, temperature: float) -> Generator:
+    def answer(picture: str | None, video: str | None, question: str, longest: int, temperature: float) -> Generator:
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 0.9} if temperature else {}
+        shown = [picture] if picture else []
         try:
-            for shown in show_answer(asker, [picture] if picture else [], question or "", int(longest), **sampling):
-                yield shown.answer, shown.numbers, shown.seen
+            for now in show_answer(asker, shown, question or "", int(longest), video, **sampling):
+                pointed = gradio.Gallery(now.pointed, visible=bool(now.pointed))
+                yield now.answer, now.numbers, now.seen, pointed
         except ValueError as error:
-            yield "", str(error), None
+            yield "", str(error), None, gradio.Gallery(visible=False)
 
     cfg = asker.model.cfg
     parameters = sum(parameter.numel() for parameter in asker.model.parameters())
@@ -117,6 +126,11 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
                     label="Picture", type="filepath", image_mode=None, height=300, sources=["upload", "clipboard"],
                     buttons=["fullscreen"], elem_id="picture",
                 )  # fmt: skip
+                # Not gradio's Video, which takes no GIF.
+                video = gradio.File(
+                    label="Video", file_count="single", type="filepath", file_types=["video", ".gif", ".webp"],
+                    height=120, elem_id="video",
+                )  # fmt: skip
                 question = gradio.Textbox(label="Question", autofocus=True, elem_id="question")
                 ask = gradio.Button("Ask", variant="primary", elem_id="ask")
                 most = min(MOST_TOKENS, cfg.lm_max_position_embeddings)
@@ -125,6 +139,10 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
             with gradio.Column():
                 said = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
                 numbers = gradio.Textbox(label="Tokens and speed", elem_id="numbers")
+                pointed = gradio.Gallery(
+                    show_label=False, format="png", visible=False, interactive=False, columns=2, object_fit="contain",
+                    elem_id="pointed", buttons=["download", "fullscreen"],
+                )  # fmt: skip
                 gradio.Markdown("What the model sees")
                 seen = gradio.Image(
                     show_label=False, type="pil", interactive=False, elem_id="seen", buttons=["download", "fullscreen"]
@@ -135,7 +153,7 @@ def build_page(asker: Asker, name: str, history: dict[str, Any] | None) -> Any:
                 gradio.Image(
                     draw_freezes(history), show_label=False, interactive=False, buttons=["download", "fullscreen"]
                 )
-        inputs, outputs = [picture, question, longest, temperature], [said, numbers, seen]
+        inputs, outputs = [picture, video, question, longest, temperature], [said, numbers, seen, pointed]
         for event in (ask.click, question.submit):
             # One at a time: there is one model.
             event(answer, inputs, outputs, concurrency_limit=1, concurrency_id="model", show_progress="hidden")
@@ -153,7 +171,8 @@ def main(given: argparse.Namespace) -> None:
 
     device = pick_device(given.device)
     prepare_backend(device)
-    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer)
+    frames = given.max_video_frames
+    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer, frames)
     page = build_page(asker, Path(given.checkpoint).name or given.checkpoint, find_freezes(given.folder))
     # Fonts that every machine has: gradio's own come from a server.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

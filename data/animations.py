@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.images import NO_SUCH_FILE, opaque, resized
-from data.video_frames import Frame, Frames, VideoError
+from data.images import NO_SUCH_FILE, opaque
+from data.video_frames import Frame, Frames, Pictures, VideoError
 
 GIF_FRAME_S = 0.1  # of one that names no time, as browsers show it
 # How GIF, PNG and WebP begin: what Pillow reads.
@@ -63,12 +63,10 @@ def _animated(source: Any) -> Iterator[Any]:
         raise VideoError(f"{error}") from None
 
 
-def decode_animation(frames: Sequence[Frame], side: int) -> torch.Tensor:
-    """uint8 [n, 3, side, side] of pictures of one such file."""
-    pictures = np.empty((len(frames), 3, side, side), np.uint8)
+def decode_animation(frames: Sequence[Frame], pictures: Pictures) -> None:
+    """Put pictures of one such file, in order, there."""
     with _animated(frames[0].source) as image:
-        for picture, frame in zip(pictures, frames, strict=True):
+        for number, frame in enumerate(frames):
             image.seek(frame.stamp)
-            pixels = torch.from_numpy(np.array(opaque(image.copy()).convert("RGB"))).permute(2, 0, 1)
-            picture[:] = resized(pixels, (side, side)).numpy()
-    return torch.from_numpy(pictures)
+            pixels = np.array(opaque(image.copy()).convert("RGB"))
+            pictures.put(number, torch.from_numpy(pixels).permute(2, 0, 1))

@@ -299,6 +299,7 @@ FORMATS: list[tuple[str, tuple[tuple[str, ...], ...], Callable[[Record], Found]]
     ("the_cauldron turns", (("texts",),), _turns),
     ("LLaVA conversations", (("conversations",),), _conversation("conversations")),
     ("OpenAI messages", (("messages",),), _conversation("messages")),
+    ("multi-image points", (("counts", "normalized_labels"), ("labels",), ("points",)), point_rows.multi_image_row),
     ("pixmo-points", (("points",), ("label",), ("collection_method",)), point_rows.pixmo_points_row),
     ("pixmo-count", (("image_url",), ("image_sha256",), ("count",), ("label",)), point_rows.pixmo_count_row),
     ("CoSyn-point", (("questions",), ("answer_points",)), point_rows.cosyn_row),

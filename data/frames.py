@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from data.formats import Row
-from data.images import ImageProcessor
+from data.images import ImageProcessor, decode_image
 from data.layouts import FRAME
 from data.text import image_string
 from data.video import decoded, sampled
-from data.video_frames import BROKEN, Frame, VideoError
+from data.video_frames import BROKEN, Frame, Pictures, VideoError
 from models.config import VLMConfig
 
 
@@ -101,6 +101,28 @@ def decode_pictures(pictures: Sequence[Any], processor: ImageProcessor) -> tuple
             tiles.append(found)
             broken += is_broken
     return tiles, broken
+
+
+def small_frames(frames: Sequence[Frame], side: int) -> torch.Tensor:
+    """uint8 [n, 3, H, W]: frames of one video for a page, in its own shape, at most `side` pixels wide or high; of one
+    that breaks off what is there. Raises ImageDecodeError."""
+    if frames[0].stamp is not None:
+        return decoded(frames, side, keep_aspect=True)[0]
+    pictures = Pictures(len(frames), side, keep_aspect=True)  # of a folder
+    for number, frame in enumerate(frames):
+        pictures.put(number, decode_image(frame.source, use_truncated=True))
+    return pictures.tensor()
+
+
+def videos_in(pictures: Sequence[Any]) -> list[list[Frame]]:
+    """The frames among the pictures of a row, those of each video together."""
+    videos: list[list[Frame]] = []
+    for one in pictures:
+        if isinstance(one, Frame):
+            if not videos or one.time_s <= videos[-1][-1].time_s:  # another one begins
+                videos.append([])
+            videos[-1].append(one)
+    return videos
 
 
 def _by_file(pictures: Sequence[Any]) -> list[list[Any]]:

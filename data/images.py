@@ -93,9 +93,13 @@ def small(source: Source, side: int) -> torch.Tensor:
 
     Raises ImageDecodeError.
     """
-    width, height = image_size(source)
-    scale = min(1.0, side / max(width, height))
-    return decode_image(source, (max(1, round(scale * width)), max(1, round(scale * height))), use_truncated=True)
+    return decode_image(source, within(image_size(source), side), use_truncated=True)
+
+
+def within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) in the same proportion, neither more than `side`; a smaller one as it is."""
+    scale = min(1.0, side / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
 
 
 @contextlib.contextmanager

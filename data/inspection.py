@@ -55,6 +55,7 @@ class Facts:
     longest: int = 0  # max_sample_length
     formats: Counter = field(default_factory=Counter)
     images: list[int] = field(default_factory=list)  # of each row
+    videos: list[int] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)  # of each row with images
     sizes: Counter = field(default_factory=Counter)  # (width, height) of the pictures
     tokens: list[int] = field(default_factory=list)  # of each conversation
@@ -110,6 +111,7 @@ def _add(facts: Facts, tokenizer: Any, key: str, row: Row, sample: Sample) -> No
     facts.formats.update(count_formats([row]))
     facts.dropped.update(sample.dropped)
     facts.images.append(len(row["images"]))
+    facts.videos.append(len(row.get("videos", [])))
     for turn in row["texts"]:
         for text in (turn["user"] or "", turn["assistant"] or ""):
             facts.words.update(word for word in WORD.findall(text))
@@ -203,16 +205,21 @@ def _duration(seconds: float) -> str:
 
 
 def _image_lines(facts: Facts) -> list[str]:
-    per_row = ", ".join(f"{n} in {rows:,}" for n, rows in sorted(Counter(facts.images).items())[:BINS])
-    lines = [f"images      of a row: {per_row}"]
+    lines = [f"images      of a row: {_per_row(facts.images)}"]
+    if any(facts.videos):
+        lines.append(f"videos      of a row: {_per_row(facts.videos)}; each frame is a tile")
     if facts.sizes:
         common = ", ".join(f"{w} x {h} ({count:,})" for (w, h), count in facts.sizes.most_common(3))
         pixels = sorted(facts.sizes, key=lambda size: size[0] * size[1])
         ends = f"; smallest {pixels[0][0]} x {pixels[0][1]}, largest {pixels[-1][0]} x {pixels[-1][1]}"
         lines.append(f"sizes       {len(facts.sizes):,} kinds, most often {common}{ends}")
     if facts.tiles:
-        lines.append(f"tiles       of a row with images: {_range(facts.tiles)}")
+        lines.append(f"tiles       of a row with images or videos: {_range(facts.tiles)}")
     return lines
+
+
+def _per_row(counts: list[int]) -> str:
+    return ", ".join(f"{n} in {rows:,}" for n, rows in sorted(Counter(counts).items())[:BINS])
 
 
 def _range(values: list[int]) -> str:

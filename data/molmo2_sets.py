@@ -13,6 +13,7 @@ from dataclasses import dataclass
 STAGES = {"1": "1", "2": "2", "3": "3", "pretraining": "1", "pretrain": "1", "sft": "2", "long": "3", "eval": "eval"}
 TRAINING = ("2", "3")
 INSIDE, LINKED, NONE = "in the rows", "links, fetched here", "none"
+CLIPS = "clips of 16 other sets, not fetched"
 COCO, YOUTUBE, TAR = "COCO's, not fetched", "videos, not fetched", "videos in archives, unpacked here"
 ODC, SOME = "ODC-BY", ""
 IMAGE_BYTES = 520_000  # of one picture on average: anthracite-org/pixmo-cap-images has 717k of them in 370 GB
@@ -66,7 +67,7 @@ def _linked(repo: str, group: str, stages: tuple[str, ...], read_as: str, rows: 
     )  # fmt: skip
 
 
-QUESTIONS, CAPTIONS, NOT_READ = "questions and answers", "captions", "not read yet"
+QUESTIONS, CAPTIONS, SEVERAL = "questions and answers", "captions", "multi-image points"
 VQA = ("text-vqa", "okvqa", "vqa2-2014", "tally-qa", "a-ok-vqa")
 SETS: tuple[PublicSet, ...] = (
     _linked("allenai/pixmo-cap", "pixmo", ("1", *TRAINING), "captions with transcripts", 717_000, False, 1.1),
@@ -85,11 +86,13 @@ SETS: tuple[PublicSet, ...] = (
     PublicSet("allenai/Molmo2-VideoSubtitleQA", "molmo2", TRAINING, "video multiple choice", YOUTUBE, 300_000,
               licence=ODC),
     PublicSet("allenai/Molmo2-VideoPoint", "molmo2", TRAINING, "video points", YOUTUBE, 330_000, licence=ODC),
-    PublicSet("allenai/molmo2-track-instruction", "molmo2", TRAINING, NOT_READ, YOUTUBE),
+    PublicSet("allenai/molmo2-track-instruction", "molmo2", TRAINING, "video tracks", CLIPS),
     _linked("allenai/Molmo2-MultiImageQA", "molmo2", TRAINING, "question pairs", 45_000, False, licence=SOME,
             column="image_urls"),
     PublicSet("allenai/Molmo2-SynMultiImageQA", "molmo2", TRAINING, "question pairs", rows=188_000),
-    _linked("allenai/molmo2-pixmo-multi-points", "molmo2", TRAINING, NOT_READ, 470_000, False, licence=SOME,
+    _linked("allenai/Molmo2-MultiImagePoint", "molmo2", TRAINING, SEVERAL, 472_943, False, column="image_urls"),
+    # What the released scripts load, the same rows with file names of their makers; the one above is as published.
+    _linked("allenai/molmo2-pixmo-multi-points", "molmo2", (), SEVERAL, 470_000, False, licence=SOME,
             column="image_urls"),
     *(PublicSet(f"allenai/molmo2-{name}", "academic", TRAINING, "message lists", COCO) for name in VQA),
     PublicSet("HuggingFaceM4/ChartQA", "academic", (*TRAINING, "eval"), "chart questions"),

@@ -1,9 +1,9 @@
 """Rows with points: a question and an answer in data.points' text, by the formats of docs/data.md.
 
-Coordinates are in the row's `points_unit`, or in the unit of its data set: pixmo-points and CoSyn-point in percent,
-pixmo-count in pixels (allenai/molmo2 f3cb108 reads them so, whatever their cards say); what lies outside the picture
-is moved to its edge. Without either they are in 0-1, as nanoMolmo2 has them, and none may lie outside: pixels that
-nobody declared are a bad row.
+Coordinates are in the row's `points_unit`, or in the unit of its data set: pixmo-points, CoSyn-point and sets of
+several images in percent, pixmo-count in pixels (allenai/molmo2 f3cb108 reads them so, whatever their cards say); what
+lies outside the picture is moved to its edge. Without either they are in 0-1, as nanoMolmo2 has them, and none may lie
+outside: pixels that nobody declared are a bad row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from data.points import UNITS, Point, Pointing, to_scale, write
-from data.values import BadRow, dict_of, images_of, is_number, kind_of, list_of, shown, source_of, text_of
+from data.values import BadRow, dict_of, draw_by, images_of, is_number, kind_of, list_of, shown, source_of, text_of
 
 Record = Mapping[str, Any]
 POINT_TO, HOW_MANY = "Point to {}.", "How many {} are there?"
@@ -61,6 +61,37 @@ def cosyn_row(record: Record) -> tuple[list[dict], None, list]:
     for question, where, name in zip(questions, points, names, strict=True):
         label = text_of(name, "a name") or ""
         turns.append(_turn(record, text_of(question, "a question") or "", label, where, None, "percent"))
+    return turns, None, []
+
+
+def multi_image_row(record: Record) -> tuple[list[dict], None, list]:
+    """Of allenai/Molmo2-MultiImagePoint and molmo2-pixmo-multi-points: a label and a list of points for each image.
+
+    One question for each label about all images, as Molmo2's own where it asks about all of them: an image with another
+    label has none of it. Labels are the same where `normalized_labels` are. `collection_method` says whether to count;
+    without it the label does, always in the same way.
+    """
+    labels, points = (list_of(record[key]) for key in ("labels", "points"))
+    same = list_of(record.get("normalized_labels")) or [text_of(one, "a label") for one in labels]
+    methods, counts = list_of(record.get("collection_method")), list_of(record.get("counts"))
+    if not len(labels) == len(points) == len(same) or {len(methods), len(counts)} - {0, len(labels)}:
+        raise BadRow(
+            "another number of labels than of lists of points",
+            f"{len(labels)} labels, {len(same)} normalized_labels, {len(points)} lists, {len(counts)} counts",
+        )
+    groups: dict[str, list[int]] = {}
+    for number, one in enumerate(same):
+        groups.setdefault(" ".join((text_of(one, "a label") or "").lower().split()), []).append(number)
+    turns = []
+    for name, numbers in groups.items():
+        label = text_of(labels[numbers[0]], "a label") or ""
+        is_count = all(methods[n] == "counting" for n in numbers) if methods else draw_by(name, 2) == 1
+        given = [dict_of(one, "a point") | {"image": n + 1} for n in numbers for one in list_of(points[n])]
+        count = sum(_whole(counts[n], "a count") for n in numbers) if counts else len(given)
+        if count != len(given):
+            raise BadRow(COUNT_DIFFERS, f"{label}: count {count}, {len(given)} points")
+        question = (HOW_MANY if is_count else POINT_TO).format(label)
+        turns.append(_turn(record, question, label, given, count if is_count else None, "percent"))
     return turns, None, []
 
 

@@ -6,7 +6,6 @@ columns are those of the sets' pages on the hub; data.molmo2_sets names the sets
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping
@@ -14,9 +13,9 @@ from itertools import zip_longest
 from typing import Any
 
 from data.places import PLACE
-from data.values import IMAGE_KEYS, BadRow, dict_of, kind_of, list_of, shown, text_of
+from data.values import IMAGE_KEYS, BadRow, dict_of, draw_by, kind_of, list_of, shown, text_of
 from data.video_keys import VIDEO_KEYS, VIDEO_PLACE, video_of_id
-from data.video_point_rows import local_points, local_tracks, molmo2_points
+from data.video_point_rows import local_points, local_tracks, molmo2_points, molmo2_tracks
 
 Record = Mapping[str, Any]
 
@@ -60,14 +59,9 @@ def _with_transcript(record: Record) -> Record:
     texts = [{"user": PLACE, "assistant": record["caption"], "source": "long_caption"}]
     said = [text_of(one, "a transcript") or "" for one in list_of(record["transcripts"])]
     if spoken := [text for text in said if text.strip()]:
-        chosen = spoken[_draw("".join(spoken), len(spoken))]
+        chosen = spoken[draw_by("".join(spoken), len(spoken))]
         texts.append({"user": TRANSCRIPT, "assistant": chosen, "source": "transcript"})
     return _media(record) | {"texts": texts}
-
-
-def _draw(key: str, count: int) -> int:
-    """A number below count that depends on the key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % count
 
 
 def _chain(record: Record) -> Record | None:
@@ -167,7 +161,7 @@ def _video_choice(record: Record) -> Record:
     wrong = [one for one in dict.fromkeys(wrong) if one.strip() != answer.strip()]
     if not wrong:
         return made | {"answer": answer}
-    wrong.insert(_draw(question + answer, len(wrong) + 1), answer)
+    wrong.insert(draw_by(question + answer, len(wrong) + 1), answer)
     letter = string.ascii_uppercase[wrong.index(answer)] if len(wrong) <= 26 else answer
     return made | {"choices": wrong, "answer": letter}
 
@@ -204,6 +198,7 @@ SET_FORMATS: list[tuple[str, tuple[tuple[str, ...], ...], Callable[[Record], Rec
     ("message lists", (("message_list",), IMAGE_KEYS), _messages),
     ("chart questions", (("human_or_machine",), ("query",), ("label",)), _chart),
     ("video points", (("two_fps_timestamps",), ("video_id",), ("points",), ("label",), ("question",)), molmo2_points),
+    ("video tracks", (("frame_trajectories",), ("clip", "video"), ("expression",)), molmo2_tracks),
     ("video points", (VIDEO_KEYS, ("query",), ("points",)), local_points),
     ("video tracks", (VIDEO_KEYS, ("query",), ("tracks",)), local_tracks),
     ("video captions", (VIDEO_CAPTIONS, ("video_id",)), _video_caption),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import math
 import re
@@ -154,6 +155,11 @@ def list_of(value: Any) -> list:
     """A list of the value, unless it is one; without None."""
     found = list(value) if isinstance(value, list | tuple) else [value]
     return [one for one in found if one is not None]
+
+
+def draw_by(key: str, count: int) -> int:
+    """A number below count that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % count
 
 
 def dict_of(value: Any, field: str) -> dict:

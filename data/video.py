@@ -22,7 +22,7 @@ import torch
 from data.animations import animation, decode_animation, is_animation
 from data.image_files import IMAGE_ENDINGS
 from data.video_files import decode_file, frames_of
-from data.video_frames import BROKEN, NO_PICTURES, OUTSIDE, Frame, Frames, Source, VideoError
+from data.video_frames import BROKEN, NO_PICTURES, OUTSIDE, Frame, Frames, Pictures, Source, VideoError
 
 FRAMES_PER_S = 2.0  # at most
 FOLDER_FRAMES_PER_S = 2.0  # of a folder of frames, whose files do not say
@@ -80,18 +80,21 @@ def sampled(
     return found
 
 
-def decoded(frames: Sequence[Frame], side: int) -> tuple[torch.Tensor, bool]:
+def decoded(frames: Sequence[Frame], side: int, keep_aspect: bool = False) -> tuple[torch.Tensor, bool]:
     """(uint8 [n, 3, side, side], whether the file turned out to be broken) of frames of one file, in order.
 
-    Each is turned upright and resized as it is decoded. Where a frame does not decode the one before it is still shown,
-    as a player does. Where there are key frames between two that are asked for, those before the last of them are
-    skipped by a seek. Raises VideoError where none decodes.
+    keep_aspect: in the video's own shape, as large as fits there; a smaller one as it is. Each is turned upright and
+    resized as it is decoded. Where a frame does not decode the one before it is still shown, as a player does. Where
+    there are key frames between two that are asked for, those before the last of them are skipped by a seek. Raises
+    VideoError where none decodes.
     """
     source, is_broken = frames[0].source, frames[0].is_broken
+    pictures = Pictures(len(frames), side, keep_aspect)
     if is_animation(source):
-        return decode_animation(frames, side), is_broken
-    pictures, is_damaged = decode_file(frames, side)
-    return pictures, is_broken or is_damaged
+        decode_animation(frames, pictures)
+    else:
+        is_broken |= decode_file(frames, pictures)
+    return pictures.tensor(), is_broken
 
 
 def _is_folder(source: Source) -> bool:

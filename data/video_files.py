@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.images import NO_SUCH_FILE, resized
-from data.video_frames import NEEDS_AV, NO_PICTURES, Frame, Frames, VideoError
+from data.images import NO_SUCH_FILE
+from data.video_frames import NEEDS_AV, NO_PICTURES, Frame, Frames, Pictures, VideoError
 
 USUAL_RATE = 25  # frames a second of a stream that does not say
 LACKING_S = 1.0  # a file that ends this much before its header says so, breaks off
@@ -119,15 +119,16 @@ def _shown_packets(source: Any) -> list[Packet]:
         return [(frame.pts, None, number == 0) for number, frame in enumerate(decoding.frames())]
 
 
-def decode_file(frames: Sequence[Frame], side: int) -> tuple[torch.Tensor, bool]:
-    """(uint8 [n, 3, side, side], whether something in the file is damaged) of some frames of it, in order; by
-    torchcodec where that is there, which is faster and gives the same pictures. Raises VideoError."""
+def decode_file(frames: Sequence[Frame], pictures: Pictures) -> bool:
+    """Put some frames of a file, in order, there; returns whether something in it is damaged. By torchcodec where that
+    is there, which is faster and gives the same pictures. Raises VideoError."""
     if torchcodec_decoder() is not None:
         with contextlib.suppress(Exception):  # at a damaged file: av takes what is there, and says what is wrong
-            return _by_torchcodec(frames, side), False
+            _by_torchcodec(frames, pictures)
+            return False
     for may_seek in (True, False):
         with contextlib.suppress(CannotSeek), _opened(frames[0].source) as (container, stream):
-            return _Decoding(container, stream, may_seek).take(frames, side)
+            return _Decoding(container, stream, may_seek).take(frames, pictures)
     raise AssertionError("without a seek there is nothing to be refused")
 
 
@@ -166,9 +167,8 @@ class _Decoding:
                     some = True
                     yield frame
 
-    def take(self, wanted: Sequence[Frame], side: int) -> tuple[torch.Tensor, bool]:
+    def take(self, wanted: Sequence[Frame], pictures: Pictures) -> bool:
         """As decode_file. Raises CannotSeek."""
-        pictures = np.empty((len(wanted), 3, side, side), np.uint8)
         frames, at, ended = self.frames(), self.stream.start_time or 0, False
         shown: Any = None  # the frame at the stamp, or before it
         ahead: Any = None  # the one that was decoded after it
@@ -183,9 +183,9 @@ class _Decoding:
                 raise CannotSeek
             if shown is None and ahead is None:
                 raise VideoError("none of its frames decodes")
-            pictures[number] = _square(ahead if shown is None else shown, side)
+            pictures.put(number, upright(ahead if shown is None else shown))
             at = ahead.pts if ahead is not None else at
-        return torch.from_numpy(pictures), self.broken
+        return self.broken
 
     def _from(self, key: int) -> Iterator[Any]:
         """The frames from the key frame on."""
@@ -198,10 +198,10 @@ class _Decoding:
         return self.frames(key)
 
 
-def _square(frame: Any, side: int) -> np.ndarray:
-    """uint8 [3, side, side] of a decoded frame, upright."""
+def upright(frame: Any) -> torch.Tensor:
+    """uint8 [3, H, W] of a decoded frame."""
     pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    return resized(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1), (side, side)).numpy()
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
 
 @cache
@@ -214,14 +214,12 @@ def torchcodec_decoder() -> Any:
     return VideoDecoder
 
 
-def _by_torchcodec(frames: Sequence[Frame], side: int) -> torch.Tensor:
+def _by_torchcodec(frames: Sequence[Frame], pictures: Pictures) -> None:
     """As decode_file. Raises torchcodec's errors (not every MPEG-TS is read), ValueError where it counts otherwise."""
     source = frames[0].source
     decoder = torchcodec_decoder()(source if isinstance(source, bytes) else str(source), num_ffmpeg_threads=1)
-    pictures = np.empty((len(frames), 3, side, side), np.uint8)
-    for number, frame in enumerate(frames):  # one at a time: never all of them at their full size
+    for number, frame in enumerate(frames):
         found = decoder.get_frame_at(frame.number)
         if abs(found.pts_seconds - frame.file_s) > 1e-3:
             raise ValueError(f"frame {frame.number} is at {found.pts_seconds} s, not {frame.file_s}")
-        pictures[number] = resized(found.data, (side, side)).numpy()
-    return torch.from_numpy(pictures)
+        pictures.put(number, found.data)

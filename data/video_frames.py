@@ -1,4 +1,4 @@
-"""A frame of a video that is not decoded yet, and why a video cannot be used."""
+"""A frame of a video that is not decoded yet, what its pixels become, and why a video cannot be used."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from data.images import ImageDecodeError
+from data.images import ImageDecodeError, resized, within
 
 NOT_DECODED = "video does not decode"
 NO_PICTURES = "video without pictures"
@@ -51,3 +52,26 @@ class Frames:
     end_s: float  # when the last one ends
     first_s: float = 0.0  # when the first one is shown by the file's clock
     broken: str = ""  # why they are not all that the file should have
+
+
+class Pictures:
+    """Frames of one video, each resized as it comes, so that only one is in memory at its full size."""
+
+    def __init__(self, count: int, side: int, keep_aspect: bool = False):
+        """keep_aspect: the first one decides the shape of all, `side` being its longer side; otherwise squares."""
+        self.count, self.side, self.keep_aspect = count, side, keep_aspect
+        self.size = (side, side)
+        self.pixels: np.ndarray | None = None
+
+    def put(self, number: int, pixels: torch.Tensor) -> None:
+        """pixels: uint8 [3, H, W], upright."""
+        if self.pixels is None:
+            if self.keep_aspect:
+                self.size = within((pixels.shape[2], pixels.shape[1]), self.side)
+            self.pixels = np.empty((self.count, 3, self.size[1], self.size[0]), np.uint8)
+        self.pixels[number] = resized(pixels, self.size).numpy()
+
+    def tensor(self) -> torch.Tensor:
+        """uint8 [count, 3, H, W] of all of them."""
+        assert self.pixels is not None
+        return torch.from_numpy(self.pixels)

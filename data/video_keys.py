@@ -41,14 +41,22 @@ def videos_of(record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
 def video_of_id(record: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a row for a record that names a video by its id, as Molmo2's sets do: a file ID.mp4, with its seconds
     (clip_start or video_start, ...) and its subtitles. Raises BadRow."""
-    video_id = text_of(record["video_id"], "video_id") or ""
-    if not video_id or video_id.startswith(("/", ".")) or ".." in video_id.split("/"):
-        raise BadRow("video_id is no name", shown(record["video_id"]))
     names = {"clip_start": ("clip_start", "video_start"), "clip_end": ("clip_end", "video_end"),
              "subtitles": ("subtitles", "subtitle")}  # fmt: skip
     found = {key: next((record[name] for name in given if record.get(name) is not None), None)
              for key, given in names.items()}  # fmt: skip
-    return {"videos": [f"{video_id}.mp4"], **{key: value for key, value in found.items() if value is not None}}
+    return {
+        "videos": [file_of(record["video_id"], "video_id")],
+        **{key: value for key, value in found.items() if value is not None},
+    }
+
+
+def file_of(name: Any, field: str, folder: str = "") -> str:
+    """NAME.mp4, in a folder. Raises BadRow for a name that leads elsewhere."""
+    path = f"{folder}/" * bool(folder) + (text_of(name, field) or "")
+    if not name or path.startswith(("/", ".")) or ".." in path.split("/"):
+        raise BadRow(f"{field} is no name", shown(path))
+    return f"{path}.mp4"
 
 
 def _video(value: Any, folder: Path | None) -> Any:

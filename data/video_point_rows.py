@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from data.point_rows import BAD_UNIT, COUNT_DIFFERS, OUTSIDE, by_time, seconds_of, video_points, video_tracks
 from data.points import UNITS
 from data.values import BadRow, dict_of, is_number, list_of, shown, text_of
-from data.video_keys import VIDEO_KEYS, video_of_id
+from data.video_keys import VIDEO_KEYS, file_of, video_of_id
 
 Record = Mapping[str, Any]
+
+# What is asked by the task of a row of tracks; {{}} is where the point to follow goes.
+TASKS = {
+    "track": "Track {}.",
+    "ground": "Point to where {} first and last appears.",
+    "single_point_track": "Track this point: {{}}.",
+}
+USUAL_PER_S = 2.0  # times a second that need not be named
+GRID_S = 0.01  # that a time may be off the grid
 
 
 def molmo2_points(record: Record) -> Record:
@@ -27,6 +37,74 @@ def molmo2_points(record: Record) -> Record:
         raise BadRow(COUNT_DIFFERS, f"count {shown(record['count'])}, {total} points")
     answer = video_points(times, lists, text_of(record["label"], "label") or "", "percent", count=True)
     return made | {"question": record["question"], "answer": answer, "source": record.get("category")}
+
+
+def molmo2_tracks(record: Record) -> Record:
+    """Of allenai/molmo2-track-instruction, in pixels of `width` and `height`: where objects are at times of a clip.
+
+    As allenai/molmo2 f3cb108 reads it (olmo/data/academic_video_track_datasets.py, `TrackingDataset`): objects are
+    those of `mask_id`, times those on the grid of `sampling_fps`; `task` says what is asked, without it to track. Rows
+    without `clip` show all of `video`.
+    """
+    name = "clip" if record.get("clip") is not None else "video"
+    folder = text_of(record.get("video_dataset"), "video_dataset") or ""
+    label = text_of(record["expression"], "expression") or ""
+    task = text_of(record.get("task"), "task") or "track"
+    if task not in TASKS:
+        raise BadRow("task is not known", f"{task}: must be one of {', '.join(TASKS)}")
+    per_s = 0.0 if task == "ground" or record.get("sampling_fps") is None else _above_0(record, "sampling_fps")
+    frames = [one for one in _visible(record) if not per_s or _is_on_grid(seconds_of(one["time"]), per_s)]
+    question, pixels = TASKS[task].format(label), (_above_0(record, "width"), _above_0(record, "height"))
+    if task == "ground":
+        frames = _first_and_last(frames)
+    if task == "single_point_track":
+        first = next((one for one in frames if one["points"]), None)
+        if first is None:
+            raise BadRow("a point to track that is never seen", label)
+        followed = first["points"][0]
+        frames = [one | {"points": [of for of in one["points"] if of["id"] == followed["id"]]} for one in frames]
+        point = followed.get("point", followed)
+        question = question.format(video_points([first["time"]], [[point]], label, "pixels", pixels))
+    if per_s not in (0.0, USUAL_PER_S):
+        question = f"{question[:-1]} at {per_s:g} FPS."
+    answer = video_tracks(frames, label, "pixels", pixels)
+    return {"videos": [file_of(record[name], name, folder)], "question": question, "answer": answer, "source": folder}
+
+
+def _visible(record: Record) -> list[dict]:
+    """The frames in order, with the points of the objects that are asked for, without those that are hidden."""
+    wanted = {text_of(one, "mask_id") for one in list_of(record.get("mask_id"))}
+    found = []
+    for frame in list_of(record["frame_trajectories"]):
+        frame = dict_of(frame, "a frame")
+        points = [dict_of(one, "a point") for one in list_of(frame.get("points"))]
+        points = [one | {"id": text_of(one.get("id"), "id of an object")} for one in points if not one.get("occluded")]
+        points = [one for one in points if not wanted or one["id"] in wanted]
+        found.append({"time": frame.get("time"), "points": points})
+    return sorted(found, key=lambda one: seconds_of(one["time"]))
+
+
+def _above_0(record: Record, key: str) -> float:
+    value = record.get(key)
+    if value is None or not (is_number(value) and 0 < float(value) < math.inf):
+        raise BadRow(f"{key} is no number above 0", shown(value))
+    return float(value)
+
+
+def _is_on_grid(time_s: float, per_s: float) -> bool:
+    return abs(time_s - round(time_s * per_s) / per_s) < GRID_S
+
+
+def _first_and_last(frames: list[dict]) -> list[dict]:
+    """Of each object the first and the last time."""
+    ends: dict[Any, list[int]] = {}
+    for number, frame in enumerate(frames):
+        for one in frame["points"]:
+            ends.setdefault(one["id"], [number, number])[1] = number
+    return [
+        frame | {"points": [one for one in frame["points"] if number in ends[one["id"]]]}
+        for number, frame in enumerate(frames)
+    ]
 
 
 def local_points(record: Record) -> Record:

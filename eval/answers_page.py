@@ -1,4 +1,4 @@
-"""answers.html: answers with their pictures, wrong ones first, in one file that opens offline."""
+"""answers.html: answers with their pictures and videos, wrong ones first, in one file that opens offline."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.html_page import data_url, page, text
-from data.images import image_size, small
+from data.html_page import page, text
 from eval.benchmarks import Benchmark
 from eval.output import UNKNOWN, is_detail, percent
+from eval.page_pictures import STYLE as PICTURE_STYLE
+from eval.page_pictures import PagePictures
 
 ROWS = 200  # answers on a page
 WRONG_ROWS = 150  # of them at most, where there are others
-PICTURES = 4  # per answer
-SIDE = 224  # pixels of the longer side of a picture
-PICTURE_BYTES = 8 * 2**20  # of all pictures on a page
+PICTURES, FRAMES = 4, 16  # per answer, and per video
+SIDE, FRAME_SIDE = 224, 128  # pixels of the longer side of a picture, and of a frame
 LETTERS = 2000  # of a text
 VERDICTS = {"wrong": "wrong", "partly": "partly right", "right": "right"}
 STYLE = """
@@ -63,7 +63,7 @@ def make_page(
     pictures = _Pictures()
     shown = [row for task in rows for row in chosen[task]]
     shown.sort(key=row_score)  # stable: tasks and rows stay in order
-    articles = [_article(row, pictures.of(benchmarks[row["task"]], row["id"]), len(rows) > 1) for row in shown]
+    articles = [_article(row, *pictures.of_row(benchmarks[row["task"]], row), len(rows) > 1) for row in shown]
     title = f"Answers of {_model(results)}"
     body = [
         *_numbers(results),
@@ -72,7 +72,7 @@ def make_page(
         _form(shown, len(rows) > 1),
         *articles,
     ]
-    return page(title, STYLE, body, SCRIPT)
+    return page(title, PICTURE_STYLE + STYLE, body, SCRIPT)
 
 
 def row_score(row: Mapping[str, Any]) -> float:
@@ -158,8 +158,9 @@ def _form(rows: Sequence[dict], several: bool) -> str:
     return f'<form autocomplete="off">{"".join(fields)}<span class="note" id="shown"></span></form>'
 
 
-def _article(row: Mapping[str, Any], pictures: str, several: bool) -> str:
-    """One answer: pictures, prompt, answer, truth, and by each rule what was parsed; rules that agree in one line."""
+def _article(row: Mapping[str, Any], strips: str, pictures: str, several: bool) -> str:
+    """One answer: what it is about, prompt, answer, truth, and by each rule what was parsed; rules that agree in one
+    line."""
     prompt_name = "question" if row["prompt"] is None else "prompt"
     said = [(prompt_name, row["question"] if row["prompt"] is None else row["prompt"], "")]
     if row.get("answer_prefix"):
@@ -177,70 +178,44 @@ def _article(row: Mapping[str, Any], pictures: str, several: bool) -> str:
     label = " · ".join([row["id"], *groups])
     return (
         f'<article class="{_verdict(row)}" data-groups="{text(json.dumps(groups))}">{pictures}<div class="said">'
-        f"<h2>{text(label)}</h2><dl>{terms}</dl></div></article>"
+        f"<h2>{text(label)}</h2>{strips}<dl>{terms}</dl></div></article>"
     )
 
 
 def _truth(truth: Mapping[str, Any]) -> str:
     """The answers that are right, with how often each was given, and what else the rules know."""
-    answers = truth["answers"] if "answers" in truth else [truth["answer"]] if "answer" in truth else []
-    counts = Counter(map(str, answers))
+    counts = Counter(_answers(truth))
     parts = [f"{one} ({count} times)" if count > 1 else one for one, count in counts.most_common()]
     others = {key: value for key, value in truth.items() if key not in ("answer", "answers") and value}
     said = " | ".join(parts)
     return f"{said}   {json.dumps(others, ensure_ascii=False)}" if others else said
 
 
+def _answers(truth: Mapping[str, Any]) -> list[str]:
+    answers = truth["answers"] if "answers" in truth else [truth["answer"]] if "answer" in truth else []
+    return list(map(str, answers))
+
+
 def _short(value: str) -> str:
     return value if len(value) <= LETTERS else f"{value[:LETTERS]} … ({len(value) - LETTERS:,} more letters)"
 
 
-def small_picture(image: Any, side: int = SIDE) -> str:
-    """An image, in any form that rows may have, as HTML, at most `side` pixels wide or high. Raises ValueError or
-    OSError."""
-    width, height = image_size(image)
-    address = data_url(small(image, side), jpeg=True)
-    return f'<img alt="{width} x {height} pixels" title="{width} x {height} pixels" src="{address}">'
-
-
-class _Pictures:
-    """Small pictures of questions, as HTML, up to PICTURE_BYTES of them."""
+class _Pictures(PagePictures):
+    """Those of questions of benchmarks."""
 
     def __init__(self) -> None:
-        self.bytes = self.count = self.left_out = 0
+        super().__init__(SIDE, FRAME_SIDE, PICTURES, FRAMES)
         self.numbers: dict[str, dict[str, int]] = {}  # task -> id -> place in the benchmark's questions
 
-    def of(self, benchmark: Benchmark, question_id: str) -> str:
-        """Those of a question; nothing where the data has none."""
+    def of_row(self, benchmark: Benchmark, row: Mapping[str, Any]) -> tuple[str, str]:
+        """HTML of (the videos, the pictures) of an answer; "" where the data has none."""
         name = benchmark.task.name
         if name not in self.numbers:
             self.numbers[name] = {one.id: number for number, one in enumerate(benchmark.questions)}
-        question = benchmark.questions[self.numbers[name][question_id]]
+        question = benchmark.questions[self.numbers[name][row["id"]]]
         try:
-            images = benchmark.images(question)
+            _, shown = benchmark.asked(question)
         except (ValueError, OSError) as error:
-            return f'<div class="pictures note">no picture: {text(_short(str(error)))}</div>'
-        parts = [self._picture(image) for image in images[:PICTURES]]
-        if len(images) > PICTURES:
-            parts.append(f'<span class="note">and {len(images) - PICTURES} more</span>')
-        return f'<div class="pictures">{"".join(parts)}</div>' if parts else ""
-
-    def _picture(self, image: Any) -> str:
-        if self.bytes >= PICTURE_BYTES:
-            self.left_out += 1
-            return ""
-        try:
-            picture = small_picture(image)
-        except (ValueError, OSError) as error:
-            return f'<span class="note">no picture: {text(_short(str(error)))}</span>'
-        self.bytes += len(picture)
-        self.count += 1
-        return picture
-
-    def note(self) -> str:
-        """How many there are, and how large."""
-        if not self.count:
-            return "The data holds no pictures."
-        left_out = f"; {self.left_out} left out, as the page would become too large" if self.left_out else ""
-        size = f"{self.bytes / 2**20:.1f} MB" if self.bytes >= 2**19 else f"{self.bytes / 2**10:.0f} kB"
-        return f"{self.count} pictures, at most {SIDE} pixels wide or high, {size}{left_out}."
+            return "", f'<div class="pictures note">no picture: {text(_short(str(error)))}</div>'
+        strips, pictures = self.of(shown, next(iter(_answers(row["truth"])), ""), row["answer"])
+        return strips, f'<div class="pictures">{pictures}</div>' if pictures else ""

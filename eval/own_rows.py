@@ -44,7 +44,9 @@ POINT_RULES = (
     _rule("count", "the same number", points.counted_as),
     _rule("count within 1", "the number, or one more or less", partial(points.counted_as, within=1)),
 )
-POINT_FORMATS = ("points", "pixmo-points", "pixmo-count", "CoSyn-point")
+POINT_FORMATS = (
+    "points", "pixmo-points", "pixmo-count", "CoSyn-point", "multi-image points", "video points", "video tracks"
+)  # fmt: skip
 LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
 MAX_NEW_TOKENS = 50
 POINT_TOKENS = 400  # about 40 points, where each digit is a token

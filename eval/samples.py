@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from data.datasets import Questions, VQADataset
+from data.frames import small_frames, with_frames
 from data.images import small
 from data.streams import RowStream
+from data.video_frames import Frame
 from eval.asking import ModelAsker
 from eval.evaluation import Evaluator, evaluating
 from eval.samples_page import SIDE, Freeze, make_page
@@ -27,7 +29,7 @@ NOT_DECODED = torch.empty(0)  # in place of the tiles of rows whose text alone i
 
 @dataclass
 class SampleQuestion:
-    """One question. images: as the row has them; asked: what the model gets."""
+    """One question. images: as the row has them, and the frames of its videos; asked: what the model gets."""
 
     id: str
     text: str
@@ -38,11 +40,15 @@ class SampleQuestion:
 
     @cached_property
     def picture(self) -> np.ndarray | None:
-        """Its first image, small: uint8 [H, W, 3]; None where there is none that decodes."""
+        """Its first image or frame, small: uint8 [H, W, 3]; None where there is none that decodes."""
+        if not self.images:
+            return None
+        first = self.images[0]
         try:
-            return small(self.images[0], SIDE).permute(1, 2, 0).numpy() if self.images else None
+            pixels = small_frames([first], SIDE)[0] if isinstance(first, Frame) else small(first, SIDE)
         except (ValueError, OSError):
             return None
+        return pixels.permute(1, 2, 0).numpy()
 
     @property
     def truth(self) -> str:
@@ -131,7 +137,7 @@ def choose(dataset: VQADataset, count: int, seed: int) -> list[SampleQuestion]:
             groups[source].remove(chosen)
             asked = dataset.questions_of(row)
             if number < len(asked.prompts):  # the images decode
-                found.append(_question(row, asked, number))
+                found.append(_question(with_frames(row, dataset.cfg.max_video_frames, True), asked, number))
     return sorted(found, key=lambda one: one.source)
 
 

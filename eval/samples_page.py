@@ -1,16 +1,17 @@
-"""samples.html: sample questions with their pictures, and the answers over time, in one file that opens offline."""
+"""samples.html: sample questions, what they show, and the answers over time, in one file that opens offline."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from data.html_page import page, text
-from eval.answers_page import small_picture
+from eval.page_pictures import STYLE as PICTURE_STYLE
+from eval.page_pictures import PagePictures
 
-PICTURES = 2  # per question
-SIDE = 112  # pixels of the longer side of a picture
+PICTURES, FRAMES = 2, 8  # per question, and per video
+SIDE, FRAME_SIDE = 112, 72  # pixels of the longer side of a picture, and of a frame
 Freeze: TypeAlias = tuple[int, str, bool]  # (step, tower, whether a matrix trains again instead)
 STYLE = """
 .note { color: #555; font-size: .85em } .scroll { overflow-x: auto }
@@ -19,7 +20,7 @@ th, td { text-align: left; vertical-align: top; padding: .35em .7em; border-bott
 thead th { vertical-align: bottom; white-space: nowrap }
 thead small { font-weight: normal; color: #555; display: block }
 td.question { min-width: 14em; max-width: 20em; overflow-wrap: anywhere; background: #fff; position: sticky; left: 0 }
-td.question img { float: left; margin: 0 .6em .2em 0; border: 1px solid #bbb } td.question small { color: #777 }
+td.question > img { float: left; margin: 0 .6em .2em 0; border: 1px solid #bbb } td.question small { color: #777 }
 td.answer { min-width: 6em; max-width: 16em; overflow-wrap: anywhere; white-space: pre-wrap }
 td.right { background: #e5f5ec } td.right::before { content: "✓\\00a0"; color: #187 }
 td.wrong { background: #fbeaea } td.wrong::before { content: "✗\\00a0"; color: #b22 }
@@ -51,7 +52,8 @@ def make_page(
         for before, step in zip([0, *steps], steps, strict=False)
     }
     heads = [_head(step, words[step]) for step in steps]
-    rows = [_row(one, answer, words) for one in questions]
+    pictures = PagePictures(SIDE, FRAME_SIDE, PICTURES, FRAMES)
+    rows = [_row(one, answer, words, pictures) for one in questions]
     counts = [f"step {step:,}: {_right(questions, answer, step)}" for step in dict.fromkeys([*steps[:1], *steps[-1:]])]
     lines = " A blue line: something froze since the time before." if any(words.values()) else ""
     body = [
@@ -63,7 +65,7 @@ def make_page(
         *rows,
         "</tbody></table></div>",
     ]
-    return page(f"Sample answers of {title}", STYLE, body)
+    return page(f"Sample answers of {title}", PICTURE_STYLE + STYLE, body)
 
 
 def _right(questions: Sequence[Question], answer: Answer, step: int) -> str:
@@ -92,9 +94,12 @@ def _line(froze: Sequence[str]) -> str:
     return ' class="froze"' if froze else ""
 
 
-def _row(question: Question, answer: Answer, words: dict[int, list[str]]) -> str:
+def _row(question: Question, answer: Answer, words: dict[int, list[str]], pictures: PagePictures) -> str:
+    """Its pictures have the points of the last answer."""
     source = f"<br><small>{text(question.source)}</small>" if question.source else ""
-    cells = [f'<td class="question">{"".join(_pictures(question))}{text(question.text)}{source}</td>']
+    given = [found[0] for step in words if (found := answer(question, step)) is not None]
+    strips, shown = pictures.of(question.images, question.truth, *given[-1:])
+    cells = [f'<td class="question">{strips}{shown}{text(question.text)}{source}</td>']
     cells.append(f'<td class="answer">{text(question.truth)}</td>')
     for step, froze in words.items():
         line = " froze" if froze else ""
@@ -103,11 +108,3 @@ def _row(question: Question, answer: Answer, words: dict[int, list[str]]) -> str
         else:
             cells.append(f'<td class="answer {"right" if found[1] else "wrong"}{line}">{text(found[0])}</td>')
     return f"<tr>{''.join(cells)}</tr>"
-
-
-def _pictures(question: Question) -> Iterator[str]:
-    for image in question.images[:PICTURES]:
-        try:
-            yield small_picture(image, SIDE)
-        except (ValueError, OSError) as error:
-            yield f"<small>no picture: {text(str(error))}</small> "

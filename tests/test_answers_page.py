@@ -6,14 +6,19 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_evaluate import opened, run, saved, table
 from tiny.benchmarks import records
 from tiny.pages import Page
+from tiny.video import write_clip
 
-from eval import answers_page
+from eval import answers_page, page_pictures
 from eval.answers_page import choose, make_page
+from eval.drawing import COLOURS, EXPECTED
+from eval.own_rows import open_own_rows
+from eval.page_pictures import chosen_frames
 from eval.results import score
 
 EVIL = "</article><script>alert('&')</script> \ud800 \"' <img src=http://x.example/y.png>"
@@ -86,7 +91,7 @@ def saved_rows(folder, rows):
 
 
 def test_the_page_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers_page, "PICTURE_BYTES", 1000)
+    monkeypatch.setattr(page_pictures, "PAGE_BYTES", 1000)
     monkeypatch.setattr(answers_page, "LETTERS", 20)
     benchmark = opened(saved(tmp_path, "mmstar"), "mmstar")
     page = Page(page_of(benchmark, {one.id: "A" * 1000 for one in benchmark.questions}))
@@ -123,3 +128,63 @@ def test_evaluate_writes_it_for_several_tasks(tmp_path, capsys):
     assert len(page.of("answer")) == len(page.references) == 16
     assert {"task: mmstar (8)", "task: pope (8)"} <= set(page.of("option"))
     assert sum("task: pope" in one for one in page.of("h2")) == 8
+
+
+def own_page(folder, records, answers):
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return Page(page_of(open_own_rows(folder / "rows.jsonl", None, max_video_frames=4), answers))
+
+
+def pixels(address: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).convert("RGB")
+
+
+def shows(image: Image.Image, colour: str) -> bool:
+    """Whether there is something of about that colour in it."""
+    away = np.abs(np.asarray(image).astype(int) - list(bytes.fromhex(colour[1:]))).max(axis=-1)
+    return bool((away < 40).any())
+
+
+def test_a_video_is_a_strip_of_its_frames_with_times_and_points(tmp_path):
+    write_clip(tmp_path / "a.mp4", 31)  # 0 to 3 s, of which four frames are seen
+    points = [{"x": 0.75, "y": 0.25, "timestamp": time_s} for time_s in (1.0, 2.9)]
+    record = {"id": "a", "video": "a.mp4", "query": "the cat", "points": points}
+    said = '<points coords="1.1 1 750 250;2.0 2 700 300;9.0 3 700 300">cat</points> <points coords="x">'
+    page = own_page(tmp_path, [record], {"a": said})
+    assert page.of("figcaption") == ["0.0 s", "1.0 s", "2.0 s", "3.0 s"]
+    frames = [pixels(one) for one in page.references]
+    assert {frame.size for frame in frames} == {(64, 48)}
+    assert [shows(frame, EXPECTED) for frame in frames] == [False, True, False, True]
+    assert [shows(frame, COLOURS[0]) for frame in frames] == [False, True, True, False]
+    assert {" answer: 2", ", 1 elsewhere, 1 that cannot be read"} <= {text for _, text in page.texts}
+    assert any(one.startswith("4 frames, at most 128 pixels") for one in page.of("note"))
+
+
+def test_points_are_drawn_on_the_picture_that_they_are_in(tmp_path):
+    for name, size in (("0.png", (300, 150)), ("1.png", (20, 10))):
+        Image.new("RGB", size, "grey").save(tmp_path / name)
+    record = {"image": ["0.png", "1.png"], "query": "cats", "points": [{"x": 0.5, "y": 0.5, "image": 1}]}
+    right = {"image": ["0.png"], "question": "what?", "answer": "red", "id": "b"}
+    answers = {"a": '<points coords="2 1 500 500">cats</points>', "b": "red"}
+    page = own_page(tmp_path, [record | {"id": "a"}, right], answers)
+    images = [pixels(one) for one in page.references]
+    assert [image.size for image in images] == [(224, 112), (220, 110), (224, 112)]  # the small one 11 times as large
+    assert [shows(image, EXPECTED) for image in images] == [True, False, False]
+    assert [shows(image, COLOURS[0]) for image in images] == [False, True, False]
+    assert page.titles == ["300 x 150 pixels", "20 x 10 pixels", "300 x 150 pixels"]
+
+
+def test_a_video_that_cannot_be_shown_says_why(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"<b>no video</b>" * 20)
+    page = own_page(tmp_path, [{"id": "a", "video": "a.mp4", "question": "?", "answer": "!"}], {"a": "!"})
+    assert page.references == []
+    assert any(one.startswith("no picture: ") for one in page.of("pictures note"))
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "most", "expected"),
+    [(4, [], 8, [0, 1, 2, 3]), (100, [], 3, [0, 50, 99]), (100, [7], 3, [0, 7, 99]), (9, [1, 2, 3, 4], 2, [1, 4]),
+     (9, [3, 4], 2, [3, 4]), (1, [0], 1, [0])],
+)  # fmt: skip
+def test_frames_with_points_are_shown_before_others(count, wanted, most, expected):
+    assert chosen_frames(count, wanted, most) == expected

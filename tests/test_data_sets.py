@@ -10,7 +10,7 @@ from tiny.anything import changed
 from tiny.data import dataset, encoded, picture
 
 from data.conversations import read_record
-from data.molmo2_sets import BY_NAME, NOT_READ, SETS
+from data.molmo2_sets import BY_NAME, SETS
 from data.options import RowOptions
 from data.rows import load_rows
 from data.values import BadRow, image_of
@@ -63,6 +63,13 @@ TULU = made(
     category=lambda i: "chat", first_message_qwen3_tokens=lambda i: 4, empty_messages=lambda i: False,
     has_special_token=lambda i: False,
 )  # fmt: skip
+TRAJECTORIES = [
+    {"frame": 0, "time": 0.0, "points": [{"id": 4, "point": [100.0, 25.0], "occluded": False},
+                                         {"id": 5, "point": [1.0, 1.0], "occluded": False}]},
+    {"frame": 1, "time": 1 / 6, "points": [{"id": 4, "point": [110.0, 25.0], "occluded": False}]},
+    {"frame": 3, "time": 0.5, "points": [{"id": 4, "point": [115.0, 25.0], "occluded": True}]},
+    {"frame": 6, "time": 1.0, "points": [{"id": 4, "point": [120.0, 101.0], "occluded": False}]},
+]  # fmt: skip
 QA = {"question": question, "answer": answer}
 VIDEO_CHOICE = {"Question": question, "Answer": answer, "NegativeAnswers": lambda i: ["x", "y"],
                 "Category": lambda i: "action"}  # fmt: skip
@@ -157,6 +164,28 @@ ROWS = {
         [("How many?", 'Counting the <points coords="1.0 1 500 250;2.5 2 000 1000">cats</points> shows a total of 2.')],
         (0, 1),
     ),
+    "molmo2-track-instruction": (
+        made(id=lambda i: f"t{i}", video=lambda i: "long", clip=lambda i: f"long_{i}", video_dataset=lambda i: "mose",
+             expression=lambda i: "the cat", fps=lambda i: 6, sampling_fps=lambda i: 2, width=lambda i: 200,
+             height=lambda i: 100, n_frames=lambda i: 9, start_frame=lambda i: 3, end_frame=lambda i: 11,
+             mask_id=lambda i: ["4"], obj_id=lambda i: ["9"], frame_trajectories=lambda i: TRAJECTORIES),
+        [("Track the cat.", '<tracks coords="0.0 1 500 250;1.0 1 600 1000">the cat</tracks>')], (0, 1),
+    ),
+    "molmo2-multiimagepoint": (
+        made(image_urls=lambda i: [URL.format(n) for n in range(3)], image_sha256s=lambda i: [SHA] * 3,
+             points=lambda i: [[{"x": 50.0, "y": 25.0}], [{"x": -0.5, "y": 7.0}, {"x": 9.0, "y": 8.0}], []],
+             counts=lambda i: [1, 2, 0], labels=lambda i: ["cats", "Dogs", "Cats"],
+             collection_method=lambda i: ["pointing", "counting", "pointing"]),
+        [("Point to cats.", '<points coords="1 1 500 250">cats</points>'),
+         ("How many Dogs are there?",
+          'Counting the <points coords="2 1 000 070 2 090 080">Dogs</points> shows a total of 2.')], (3, 0),
+    ),
+    "molmo2-pixmo-multi-points": (
+        made(images=lambda i: ["pixmo_images/a", "pixmo_images/b"], labels=lambda i: ["cats", "a cat"],
+             normalized_labels=lambda i: ["cat", "cat"], points=lambda i: [[{"x": 1.0, "y": 2.0}]] * 2),
+        [("How many cats are there?",
+          'Counting the <points coords="1 1 010 020;2 2 010 020">cats</points> shows a total of 2.')], (2, 0),
+    ),
     # The seed's own files.
     "local video pointing": (
         made(video_path=lambda i: f"{i}.mp4", query=lambda i: "cats",
@@ -213,7 +242,7 @@ def test_the_rows_of_a_set_are_read(tmp_path, monkeypatch, name, kind):
 
 
 def test_every_set_of_the_table_has_such_rows():
-    assert {one.name for one in SETS if one.format != NOT_READ} - set(ROWS) == {"pixmo-cap-tiny"}
+    assert {one.name for one in SETS} - set(ROWS) == {"pixmo-cap-tiny"}
     assert BY_NAME["pixmo-cap-tiny"].format == BY_NAME["pixmo-cap"].format
 
 
@@ -249,6 +278,34 @@ def test_answers_of_a_turn_are_all_kept(read):
     assert row["texts"] == [{"user": "a?", "assistant": "2", "source": "vqa2", "answers": ["2", "1"]}]
 
 
+TRACKED = {"video": "a", "video_dataset": "mose", "expression": "the cat", "width": 200, "height": 100,
+           "frame_trajectories": TRAJECTORIES}  # fmt: skip
+
+
+def test_a_track_is_what_its_task_asks(read, tmp_path):
+    row = read(TRACKED | {"task": "ground", "sampling_fps": 1})
+    assert row["videos"] == [str(tmp_path / "mose/a.mp4")]
+    assert [(turn["user"], turn["assistant"]) for turn in row["texts"]] == [
+        ("Point to where the cat first and last appears.",
+         '<tracks coords="0.0 1 005 010 2 500 250;1.0 2 600 1000">the cat</tracks>')
+    ]  # fmt: skip
+    [turn] = read(TRACKED | {"task": "single_point_track", "sampling_fps": 1})["texts"]
+    assert turn["user"] == 'Track this point: <points coords="0.0 1 500 250">the cat</points> at 1 FPS.'
+    assert turn["assistant"] == '<tracks coords="0.0 1 500 250;1.0 1 600 1000">the cat</tracks>'
+    [turn] = read(TRACKED | {"frame_trajectories": []})["texts"]
+    assert turn["assistant"] == "There are none."
+
+
+def test_a_label_without_a_method_is_pointed_to_or_counted_always_in_the_same_way(read):
+    record = {"images": ["a.png", "b.png"], "points": [[], [{"x": 1, "y": 2}]]}
+    labels = [{"labels": [f"l{n}"] * 2, "normalized_labels": [f"l{n}"] * 2} for n in range(12)]
+    asked = [read(record | one)["texts"][0]["user"].split()[0] for one in labels]
+    assert set(asked) == {"How", "Point"}
+    assert asked == [read(record | one)["texts"][0]["user"].split()[0] for one in labels]
+    assert {one["format"] for one in [read(record | labels[0])]} == {"multi-image points"}
+
+
+SEVERAL = {"images": ["a.png", "b.png"], "labels": ["x", "x"], "points": [[{"x": 1, "y": 2}], []], "counts": [1, 0]}
 POINTED = {"video_id": "x", "label": "cats", "question": "How many?", "count": 3, "two_fps_timestamps": [1.0, 2.5],
            "points": [[{"x": 50, "y": 20}, {"x": 10, "y": 5}], [{"x": 0, "y": 100}]]}  # fmt: skip
 TIMED = {"video_path": "a.mp4", "query": "the cat"}
@@ -272,6 +329,14 @@ EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
         (POINTED | {"clip_start": 3}, "a point before the clip begins"),
         (POINTED | {"count": 4}, "count is not the number of points"),
         (POINTED | {"two_fps_timestamps": [1]}, "another number of times than of lists of points"),
+        (TRACKED | {"clip": "../b"}, "clip is no name"),
+        (TRACKED | {"task": "guess"}, "task is not known"),
+        (TRACKED | {"width": None}, "width is no number above 0"),
+        (TRACKED | {"task": "single_point_track", "mask_id": ["7"]}, "a point to track that is never seen"),
+        (SEVERAL | {"counts": [2, 0]}, "count is not the number of points"),
+        (SEVERAL | {"labels": ["x"]}, "another number of labels than of lists of points"),
+        (SEVERAL | {"images": ["a.png"], "points": [[], [{"x": 1, "y": 2}]], "counts": [0, 1]},
+         "a point in a picture that is not there"),
         (TIMED | {"points": [{"x": 0.5, "y": 0.5}]}, "a point of a video without a timestamp"),
         (TIMED | {"points": [{"x": 5, "y": 0.5, "timestamp": 1}]}, "a point lies outside 0-1"),
         (TIMED | {"tracks": [], "points_unit": "pixels"}, "points_unit is not known"),

@@ -14,11 +14,13 @@ from tiny.browser import CHROMIUM, Browser
 from tiny.data import encoded, picture, tiny_vlm
 from tiny.families import FAMILIES
 from tiny.grades import save_answering_model
+from tiny.video import write_clip
 
 import demo
 from data.images import ImageProcessor
 from eval.asking import Asker
-from eval.demonstration import GAP, drawn, show_answer
+from eval.demonstration import GAP, drawn, grids, show_answer
+from eval.drawing import COLOURS
 from training.setup import autocast, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +74,7 @@ def test_the_last_of_what_is_shown_is_the_answer(tmp_path, family, tokens):
     alone = list(show_answer(asker, [], "what color?", 4))
     assert alone[0].seen is None
     for images, text, longest, problem in (
-        ([], " ", 4, "a question or a picture is needed"),
+        ([], " ", 4, "a question, a picture or a video is needed"),
         ([b"no image"], "what?", 4, "image does not decode"),
         ([], "what <|im_end|> is it?", 4, "must not stand in it"),
         ([], "what color?", 8192, "more than the model's 8192 positions"),
@@ -81,10 +83,39 @@ def test_the_last_of_what_is_shown_is_the_answer(tmp_path, family, tokens):
             next(show_answer(asker, images, text, longest))
 
 
+POINTED = '<points coords="1 1 500 500">a</points> <points coords="0.5 1 250 750;9.0 2 5 5">b</points> <point>'
+
+
+@pytest.fixture
+def answering(tmp_path, monkeypatch):
+    """A model that answers POINTED, about a video of 1.1 s and a picture."""
+    asker = asker_of(tmp_path / "model")
+    monkeypatch.setattr(asker, "stream", lambda *given, **more: (piece for piece in (POINTED[:9], POINTED[9:])))
+    return asker, write_clip(tmp_path / "a.mp4", 11)
+
+
+def test_the_points_of_an_answer_are_drawn_on_picture_and_frame(answering):
+    asker, clip = answering
+    *before, last = show_answer(asker, [encoded(picture(80, 40))], "where?", 4, str(clip))
+    assert [one.pointed for one in before] == [[], [], []]
+    assert [what for _, what in last.pointed] == ["points in picture 1", "points at 0.5 s"]
+    assert [image.size for image, _ in last.pointed] == [(80, 40), (64, 48)]
+    for (image, _), place in zip(last.pointed, ((40, 20), (16, 36)), strict=True):
+        assert image.getpixel(place) == tuple(bytes.fromhex(COLOURS[0][1:]))
+    assert "; 1 points are in nothing that is shown; <point> at letter" in last.numbers
+    assert last.seen.width > last.seen.height  # the picture's tile above the three frames
+
+
+def test_a_video_that_cannot_be_shown_is_told(answering, tmp_path):
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="video does not decode"):
+        next(show_answer(answering[0], [], "what?", 4, tmp_path / "b.mp4"))
+
+
 def test_tiles_are_drawn_at_their_places():
     processor = ImageProcessor(tiny_vlm())
     tiles, grid = processor(picture(64, 32))
-    canvas = drawn([(tiles, grid), processor(picture(16, 64, seed=1))])
+    canvas = drawn([grids(tiles, grid), grids(*processor(picture(16, 64, seed=1)))])
     cell = (canvas.width - 5 * GAP - GAP) // 5  # the whole, four columns, and a wider gap between them
     assert grid == (2, 4)
     assert canvas.height == 6 * (cell + GAP) + GAP
@@ -132,6 +163,13 @@ def test_a_browser_asks_and_reads_the_answer_without_a_network(tmp_path):
         browser.wait_for(f"document.querySelector('#answer textarea').value == {wanted}")
         browser.wait_for("document.querySelector('#seen img')")
         assert len(browser.run("window.seen")) > 1  # it came in pieces
+        clip = write_clip(tmp_path / "a.mp4", 11)
+        *_, wanted = show_answer(asker, [encoded(picture(40, 30))], "what color?", 50, str(clip))
+        browser.choose_file("#video input[type=file]", clip)
+        browser.wait_for("document.querySelector('#video').innerText.includes('KB')")
+        browser.run("document.querySelector('#ask').click()")
+        browser.wait_for("document.querySelector('#numbers textarea, #numbers input').value.startsWith('16 image')")
+        browser.wait_for(f"document.querySelector('#answer textarea').value == {json.dumps(wanted.answer)}")
         outside = [one for one in browser.asked if not one.startswith((url, "data:", "blob:", "about:"))]
         assert len(browser.asked) > 5
         assert outside == []

@@ -8,7 +8,7 @@ from tiny.grades import save_answering_model
 
 from data.points import Point, find_points
 from eval import asking
-from eval.drawing import COLOURS, draw_points, save_drawings
+from eval.drawing import COLOURS, EXPECTED, draw_points, place_points, save_drawings
 from generate import main, parse_arguments
 
 TEXT = '<points coords="1 1 250 500 2 1000 1000;2 3 500 500">dogs</points>'
@@ -31,6 +31,24 @@ def test_a_point_shows_on_light_and_dark(ground):
     assert changed[:40, :60].any()  # the labels
     assert not changed[150:].any()
     assert pixel(blank, 100, 100) == pixel(blank, 0, 0)  # the picture itself is as it was
+
+
+def test_a_point_is_in_the_picture_or_the_frame_that_it_names():
+    text = '<points coords="1 1 250 500;3 2 100 100">a</points> <tracks coords="0.4 1 100 100;1.1 1 300 300">b</tracks>'
+    placed = place_points(find_points(text + ' <points coords="1.9 1 500 500">c</points> <point>'), 2, [0.0, 1.0])
+    places = [[(label, [(one.x, one.y) for one in points]) for label, points in each] for each in placed.images]
+    assert places == [[("a", [(250, 500)])], []]
+    places = [[(label, [(one.x, one.y) for one in points]) for label, points in each] for each in placed.frames]
+    assert places == [[("b", [(100, 100)])], [("b", [(300, 300)])]]
+    assert (placed.count, placed.elsewhere, len(placed.broken)) == (3, 2, 1)
+    assert place_points(find_points('<points coords="1.0 1 5 5">c</points>'), 1).elsewhere == 1  # a time, no picture
+
+
+def test_a_ring_is_open(tmp_path):
+    blank = Image.new("RGB", (400, 200), "white")
+    drawn = draw_points(blank, [], [("dogs", [Point(250, 500)])])
+    assert pixel(drawn, 100, 100) == (255, 255, 255)
+    assert tuple(bytes.fromhex(EXPECTED[1:])) in {pixel(drawn, x, 100) for x in range(100, 115)}
 
 
 def test_several_images_are_several_files(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny.data import encoded, picture, row, stream, tiny_train, tiny_vlm, turn
 from tiny.pages import Page
 from tiny.runs import arguments
+from tiny.video import write_clip
 
 import inspect_data
 from data.images import ImageProcessor
@@ -112,6 +113,17 @@ def test_the_facts_count_what_is_there():
         "20 x 16",
     ):
         assert words in lines, words
+
+
+def test_the_facts_count_videos(tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", 11)
+    rows = [
+        row([], name="a") | {"videos": [str(clip)], "video_numbers": [0]},
+        row([encoded(picture(16, 16))], name="b"),
+    ]
+    facts = measure(loaded(rows))
+    assert (facts.images, facts.videos) == ([0, 1], [1, 0])
+    assert any(line.startswith("videos      of a row: 0 in 1, 1 in 1;") for line in fact_lines(facts))
 
 
 def test_a_leak_between_training_and_validation_is_found(tmp_path):

