@@ -136,7 +136,7 @@ def image_keys(samples: list[Sample]) -> list[bytes]:
     for each tile, layout or mirroring of it.
     """
     present = [sample.images.numpy() for sample in samples if sample.images is not None]
-    return [hashlib.sha256(np.ascontiguousarray(image)).digest() for images in present for image in images]
+    return [hashlib.sha256(np.ascontiguousarray(image).data).digest() for images in present for image in images]
 
 
 def branches_of(samples: list[Sample]) -> list[np.ndarray]:

@@ -65,7 +65,8 @@ class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
     tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4, gt=0, choices=(AUTO,))
     vision_tau: float | str = field(init=False, default=1e-4)
     language_tau: float | str = field(init=False, default=1e-4)
+    connector_tau: float | str = field(init=False, default=1e-4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.vision_tau = self.language_tau = self.tau
+        self.vision_tau = self.language_tau = self.connector_tau = self.tau

@@ -41,6 +41,7 @@ def test_what_is_held_is_what_would_be_computed(model):
     assert hits == 2
     torch.testing.assert_close(again["image_features"], model.vision_encoder(turned["images"]))
     assert (cache.hits, cache.lookups) == (2, 7)
+    assert again["image_features"].stride() == model.vision_encoder(turned["images"]).stride()
 
 
 @pytest.mark.parametrize("gib", [1.0, 1e-9])

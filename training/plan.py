@@ -63,7 +63,7 @@ def fitting_tiles(settings: Settings, device: torch.device, memory: float, proce
 
 @dataclass
 class Part:
-    """A tower, or the projector between them."""
+    """A tower, or the projector (GradES's connector) between them."""
 
     name: str
     parameters: int
@@ -101,7 +101,10 @@ def make_plan(model: VisionLanguageModel, settings: Settings, device: torch.devi
     cfg = settings.train
     setup.freeze_untrained(model, cfg)
     setup.apply_to_model(model, cfg)
-    components = find_components(model, settings.grades.target_components) if cfg.enable_grades else []
+    grades = settings.grades
+    components = []
+    if cfg.enable_grades:
+        components = find_components(model, grades.target_components, grades.watch_connector)
     batch = full_batch(settings, META)
     if device.type == "cuda":  # FlexAttention keeps documents apart without a mask
         batch.pop("document_ids", None)
@@ -110,7 +113,7 @@ def make_plan(model: VisionLanguageModel, settings: Settings, device: torch.devi
         processes=processes,
         parts=[
             _part("vision", model.vision_encoder, components),
-            _part("projector", model.MP, components),
+            _part("projector", model.MP, components, "connector"),
             _part("language", model.decoder, components),
         ],
         micro_batches=cfg.gradient_accumulation_steps,
@@ -214,10 +217,10 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _part(name: str, module: nn.Module, components: list[Component]) -> Part:
+def _part(name: str, module: nn.Module, components: list[Component], tower: str | None = None) -> Part:
     sizes = {parameter: parameter.numel() for parameter in module.parameters()}
     trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
-    return Part(name, sum(sizes.values()), trainable, sum(component.tower == name for component in components))
+    return Part(name, sum(sizes.values()), trainable, sum(one.tower == (tower or name) for one in components))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

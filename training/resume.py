@@ -38,7 +38,7 @@ FREE = {
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {
     "lm_tokenizer", "lora_rank", "lora_targets", "lora_vision", "metric", "monitor_sample", "tau_mode",
-    "target_components",
+    "target_components", "watch_connector",
 }  # fmt: skip
 
 
