@@ -237,6 +237,9 @@ def test_absent_files_and_folders_are_all_named(capsys, tmp_path, monkeypatch):
     assert len(errors.splitlines()) == 4
     assert "--resume gone" in path_errors(capsys, "--resume gone")
     assert "--vlm_checkpoint_path checkpoints" in path_errors(capsys, "--resume_from_vlm_checkpoint")
+    assert "--resume_weights stage1: no such" in path_errors(capsys, "--resume_weights stage1")
+    assert f"--resume_weights {tmp_path}/stage1: no such" in path_errors(capsys, f"--resume_weights {tmp_path}/stage1")
+    assert f"--resume_weights {tmp_path}: " in path_errors(capsys, f"--resume_weights {tmp_path}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "--log_with trackio" in path_errors(capsys, "--log_with trackio")
     (tmp_path / "run").mkdir()

@@ -64,6 +64,15 @@ class Settings:
         self.vlm = dataclasses.replace(vlm, **wanted)
         check_settings(self.vlm, self.train, self.grades)
 
+    @property
+    def weights(self) -> tuple[str, str] | None:
+        """(flag, its value): the checkpoint that a new run starts from; None where it is none."""
+        if self.train.resume_weights is not None:
+            return "resume_weights", self.train.resume_weights
+        if self.train.resume_from_vlm_checkpoint:
+            return "vlm_checkpoint_path", self.vlm.vlm_checkpoint_path
+        return None
+
     def as_dict(self) -> dict[str, Any]:
         """All settings, flat as in a recipe, so that they are a recipe again."""
         return {

@@ -227,7 +227,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise ValueError(
             f"--resume {checkpoint}: another version of this repository wrote it; to start from its weights give "
-            f"--resume_from_vlm_checkpoint --vlm_checkpoint_path {checkpoint}"
+            f"--resume_weights {checkpoint}"
         )
     return state
 
