@@ -116,9 +116,6 @@ class TrainConfig(Checked):
     )
     max_images_per_knapsack: int = doc("packing: images in one row; a sample with more has a row of its own", 18, gt=0)
     max_images_per_example: int = doc("rows with more images and videos are dropped", 4, ge=0)
-    max_video_frames: int = doc(
-        "frames of a video at most: two a second and the last one, or as many evenly spread over a longer one", 16, gt=0
-    )
     max_sample_length: int = doc("samples with more tokens are dropped", 4096, gt=0)
     relevance_min_rating: int = doc("FineVision: drop turns rated lower", 1)
     image_correspondence_min_rating: int = doc("FineVision: drop turns rated lower", 1)
@@ -278,6 +275,9 @@ class TrainConfig(Checked):
         "print what the run takes (FLOPs, memory), look at some rows, and end. Nothing is downloaded or written",
         False,
         section="Output",
+    )
+    gpu_gib: float | None = doc(
+        "with dry_run: say how long rows may be on a GPU with this much memory; by default the GPU found", None, gt=0
     )
     checkpoint_interval: int = doc(
         "optimizer steps between two more checkpoints; 0: none but those of evaluations", 0, ge=0

@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower: kept within a budget by what it sees, the same as computed, gone when it trains."""
+"""Features of a frozen vision tower: kept by what it sees, within a budget, as computed; gone when it trains again."""
 
 import json
 

@@ -25,9 +25,11 @@ CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
 FREE_FIELDS = {
     "vit_dropout", "vit_model_type", "lm_dropout", "lm_max_length", "lm_model_type", "lm_tokenizer", "lm_chat_template",
     "lm_eos_token_id", "image_layout", "max_crops", "overlap_margin", "keep_aspect", "max_img_size",
-    "resize_to_max_side_len", "mp_video_pool_size", "image_mean", "image_std", "vlm_checkpoint_path",
-    "vlm_load_backbone_weights", "hf_repo_name",
+    "resize_to_max_side_len", "mp_video_pool_size", "image_mean", "image_std", "max_video_frames",
+    "vlm_checkpoint_path", "vlm_load_backbone_weights", "hf_repo_name",
 }  # fmt: skip
+# Of these, what a recipe says of the length of its rows: it overrides a checkpoint too, as stages differ in it.
+LENGTHS = {"lm_max_length", "max_video_frames"}
 BOTH_TOWERS = "lr_backbones"  # a flag for lr_vision_backbone and lr_language_backbone
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 KINDS = {
@@ -45,15 +47,18 @@ class Settings:
     grades: GradESConfig
     recipe: Path
     given: frozenset[str]  # names of the flags on the command line
+    in_recipe: frozenset[str] = frozenset()  # names of what the recipe sets
 
     def use_model_config(self, vlm: VLMConfig, origin: str) -> None:
-        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's; the flags given override it.
+        """Make vlm, the config of a checkpoint or of pretrained backbones, the run's; the flags given override it, and
+        the recipe's LENGTHS.
 
         origin: what an error calls it. Raises ValueError where a flag asks for another shape than the weights have, and
         where the settings as a whole are impossible.
         """
         ours = self.vlm
-        wanted = {name: getattr(ours, name) for name in self.given | {"vlm_checkpoint_path"} if hasattr(ours, name)}
+        names = self.given | {"vlm_checkpoint_path"} | (self.in_recipe & LENGTHS)
+        wanted = {name: getattr(ours, name) for name in names if hasattr(ours, name)}
         problems = [
             f"--{name} {value}: must be {getattr(vlm, name)}, as {origin} has it"
             for name, value in sorted(wanted.items())
@@ -63,6 +68,11 @@ class Settings:
             raise ValueError("\n".join(problems))
         self.vlm = dataclasses.replace(vlm, **wanted)
         check_settings(self.vlm, self.train, self.grades)
+
+    @property
+    def shows_videos(self) -> bool:
+        """Whether the rows may hold videos, as far as the settings tell: where they say how many frames."""
+        return "max_video_frames" in self.given | self.in_recipe
 
     @property
     def weights(self) -> tuple[str, str] | None:
@@ -121,7 +131,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
         problems.append(problem("train_dataset_path", train.train_dataset_path, allowed))
     if problems:
         end(problems)
-    return Settings(vlm, train, grades, recipe, frozenset(flags))
+    return Settings(vlm, train, grades, recipe, frozenset(flags), frozenset(texts))
 
 
 def end(problems: Iterable[str]) -> NoReturn:

@@ -21,7 +21,8 @@ def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageMode
     """The model on the CPU, with its adapters; and the checkpoint folder that its weights are from, if they are.
 
     Weights come from the checkpoint that is resumed, from that of --resume_weights or --vlm_checkpoint_path, from the
-    pretrained backbones or from the seed. What does not train is frozen. Raises ValueError where a flag asks for another shape than they have.
+    pretrained backbones or from the seed. What does not train is frozen. Raises ValueError where a flag asks for
+    another shape than they have.
     """
     cfg = settings.train
     checkpoint = start.checkpoint or take_over_sizes(settings)

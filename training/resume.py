@@ -31,7 +31,7 @@ FORMAT = 2  # of training_state.pt
 # Settings that change nothing of what is computed.
 FREE = {
     "output_dir", "run_name", "num_workers", "log_with", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
-    "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
+    "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run", "gpu_gib",
     "activation_checkpointing", "profile", "lm_eos_token_id", "image_root", "max_bad_rows", "strict", "data_root",
     "sample_questions",
 }  # fmt: skip
