@@ -64,6 +64,7 @@ def fitting_tokens(settings: Settings, device: torch.device, memory: float, proc
     COUNTED_SHARE of `memory` bytes, down to a multiple of TOKENS; 0 where not even so many fit."""
     budget = COUNTED_SHARE * memory
 
+    @functools.cache
     def taken(tokens: int) -> int:
         return plan_of(of_length(settings, tokens), device, processes).held_bytes
 
@@ -100,7 +101,7 @@ class Part:
 
 @dataclass
 class Plan:
-    """A run in which nothing freezes, and whose rows have as many tokens, image tiles and frames as the settings allow."""
+    """A run in which nothing freezes, and whose rows have as many tokens, tiles and frames as the settings allow."""
 
     processes: int
     parts: list[Part]
