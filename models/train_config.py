@@ -293,7 +293,7 @@ class TrainConfig(Checked):
         "start from the weights of a run folder (of its last checkpoint), of a checkpoint or of a hub id", None
     )
     resume_from_vlm_checkpoint: bool = doc(
-        "start from the weights of --vlm_checkpoint_path, of a run folder those of the best checkpoint", False
+        "start from the weights of --vlm_checkpoint_path. Of a run folder it takes the best checkpoint", False
     )
     run_name: str | None = doc("folder of the run; by default made from the recipe and the time", None)
     output_dir: str = doc("where run folders go", "grades_output")

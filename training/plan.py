@@ -62,24 +62,24 @@ def fitting_tiles(settings: Settings, device: torch.device, memory: float, proce
 def fitting_tokens(settings: Settings, device: torch.device, memory: float, processes: int = 1) -> int:
     """Tokens of the longest rows, full of frames where there are videos, with which a micro-batch's plan takes
     COUNTED_SHARE of `memory` bytes, down to a multiple of TOKENS; 0 where not even so many fit."""
-    budget = COUNTED_SHARE * memory
+    budget, known = COUNTED_SHARE * memory, dict[int, int]()
 
-    @functools.cache
-    def taken(tokens: int) -> int:
-        return plan_of(of_length(settings, tokens), device, processes).held_bytes
+    def look(tokens: int) -> None:
+        known[tokens] = plan_of(of_length(settings, tokens), device, processes).held_bytes
 
-    high = _row_tokens(settings)
-    low = max(TOKENS, high // 2)
-    lower, upper = taken(low), taken(high)
-    for _ in range(5):  # nearly a line
-        tokens = low + int((budget - lower) * (high - low) / (upper - lower)) if upper > lower else high
-        tokens = tokens // TOKENS * TOKENS
-        if tokens < TOKENS:
-            return 0
-        if tokens in (low, high) or (found := taken(tokens)) <= budget:
+    look(TOKENS)
+    if known[TOKENS] > budget:
+        return 0
+    look(max(2 * TOKENS, _row_tokens(settings) // TOKENS * TOKENS))
+    for _ in range(6):  # nearly a line, or a parabola
+        (one, lower), (other, upper) = list(known.items())[-2:]
+        if lower == upper:
             break
-        low, lower, high, upper = (low, lower, tokens, found) if tokens > low else (tokens, found, low, lower)
-    return tokens if taken(tokens) <= budget else max(0, tokens - TOKENS)
+        tokens = max(TOKENS, int(other + (budget - upper) * (other - one) / (upper - lower)) // TOKENS * TOKENS)
+        if tokens in known:
+            break
+        look(tokens)
+    return max(tokens for tokens, taken in known.items() if taken <= budget)
 
 
 def of_length(settings: Settings, tokens: int) -> Settings:
