@@ -226,15 +226,15 @@ def path_errors(capsys, words: str) -> str:
 def test_a_recipe_says_how_long_rows_are_whatever_the_checkpoint_does(tmp_path):
     """Stages differ in it; all else that it says of the model is the checkpoint's unless a flag says otherwise."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("lm_max_length: 64\nmax_video_frames: 5\nimage_mean: 0.25\n")
+    recipe.write_text("lm_max_length: 8000\nmax_sample_length: 8000\nmax_video_frames: 5\nimage_mean: 0.25\n")
     settings = parse_arguments(["--config", str(recipe), "--lm_dropout", "0.5"])
-    settings.use_model_config(VLMConfig(lm_max_length=32, max_video_frames=3, image_mean=0.125), "a checkpoint")
+    settings.use_model_config(VLMConfig(lm_max_length=4096, max_video_frames=3, image_mean=0.125), "a checkpoint")
     found = settings.vlm
-    assert (found.lm_max_length, found.max_video_frames, found.image_mean, found.lm_dropout) == (64, 5, 0.125, 0.5)
+    assert (found.lm_max_length, found.max_video_frames, found.image_mean, found.lm_dropout) == (8000, 5, 0.125, 0.5)
     recipe.write_text("image_mean: 0.25\n")
     settings = parse_arguments(["--config", str(recipe)])
-    settings.use_model_config(VLMConfig(lm_max_length=32, max_video_frames=3), "a checkpoint")
-    assert (settings.vlm.lm_max_length, settings.vlm.max_video_frames) == (32, 3)
+    settings.use_model_config(VLMConfig(lm_max_length=6000, max_video_frames=3), "a checkpoint")
+    assert (settings.vlm.lm_max_length, settings.vlm.max_video_frames) == (6000, 3)
 
 
 def test_absent_files_and_folders_are_all_named(capsys, tmp_path, monkeypatch):
