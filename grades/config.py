@@ -162,7 +162,7 @@ class GradESConfig(Checked):
         """
         if self.metric != ROLLBACK or self.freeze_order != "together" or self.rollback_parts != "towers":
             return {}
-        towers = [tower for tower in ("vision", "language") if self.may_freeze(tower)]
+        towers = [tower for tower in self.towers if self.may_freeze(tower)]
         return {tower: min(float(self.tau_of(tower, part)) for part in ("attention", "mlp")) for tower in towers}
 
     def relations(self) -> Iterable[Relation]:
