@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from eval.prompts import STYLES
-from models.config import TrainConfig
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,9 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=_batch_size, default="auto", help="questions at once; auto: what fits")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images meanwhile; 0: none")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer, in tokens; by default the task's")
-    parser.add_argument(
-        "--max_video_frames", type=int, default=TrainConfig.max_video_frames, help="frames of a video at most"
-    )
+    parser.add_argument("--max_video_frames", type=int, help="frames of a video at most; by default as in training")
     parser.add_argument("--without_image", action="store_true", help="ask without the images: the blind score")
     parser.add_argument("--likelihood", action="store_true", help="score the likeliest letter too, where there are any")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
@@ -109,17 +106,21 @@ def open_benchmarks(given: argparse.Namespace, earlier: dict[str, Any]) -> list[
         return style or (STYLES[0] if asks else None)
 
     with_images = asks and not given.without_image
-    frames = given.max_video_frames
-    return open_tasks(given.tasks, given.data_root, "tasks", given.limit, style_of, with_images, frames)
+    return open_tasks(given.tasks, given.data_root, "tasks", given.limit, style_of, with_images)
 
 
 def evaluate(given: argparse.Namespace) -> None:
     """Score the answers of a file, print the main numbers, and write --output."""
     from eval.answers import match, read_answers
+    from eval.own_rows import show_frames
     from eval.results import score
 
     earlier = _earlier(given.answers)
     benchmarks = open_benchmarks(given, earlier)
+    for one in benchmarks:
+        shown = earlier.get("tasks", {}).get(one.task.name, {}).get("data", {}).get("max_video_frames")
+        if frames := given.max_video_frames or shown:
+            show_frames([one], frames)
     answers = read_answers(given.answers, [one.task.name for one in benchmarks])
     scored = []
     for one in benchmarks:
@@ -133,6 +134,7 @@ def ask(given: argparse.Namespace) -> None:
     """Let the model answer, on every process of torchrun its part, and score it as `evaluate` does, on the first."""
     from eval.answering import Answering, describe_model, scored_answers
     from eval.asking import Asker
+    from eval.own_rows import show_frames
     from models.config import TrainConfig
     from models.hub import BackboneUnavailable, checkpoint_folder
     from training.checkpoint_folder import find_checkpoint
@@ -150,6 +152,7 @@ def ask(given: argparse.Namespace) -> None:
     device = pick_device()
     prepare_backend(device)
     asker = Asker(folder, device, autocast(device, given.dtype), given.lm_tokenizer)
+    show_frames(benchmarks, given.max_video_frames or asker.model.cfg.max_video_frames)
     asking = Answering(
         asker, given.output / "progress", given.batch_size, given.num_workers, given.without_image,
         given.max_new_tokens, given.likelihood, parallel.rank, parallel.world_size,

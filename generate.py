@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.config import TrainConfig, VLMConfig
+from models.config import VLMConfig
 from models.hub import BackboneUnavailable, checkpoint_folder
 from training.checkpoint_folder import find_checkpoint
 
@@ -42,9 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--video", type=Path, nargs="*", default=[], help="video files or folders of frames, behind the images"
     )
-    parser.add_argument(
-        "--max_video_frames", type=int, default=TrainConfig.max_video_frames, help="frames of a video at most"
-    )
+    parser.add_argument("--max_video_frames", type=int, help="frames of a video at most; by default as in training")
     parser.add_argument("--prompt", help="the question; with --chat the first one")
     parser.add_argument("--chat", action="store_true", help="talk with the model; /help names the commands")
     parser.add_argument("--prompts", type=Path, help="file or folder of questions, each with its images")
@@ -102,7 +100,7 @@ def _value_problems(given: argparse.Namespace) -> list[str]:
         (0 < given.top_p <= 1, "top_p", "in (0, 1]"),
         (given.generations >= 1, "generations", ">= 1"),
         (given.batch_size >= 1, "batch_size", ">= 1"),
-        (given.max_video_frames >= 1, "max_video_frames", ">= 1"),
+        (given.max_video_frames is None or given.max_video_frames >= 1, "max_video_frames", ">= 1"),
         (given.num_workers >= 0, "num_workers", ">= 0"),
         (0 <= given.seed < 2**63, "seed", "in [0, 2^63)"),
     ]
@@ -245,15 +243,16 @@ def main(given: argparse.Namespace) -> None:
     import torch  # takes seconds: after the flags have been checked
 
     from eval.asking import Asker
+    from eval.own_rows import show_frames
     from eval.prompts_file import open_prompts
     from training.setup import autocast, pick_device, prepare_backend
 
-    frames = given.max_video_frames
-    rows = open_prompts(given.prompts.expanduser(), max_video_frames=frames) if given.prompts else None
+    rows = open_prompts(given.prompts.expanduser()) if given.prompts else None
     device = pick_device()
     prepare_backend(device)
     torch.manual_seed(given.seed)
-    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer, frames)
+    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer, given.max_video_frames)
+    show_frames([rows] if rows is not None else [], given.max_video_frames or asker.model.cfg.max_video_frames)
     if given.chat:
         chat(given, asker)
         return

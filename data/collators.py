@@ -8,6 +8,7 @@ Shapes: B conversations, T tokens of the longest, N images or tiles, S vit_img_s
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,8 +47,9 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 class Collator:
     """What the collators share. Picklable, as each worker process gets one."""
 
-    def __init__(self, pad_id: int, vlm_cfg: VLMConfig):
-        self.pad_id, self.vlm_cfg = pad_id, vlm_cfg
+    def __init__(self, pad_id: int, vlm_cfg: VLMConfig, with_keys: bool = False):
+        """with_keys: batches get the image_keys that a feature cache asks for."""
+        self.pad_id, self.vlm_cfg, self.with_keys = pad_id, vlm_cfg, with_keys
 
     def _inputs(self, input_ids: np.ndarray, targets: np.ndarray, samples: list[Sample]) -> dict:
         """The model's arguments, num_labels, and total_weight where labels have weights; from ids and targets (int64
@@ -58,12 +60,7 @@ class Collator:
             "input_ids": torch.from_numpy(input_ids),
             "targets": torch.from_numpy(targets),
             **_image_inputs(input_ids, samples, ids, self.vlm_cfg),
-            "image_keys": [
-                (sample.id, sample.mirrored, tile)
-                for sample in samples
-                if sample.images is not None
-                for tile in range(len(sample.images))
-            ],
+            **({"image_keys": image_keys(samples)} if self.with_keys else {}),
             "label_positions": torch.from_numpy(label_positions),
             "num_labels": len(label_positions),
             **_label_weights(samples),
@@ -82,7 +79,7 @@ class TrainCollator(Collator):
         position_ids, int64 [B, T], and branch_ids, int32 [B, T], -1 at padding, with message trees.
         label_weights: float32 [L], and total_weight: float, their sum, where a sample has a loss_weight.
         num_labels, num_tokens: int, without padding; ids: the rows' names; dropped: {reason: count}; drop_records: of
-        the rows in it; image_keys: for each of the N images its row, whether it is mirrored, and its place in the row.
+        the rows in it; image_keys: see there, with_keys.
         If every row was dropped, input_ids is None and the batch has only ids, dropped and drop_records besides.
         """
         dropped, records = count_drops(samples), drop_records(samples)
@@ -130,6 +127,16 @@ class PromptCollator(Collator):
             "attention_mask": None if filled.all() else torch.from_numpy(filled.astype(np.int64)),
             **_image_inputs(input_ids, rows, ids, self.vlm_cfg),
         }
+
+
+def image_keys(samples: list[Sample]) -> list[bytes]:
+    """For each of the N images of a batch what tells it from others: the SHA-256 of its pixels.
+
+    The vision tower sees nothing else. So a picture has one key in whatever row, file or video it is, and another one
+    for each tile, layout or mirroring of it.
+    """
+    present = [sample.images.numpy() for sample in samples if sample.images is not None]
+    return [hashlib.sha256(np.ascontiguousarray(image).data).digest() for images in present for image in images]
 
 
 def branches_of(samples: list[Sample]) -> list[np.ndarray]:

@@ -352,7 +352,7 @@ class VQADataset:
         if why := self.control_tokens.reason("\n".join(one["text"] for one in row.get("subtitles") or ())):
             raise RowDropped(Reason(why, where_of(row), "the subtitles"))
         try:
-            return with_frames(row, self.cfg.max_video_frames, self.image_processor.use_truncated)
+            return with_frames(row, self.vlm_cfg.max_video_frames, self.image_processor.use_truncated)
         except ImageDecodeError as error:
             raise RowDropped(image_reason(error, where_of(row))) from None
 

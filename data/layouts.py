@@ -158,10 +158,10 @@ def pool_index(grids: Sequence[Grid], cfg: VLMConfig) -> torch.Tensor | None:
 
 def frame_tokens(cfg: VLMConfig) -> int:
     """Image tokens of one frame: as Molmo pools it, mp_video_pool_size squared patches to a token."""
-    return (-(-cfg.vit_grid // _frame_window(cfg))) ** 2
+    return (-(-cfg.vit_grid // frame_window(cfg))) ** 2
 
 
-def _frame_window(cfg: VLMConfig) -> int:
+def frame_window(cfg: VLMConfig) -> int:
     """Side of a frame's window."""
     return cfg.mp_video_pool_size if cfg.mp_type == "molmo" else cfg.mp_window
 
@@ -197,7 +197,7 @@ def image_windows(images: int, side: int, window: int) -> np.ndarray:
 def _of_picture(grid: Grid, cfg: VLMConfig) -> torch.Tensor | None:
     """pool_index of one picture."""
     if grid == FRAME:
-        window = _frame_window(cfg)
+        window = frame_window(cfg)
         return None if window == cfg.mp_window else torch.from_numpy(image_windows(1, cfg.vit_grid, window))
     if not has_crops(cfg):
         return None

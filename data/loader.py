@@ -74,7 +74,7 @@ def train_batches(
     if shares_rows(dataset.rows, train_cfg):
         place = start if isinstance(start, dict) else None
         if train_cfg.packing:
-            packed = PackedCollator(collator.pad_id, collator.vlm_cfg)
+            packed = PackedCollator(collator.pad_id, collator.vlm_cfg, collator.with_keys)
             return PackedReaders(dataset, packed, place, rank, world_size).batches(options)
         return _used(StreamReaders(dataset, collator, place, rank, world_size).batches(options), None, 0, blank)
     number = start if isinstance(start, int) else 0

@@ -66,7 +66,7 @@ class Data(Iterator[dict]):
     def start_reading(self) -> None:
         """Begin to read at the position. Raises ValueError where no row can be used."""
         dataset = self.train_dataset
-        collator = TrainCollator(self.tokenizer.pad_token_id, dataset.vlm_cfg)
+        collator = TrainCollator(self.tokenizer.pad_token_id, dataset.vlm_cfg, with_keys=self.cfg.feature_cache_gib > 0)
         batches = train_batches(dataset, collator, self.cfg, self.position, self.rank, self.world_size)
         first: list[dict] = []
         while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later

@@ -24,7 +24,6 @@ from data.video import sampled
 from eval.answer_text import AnswerText, Speed
 from eval.prompt_cache import PromptCache
 from models.attention import compute_dtype
-from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -49,7 +48,7 @@ class Reader:
 
     tokenizer: Any
     processor: ImageProcessor
-    max_video_frames: int = TrainConfig.max_video_frames
+    max_video_frames: int | None = None  # None: as many as the model was trained with
 
     def __post_init__(self) -> None:
         self.control_tokens = ControlTokens(self.tokenizer, self.processor.cfg)
@@ -89,7 +88,7 @@ class Reader:
 
     def video(self, source: Any) -> Shown:
         """Its frames, each with its time. Raises ImageDecodeError."""
-        frames = with_times(sampled(source, self.max_video_frames))
+        frames = with_times(sampled(source, self.max_video_frames or self.processor.cfg.max_video_frames))
         tiles, _ = decode_pictures(frames, self.processor)
         return Shown(torch.cat(tiles), "".join(self._texts(frames)), is_video=True)
 
@@ -137,7 +136,7 @@ class ModelAsker:
         tokenizer: Any,
         device: torch.device,
         autocast: contextlib.AbstractContextManager,
-        max_video_frames: int = TrainConfig.max_video_frames,
+        max_video_frames: int | None = None,
     ):
         """model: on the device, without dropout while it is asked."""
         self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
@@ -246,7 +245,7 @@ class Asker(ModelAsker):
         device: torch.device,
         autocast: contextlib.AbstractContextManager,
         lm_tokenizer: str | None = None,
-        max_video_frames: int = TrainConfig.max_video_frames,
+        max_video_frames: int | None = None,
     ):
         """folder: a checkpoint in nanoVLM's format. lm_tokenizer: in place of the checkpoint's own.
 

@@ -20,7 +20,7 @@ from eval.rules import Item, Question, Rule, Task, each
 from eval.scorers import points, text
 from eval.scorers.judged import Judged
 from eval.tables import Table
-from models.config import TrainConfig
+from models.config import VLMConfig
 
 
 def _rule(name: str, source: str, judge: Callable[[str, Sequence[str]], Judged]) -> Rule:
@@ -59,7 +59,7 @@ class OwnRows(Benchmark):
 
     rows: Rows = field(default_factory=list)
     not_usable: dict[str, str] = field(default_factory=dict)  # reason -> how many, and the first
-    max_video_frames: int = TrainConfig.max_video_frames
+    max_video_frames: int = VLMConfig.max_video_frames  # see show_frames
     has_videos: bool = False
 
     def images(self, question: Question) -> list[Any]:
@@ -83,7 +83,15 @@ class OwnRows(Benchmark):
         return super().fingerprint + (f", {self.max_video_frames} frames of a video" if self.has_videos else "")
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"not_usable": self.not_usable}
+        shown = {"max_video_frames": self.max_video_frames} if self.has_videos else {}
+        return super().describe() | shown | {"not_usable": self.not_usable}
+
+
+def show_frames(benchmarks: Sequence[Benchmark], max_video_frames: int) -> None:
+    """Of each video in rows of one's own show at most this many frames."""
+    for one in benchmarks:
+        if isinstance(one, OwnRows):
+            one.max_video_frames = max_video_frames
 
 
 def open_own_rows(
@@ -93,7 +101,6 @@ def open_own_rows(
     options: RowOptions = AS_THEY_ARE,
     answered: bool = True,
     count: int | None = None,
-    max_video_frames: int = TrainConfig.max_video_frames,
 ) -> OwnRows:
     """The questions of a file or folder, of its first `limit` rows. Raises ValueError that names `flag`.
 
@@ -109,7 +116,6 @@ def open_own_rows(
         "",
         "as written",
         rows=rows,
-        max_video_frames=max_video_frames,
     )
     bad: Counter[str] = Counter()
     first: dict[str, str] = {}

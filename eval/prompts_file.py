@@ -28,7 +28,6 @@ from eval.batches import WINDOW, sorted_by_length
 from eval.own_rows import OwnRows, open_own_rows
 from eval.rules import Question
 from grades.files import write_json, write_text
-from models.config import TrainConfig
 
 
 def as_question(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -44,9 +43,9 @@ def as_question(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record if prompt is None else {**record, "texts": [{"user": prompt}]}
 
 
-def open_prompts(path: Path, limit: int | None = None, max_video_frames: int = TrainConfig.max_video_frames) -> OwnRows:
+def open_prompts(path: Path, limit: int | None = None) -> OwnRows:
     """The questions of a file or folder, in any format of docs/data.md or {"image", "prompt"}. Raises ValueError."""
-    return open_own_rows(path, limit, "prompts", RowOptions(function=as_question), False, max_video_frames)
+    return open_own_rows(path, limit, "prompts", RowOptions(function=as_question), False)
 
 
 @dataclass

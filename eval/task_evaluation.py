@@ -12,6 +12,7 @@ from eval.asking import ModelAsker
 from eval.benchmarks import Benchmark
 from eval.evaluation import Evaluator, evaluating
 from eval.output import is_detail
+from eval.own_rows import show_frames
 from eval.results import score
 from eval.task_list import open_tasks
 from models.config import TrainConfig
@@ -28,8 +29,7 @@ def open_eval_tasks(cfg: TrainConfig) -> list[Benchmark]:
     root = None if cfg.data_root is None else Path(cfg.data_root)
     if cfg.dry_run and root is None:  # which downloads nothing
         return []
-    tasks, frames = cfg.eval_tasks, cfg.max_video_frames
-    benchmarks = [] if tasks is None else open_tasks(tasks, root, "eval_tasks", max_video_frames=frames)
+    benchmarks = [] if cfg.eval_tasks is None else open_tasks(cfg.eval_tasks, root, "eval_tasks")
     unanswered = {one.task.name: score(one, {question.id: "" for question in one.questions})[1] for one in benchmarks}
     named = [name for name in numbers_of(unanswered) if not name.endswith("_stderr")]
     allowed = [*VALIDATION_METRICS, *(name for name in named if name.split("/")[1] not in NO_DIRECTION)]
@@ -71,6 +71,7 @@ class TaskEvaluator:
         """
         if not benchmarks:
             return None
+        show_frames(benchmarks, evaluator.model.cfg.max_video_frames)
         cfg = evaluator.cfg
         size = cfg.eval_batch_size if cfg.parallel == "fsdp" else None
         asker = ModelAsker(evaluator.model, evaluator.data.tokenizer, evaluator.device, evaluator.autocast)

@@ -9,7 +9,6 @@ from eval.benchmarks import Benchmark, open_benchmark
 from eval.own_rows import open_own_rows
 from eval.prompts import STYLES
 from eval.tasks import TASKS
-from models.config import TrainConfig
 
 
 def open_tasks(
@@ -19,7 +18,6 @@ def open_tasks(
     limit: int | None = None,
     style_of: Callable[[str], str | None] = lambda name: STYLES[0],
     with_images: bool = True,
-    max_video_frames: int = TrainConfig.max_video_frames,
 ) -> list[Benchmark]:
     """The benchmarks that `tasks` names, separated by commas: names of eval.tasks, files or folders of one's own rows.
 
@@ -37,7 +35,7 @@ def open_tasks(
             style = style_of(name)
             one = open_benchmark(TASKS[name], root, limit, style, with_images, alone, count)
         elif (path := Path(name).expanduser()).exists():
-            one = open_own_rows(path, limit, flag, count=count, max_video_frames=max_video_frames)
+            one = open_own_rows(path, limit, flag, count=count)
         else:
             raise ValueError(f"--{flag} {name}: no such task, file or folder; the tasks are {', '.join(TASKS)}")
         if one.task.name in found:

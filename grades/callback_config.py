@@ -118,3 +118,4 @@ class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
     # Not settings of their own, so that no two can disagree.
     vision_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]
     language_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]
+    connector_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]

@@ -13,14 +13,16 @@ import torch.nn as nn
 
 from grades.config import is_named
 
-TOWERS = ("vision", "language")
+CONNECTOR = "connector"  # what joins the towers, as a tower of its own where it is watched
+TOWERS = ("vision", CONNECTOR, "language")
 # Words, separated by dots and underscores, in the path of a module. With a word of NEITHER_WORDS the module joins the
 # towers or is for audio; else the first word that names a tower decides, and without any it is language.
 VISION_WORDS = {"vision", "visual", "vit", "image", "video"}
 LANGUAGE_WORDS = {"language", "text", "llm", "lm", "decoder"}
-NEITHER_WORDS = {
-    "mp", "projector", "connector", "merger", "mergers", "aligner", "resampler", "perceiver", "qformer", "audio",
+CONNECTOR_WORDS = {
+    "mp", "projector", "connector", "merger", "mergers", "aligner", "resampler", "perceiver", "qformer",
 }  # fmt: skip
+NEITHER_WORDS = CONNECTOR_WORDS | {"audio"}
 # A router scores the experts for each token; it is a classifier, not a projection.
 ROUTER = re.compile(r"\.(\w*expert_)?gate(\.|$)|[._]router([._]|$)")
 # What DDP, torch.compile, activation checkpointing and peft add to the paths of what they wrap.
@@ -37,9 +39,9 @@ class Component:
     """One projection matrix of a tower."""
 
     name: str  # dotted path of the module, without the names of wrappers
-    tower: str  # "vision" or "language"
+    tower: str  # "vision", "language", or "connector"
     kind: str  # last part of the name: q_proj, fc1 ...; the path in the block where several matrices share that part
-    layer: int  # index of its block
+    layer: int  # index of its block; 0 in a connector without blocks
     weights: tuple[nn.Parameter, ...]  # what is measured: a matrix or a stack [experts, ., .]; an adapter's pair (A, B)
     parameters: tuple[nn.Parameter, ...]  # what freezes: the weights and, where there is one, the bias
 
@@ -54,24 +56,26 @@ class Component:
         return "attention" if ATTENTION.search(self.name) else "mlp"
 
 
-def find_components(model: nn.Module, targets: Sequence[str] = ()) -> list[Component]:
+def find_components(model: nn.Module, targets: Sequence[str] = (), connector: bool = False) -> list[Component]:
     """Every trainable projection matrix of the model's repeated blocks, once, in the order of its modules.
 
     These are linears, GPT-2's Conv1D, the fused input projection of nn.MultiheadAttention, and experts stacked in one
     parameter [experts, ., .]; not norms, embeddings, convolutions, heads, routers, what joins the towers, audio towers.
     A module with trainable LoRA adapters (peft) is one component: their matrices A and B, adapter by adapter.
-    targets: only matrices that one of these names, see `is_named`. Raises ValueError where nothing is found.
+    targets: only matrices that one of these names, see `is_named`. connector: what joins the towers too, as a tower of
+    that name. Raises ValueError where nothing is found.
     """
     found: list[Component] = []
     seen: set[nn.Parameter] = set()
     for name, weights, others in _matrices(model):
         *path, kind = name.split(".")
         layers = [int(part) for part in path if part.isdigit()]
-        tower = tower_of(name)
+        joins = connector and is_connector(name)
+        tower = CONNECTOR if joins else tower_of(name)
         wanted = not targets or is_named(name, targets)
-        if layers and tower and wanted and weights[0] not in seen and not ROUTER.search(name):
+        if (layers or joins) and tower and wanted and weights[0] not in seen and not ROUTER.search(name):
             seen.add(weights[0])
-            found.append(Component(name, tower, kind, layers[0], weights, (*weights, *others)))
+            found.append(Component(name, tower, kind, layers[0] if layers else 0, weights, (*weights, *others)))
     if not found:
         wish = f" named by {', '.join(targets)}" if targets else ""
         raise ValueError(f"no trainable projection matrix{wish}; the model's linear modules are: {_linears(model)}")
@@ -143,6 +147,12 @@ def clean_name(path: str) -> str:
     return WRAPPER.sub("", path).strip(".")
 
 
+def is_connector(name: str) -> bool:
+    """Whether a module or parameter of this name joins the towers."""
+    words = set(re.split(r"[._]", name.lower()))
+    return bool(CONNECTOR_WORDS & words) and not (NEITHER_WORDS - CONNECTOR_WORDS) & words
+
+
 def tower_of(name: str) -> str | None:
     """The tower that a module or parameter of this name belongs to; None for what joins the towers and for audio."""
     words = re.split(r"[._]", name.lower())
@@ -157,7 +167,7 @@ def _tell_kinds_apart(components: list[Component]) -> list[Component]:
     counts = Counter((c.tower, c.layer, c.kind) for c in components)
     shared = {(tower, kind) for (tower, _, kind), count in counts.items() if count > 1}
     return [
-        replace(c, kind=re.split(r"\.?\b\d+\.", c.name, maxsplit=1)[1]) if (c.tower, c.kind) in shared else c
+        replace(c, kind=re.split(r"\.?\b\d+\.", c.name, maxsplit=1)[-1]) if (c.tower, c.kind) in shared else c
         for c in components
     ]
 

@@ -13,7 +13,7 @@ from grades.fields import Checked, Relation, doc, suggestion
 METRICS = ("weight_change", "gradient_change", "gradient_norm", "gradient_rms")  # each component has its own number
 ROLLBACK = "rollback"
 ROLLBACK_TAU = 0.004  # nats per 100 steps: the tau of auto with --metric rollback, whatever the model
-DEFAULT_TAUS = {"vision": 1e-5, "language": 1e-4}
+DEFAULT_TAUS = {"vision": 1e-5, "language": 1e-4, "connector": 1e-4}  # the paper's; the connector's is the language's
 TAU_MODES = ("absolute", "relative")
 AUTO = "auto"
 
@@ -59,6 +59,18 @@ class GradESConfig(Checked):
         gt=0,
         choices=(AUTO,),
     )
+    watch_connector: bool = doc(
+        "watch the matrices of the connector (projector) too, as a tower of its own; the paper watches those of the "
+        "towers alone",
+        False,
+    )
+    connector_tau: float | str = doc(
+        "with watch_connector: freeze a matrix of it whose metric is below this; or auto (with --metric rollback the "
+        "default is auto)",
+        DEFAULT_TAUS["connector"],
+        gt=0,
+        choices=(AUTO,),
+    )
     vision_attention_tau: float | None = doc(
         "vision_tau of the attention's matrices, where they have their own", None, gt=0
     )
@@ -73,9 +85,10 @@ class GradESConfig(Checked):
     max_frozen_ratio: float = doc("stop the run when this share of all projection matrices is frozen", 1.0, gt=0, le=1)
     freeze_vision: bool = doc("let vision components freeze; off: they are measured but train on", True)
     freeze_language: bool = doc("let language components freeze; off: they are measured but train on", True)
+    freeze_connector: bool = doc("let connector components freeze; off: they are measured but train on", True)
     target_components: list[str] = doc(
         "watch only matrices that one of these names, a whole part of the dotted name (q_proj, mlp, blocks.0, *_proj); "
-        "empty: every projection matrix of both towers",
+        "empty: every projection matrix of both towers (and with watch_connector of the connector)",
         [],
         section="GradES in detail",
     )
@@ -156,12 +169,17 @@ class GradESConfig(Checked):
         return made
 
     def may_freeze(self, tower: str) -> bool:
-        """Whether components of this tower, "vision" or "language", may freeze."""
-        return self.freeze_vision if tower == "vision" else self.freeze_language
+        """Whether components of this tower, one of `towers`, may freeze."""
+        return getattr(self, f"freeze_{tower}")
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that are watched."""
+        return ("vision", "language", *(("connector",) if self.watch_connector else ()))
 
     def tau_of(self, tower: str, part: str) -> float | str:
         """The threshold of the part ("attention" or "mlp") of a tower; "auto" where the grace period has to show it."""
-        own = getattr(self, f"{tower}_{part}_tau")
+        own = getattr(self, f"{tower}_{part}_tau", None)
         tau: float | str = getattr(self, f"{tower}_tau") if own is None else own
         if self.metric == ROLLBACK and tau in (AUTO, *DEFAULT_TAUS.values()):  # the paper's, which are not in nats
             return ROLLBACK_TAU
@@ -174,12 +192,12 @@ class GradESConfig(Checked):
         """
         if self.metric != ROLLBACK or self.freeze_order != "together" or self.rollback_parts != "towers":
             return {}
-        towers = [tower for tower in ("vision", "language") if self.may_freeze(tower)]
+        towers = [tower for tower in self.towers if self.may_freeze(tower)]
         return {tower: min(float(self.tau_of(tower, part)) for part in ("attention", "mlp")) for tower in towers}
 
     def relations(self) -> Iterable[Relation]:
         relative, unfreezes = self.tau_mode == "relative", self.unfreeze_factor is not None
-        towers = [tower for tower in ("vision", "language") if self.may_freeze(tower)]
+        towers = [tower for tower in self.towers if self.may_freeze(tower)]
         in_use = [self.tau_of(tower, part) for tower in towers for part in ("attention", "mlp")]
         above_peak = relative and any(tau > 1 for tau in in_use if not isinstance(tau, str))
         return [
@@ -208,7 +226,7 @@ class GradESConfig(Checked):
 
     def finds_taus(self) -> bool:
         """Whether a tau is found in the grace period."""
-        return self.metric != ROLLBACK and AUTO in (self.vision_tau, self.language_tau)
+        return self.metric != ROLLBACK and AUTO in (getattr(self, f"{tower}_tau") for tower in self.towers)
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:

@@ -67,10 +67,11 @@ class GradESMonitor:
         self.config = config = config.fixed()
         self.is_closed = False
         self.log, self.detail, self.broadcast = log, detail, broadcast
-        self.components = find_components(model, config.target_components)
+        self.components = find_components(model, config.target_components, config.watch_connector)
         self.by_name = {component.name: component for component in self.components}
         # What target_components leaves out keeps training, so it counts for the end of the run.
-        self.num_matrices = len(find_components(model) if config.target_components else self.components)
+        whole = config.target_components
+        self.num_matrices = len(find_components(model, (), config.watch_connector) if whole else self.components)
         self.total_steps = total_steps
         self.metric = self._make_metric(model, optimizer, averages, evaluate)
         self.scale = make_scale(config.tau_mode)

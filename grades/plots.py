@@ -9,7 +9,7 @@ from grades.files import written_beside
 from grades.policy import lasting
 
 # From Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
-COLORS = {"vision": "#0072B2", "language": "#D55E00"}
+COLORS = {"vision": "#0072B2", "language": "#D55E00", "connector": "#882255"}
 TASK_COLORS = ("black", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 NOT_FROZEN = "#E6E6E6"
 UNITS = {
@@ -52,7 +52,7 @@ def convergence(history: dict[str, Any]) -> Any:
     for axis, tower in zip(axes[more:], towers, strict=True):
         (_draw_gain if history["config"]["metric"] == "rollback" else _draw_metric)(axis, history, tower)
         axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0, label="grace period: nothing freezes")
-        axis.set_title(f"{tower} tower", loc="left", fontweight="bold")
+        axis.set_title(_title(tower), loc="left", fontweight="bold")
         config = history["config"]
         unit = " / own peak" if config["tau_mode"] == "relative" else ""
         axis.set_ylabel(UNITS[config["metric"]] + unit, fontsize=8)
@@ -176,7 +176,7 @@ def _draw_gain(axis: Any, history: dict[str, Any], tower: str) -> None:
         thawed = bool(event.get("unfrozen"))
         if event["name"] in {c["name"] for c in history["components"] if c["tower"] == tower}:
             if (event["step"], thawed) not in shown:
-                label = f"{tower} tower trains again" if thawed else f"{tower} tower frozen, step {event['step']:,}"
+                label = f"{_title(tower)} " + ("trains again" if thawed else f"frozen, step {event['step']:,}")
                 axis.axvline(event["step"], color=color, linestyle="-" if not thawed else ":", alpha=0.6, label=label)
             shown.add((event["step"], thawed))
     axis.grid(axis="y", color="0.9")
@@ -254,6 +254,10 @@ def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
     axis.grid(axis="y", color="0.9")
 
 
+def _title(tower: str) -> str:
+    return tower if tower == "connector" else f"{tower} tower"
+
+
 def _kinds(history: dict[str, Any], tower: str) -> list[str]:
     """The tower's kinds of matrices, in the order of the model."""
     return list(dict.fromkeys(c["kind"] for c in history["components"] if c["tower"] == tower))
@@ -288,7 +292,7 @@ def _draw_map(axis: Any, history: dict[str, Any], tower: str) -> Any:
     axis.grid(which="minor", color="white", linewidth=1)
     axis.tick_params(which="minor", length=0)
     axis.set_ylabel("layer")
-    axis.set_title(f"{tower} tower", loc="left", fontweight="bold", color=COLORS[tower])
+    axis.set_title(_title(tower), loc="left", fontweight="bold", color=COLORS[tower])
     return image
 
 

@@ -34,14 +34,14 @@ def converged(values: Mapping[str, float | None], streaks: Mapping[str, int], pa
 
 
 def front(names: Iterable[str], frozen: Iterable[str], components: Sequence[tuple[str, str, int]]) -> list[str]:
-    """Those of the names before which everything is frozen: in block order, the vision tower before the language tower.
+    """Those of the names before which everything is frozen: in block order, the vision tower first, language last.
 
     components: (name, tower, layer) of all, in the order of the model. Matrices of one block freeze in any order.
     """
     wanted, done = set(names), set(frozen)
     kept: list[str] = []
     blocks: dict[tuple[str, int], list[str]] = {}
-    for name, tower, layer in sorted(components, key=lambda c: (c[1] != "vision", c[2])):
+    for name, tower, layer in sorted(components, key=lambda c: (c[1] == "language", c[1] != "vision", c[2])):
         blocks.setdefault((tower, layer), []).append(name)
     for block in blocks.values():
         kept += [name for name in block if name in wanted]
@@ -63,7 +63,7 @@ def enough_frozen(frozen: int, total: int, max_frozen_ratio: float) -> bool:
 def round_number(decided: Sequence[int], totals: Sequence[int], rounds: int) -> int:
     """The latest of the rounds, counted from 1, that is due; 0 for none. decided, totals: components of each tower.
 
-    The first of two towers to be decided whole gets a round of its own, as that saves the most; the other rounds are
+    Each tower but the last to be decided whole gets a round of its own, as that saves the most; the other rounds are
     due at equal shares of all components.
     """
     for_towers = min(len(totals), rounds) - 1

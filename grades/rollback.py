@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from grades.averaging import AVERAGE, OLDER, AveragedWeights, exchange
-from grades.components import Component, clean_name, tower_of
+from grades.components import CONNECTOR, Component, clean_name, is_connector, tower_of
 from grades.metrics import Metric
 
 PER_STEPS = 100  # a gain is told per this many steps
@@ -167,12 +167,12 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
     for tower in dict.fromkeys(component.tower for component in components):
         own = [component for component in components if component.tower == tower]
         parts.append(
-            Part(tower, tower, tuple(c.name for c in own), tuple(p for n, p in parameters if tower_of(n) == tower))
+            Part(tower, tower, tuple(c.name for c in own), tuple(p for n, p in parameters if belongs(n, tower)))
         )
         layers = list(dict.fromkeys(component.layer for component in own))
         groups: dict[str, list[list[int]]] = {"towers": [], "prefixes": [layers[: len(layers) // 2]]}
         groups["blocks"] = [[layer] for layer in layers]
-        for group in groups[level]:
+        for group in groups[level] if tower != CONNECTOR else []:
             inside = [component for component in own if component.layer in group]
             if inside:
                 roots = {_block_path(component) for component in inside}
@@ -180,6 +180,11 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
                 name = f"{tower} {group[0]}" + (f"-{group[-1]}" if len(group) > 1 else "")
                 parts.append(Part(name, tower, tuple(c.name for c in inside), weights))
     return parts
+
+
+def belongs(name: str, tower: str) -> bool:
+    """Whether the parameter of this name is of the tower, or of the connector."""
+    return is_connector(name) if tower == CONNECTOR else tower_of(name) == tower
 
 
 def _block_path(component: Component) -> str:

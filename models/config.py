@@ -119,6 +119,9 @@ class VLMConfig(Checked):
     keep_aspect: bool = doc(
         "resize and molmo_crops keep an image's aspect and fill up with black (Molmo with CLIP)", False
     )
+    max_video_frames: int = doc(
+        "frames of a video at most: two a second and the last one, or as many evenly spread over a longer one", 16, gt=0
+    )
     max_img_size: int = doc("tiles: the longer side is resized to at most this many pixels", 2048, gt=0)
     resize_to_max_side_len: bool = doc("also enlarge: the longer side becomes exactly max_img_size", True)
     image_mean: float | list[float] = doc(

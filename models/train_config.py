@@ -116,9 +116,6 @@ class TrainConfig(Checked):
     )
     max_images_per_knapsack: int = doc("packing: images in one row; a sample with more has a row of its own", 18, gt=0)
     max_images_per_example: int = doc("rows with more images and videos are dropped", 4, ge=0)
-    max_video_frames: int = doc(
-        "frames of a video at most: two a second and the last one, or as many evenly spread over a longer one", 16, gt=0
-    )
     max_sample_length: int = doc("samples with more tokens are dropped", 4096, gt=0)
     relevance_min_rating: int = doc("FineVision: drop turns rated lower", 1)
     image_correspondence_min_rating: int = doc("FineVision: drop turns rated lower", 1)
@@ -268,7 +265,6 @@ class TrainConfig(Checked):
     es_interval: float = doc("early stopping: share of the run between two validation losses", 0.05, gt=0, lt=1)
     es_delta: float = doc("early stopping: the loss must fall by more than this below the best, in nats", 0.0005, ge=0)
     es_patience: int = doc("early stopping: stop after this many validations in a row without such a fall", 3, ge=1)
-
     es_weights: str = doc(
         "early stopping: whose validation loss, the last weights' or with average_weights the averaged ones'",
         "last",
@@ -280,6 +276,9 @@ class TrainConfig(Checked):
         False,
         section="Output",
     )
+    gpu_gib: float | None = doc(
+        "with dry_run: say how long rows may be on a GPU with this much memory; by default the GPU found", None, gt=0
+    )
     checkpoint_interval: int = doc(
         "optimizer steps between two more checkpoints; 0: none but those of evaluations", 0, ge=0
     )
@@ -290,7 +289,12 @@ class TrainConfig(Checked):
         None,
     )
     resume_override: bool = doc("resume although settings differ from the run's; each is named", False)
-    resume_from_vlm_checkpoint: bool = doc("start from the weights of --vlm_checkpoint_path", False)
+    resume_weights: str | None = doc(
+        "start from the weights of a run folder (of its last checkpoint), of a checkpoint or of a hub id", None
+    )
+    resume_from_vlm_checkpoint: bool = doc(
+        "start from the weights of --vlm_checkpoint_path. Of a run folder it takes the best checkpoint", False
+    )
     run_name: str | None = doc("folder of the run; by default made from the recipe and the time", None)
     output_dir: str = doc("where run folders go", "grades_output")
     log_interval: int = doc("optimizer steps between two lines of metrics.jsonl", 10, gt=0)
@@ -372,6 +376,11 @@ class TrainConfig(Checked):
                 self.eval_tasks is not None or self.eval_tasks_interval is None,
                 "eval_tasks",
                 "given with eval_tasks_interval",
+            ),
+            (
+                self.resume_weights is None or not self.resume_from_vlm_checkpoint,
+                "resume_weights",
+                "left out with --resume_from_vlm_checkpoint",
             ),
             (not 1 <= self.average_weights < 2, "average_weights", "a decay below 1, or a window of 2 steps or more"),
             (self.feature_cache_gib == 0 or self.parallel == "ddp", "feature_cache_gib", "0 with --parallel fsdp"),

@@ -173,7 +173,8 @@ class ViT(nn.Module):
             if index in self.features:
                 outputs[index] = x
         x = torch.cat([outputs[layer] for layer in self.features], dim=-1) if self.features else x
-        return self.layer_norm(x[:count, 1:] if self.patch_embedding.has_class_token else x[:count])
+        # Contiguous, as features that were kept are: the projector's gradient is then the same to the last bit.
+        return self.layer_norm(x[:count, 1:] if self.patch_embedding.has_class_token else x[:count]).contiguous()
 
     @classmethod
     def from_pretrained(cls, cfg: VLMConfig) -> "ViT":

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from training.state import END_REASONS
 
-OWN_FLAGS = ("--config", "--run_name", "--output_dir", "--resume", "--resume_from_vlm_checkpoint",
-             "--vlm_checkpoint_path")  # fmt: skip
+OWN_FLAGS = ("--config", "--run_name", "--output_dir", "--resume", "--resume_weights",
+             "--resume_from_vlm_checkpoint", "--vlm_checkpoint_path")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Stage:
 
     def command(self, flags: Sequence[str]) -> list[str]:
         place = ["--output_dir", str(self.folder.parent), "--run_name", self.folder.name, "--resume", "auto"]
-        weights = []
-        if self.before is not None:
-            last = self.before / "checkpoints" / "last"
-            weights = ["--resume_from_vlm_checkpoint", "--vlm_checkpoint_path", str(last)]
+        weights = [] if self.before is None else ["--resume_weights", str(self.before)]
         return [sys.executable, str(ROOT / "train.py"), "--config", str(self.recipe), *place, *weights, *flags]
 
 

@@ -11,7 +11,6 @@ Takes every flag of train.py, --config with another recipe too. Memory is held a
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,13 +20,12 @@ import torch
 
 from data.layouts import image_tokens_in_words
 from models.config import VLMConfig
-from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings, parse_arguments
 from training.build import take_over_sizes
 from training.flops import CARD_TFLOPS, card_tflops
-from training.plan import COUNTED_SHARE, META, Plan, make_plan
+from training.plan import COUNTED_SHARE, Plan, plan_of
 
 RECIPE = ROOT / "configs" / "nanomolmo2_model.yaml"
 GPU_GIB = 40.0
@@ -50,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     device = setup.pick_device()
     try:
         take_over_sizes(settings, local_only=True)
-        plan = plan_of(settings)
+        if settings.train.dtype == "auto":
+            settings.train.dtype = "bfloat16"
+        plan = plan_of(settings, torch.device("cuda"))  # whether there is one here or not
     except (ValueError, OSError) as error:
         print(f"verify_model_setup.py: error: {error}", file=sys.stderr)
         return 2
@@ -64,19 +64,6 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     print("ready" if fits else "not ready: see memory above")
     return 0 if fits else 1
-
-
-def plan_of(settings: Settings) -> Plan:
-    """The plan of a run on a CUDA card, whether there is one here or not."""
-    if settings.train.dtype == "auto":
-        settings.train.dtype = "bfloat16"
-    with META:
-        model = VisionLanguageModel(settings.vlm)
-        if settings.train.lora_rank:
-            inject_lora(model, settings.train)
-    with warnings.catch_warnings():  # autocast says that there is no CUDA
-        warnings.simplefilter("ignore")
-        return make_plan(model, settings, torch.device("cuda"))
 
 
 def part_lines(plan: Plan, cfg: VLMConfig) -> list[str]:

@@ -242,6 +242,20 @@ def path_errors(capsys, words: str) -> str:
     return errors_of(capsys, *words.split(), of=lambda argv: preflight.check_paths(parse_arguments(argv)))
 
 
+def test_a_recipe_says_how_long_rows_are_whatever_the_checkpoint_does(tmp_path):
+    """Stages differ in it; all else that it says of the model is the checkpoint's unless a flag says otherwise."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lm_max_length: 8000\nmax_sample_length: 8000\nmax_video_frames: 5\nimage_mean: 0.25\n")
+    settings = parse_arguments(["--config", str(recipe), "--lm_dropout", "0.5"])
+    settings.use_model_config(VLMConfig(lm_max_length=4096, max_video_frames=3, image_mean=0.125), "a checkpoint")
+    found = settings.vlm
+    assert (found.lm_max_length, found.max_video_frames, found.image_mean, found.lm_dropout) == (8000, 5, 0.125, 0.5)
+    recipe.write_text("image_mean: 0.25\n")
+    settings = parse_arguments(["--config", str(recipe)])
+    settings.use_model_config(VLMConfig(lm_max_length=6000, max_video_frames=3), "a checkpoint")
+    assert (settings.vlm.lm_max_length, settings.vlm.max_video_frames) == (6000, 3)
+
+
 def test_absent_files_and_folders_are_all_named(capsys, tmp_path, monkeypatch):
     words = f"--train_dataset_path nope.jsonl --test_dataset_path {tmp_path}/no --vlm_load_backbone_weights "
     words += "--vit_model_type ./siglip --lm_model_type scratch --lm_tokenizer ~/none/at/all"
@@ -256,6 +270,9 @@ def test_absent_files_and_folders_are_all_named(capsys, tmp_path, monkeypatch):
     assert len(errors.splitlines()) == 4
     assert "--resume gone" in path_errors(capsys, "--resume gone")
     assert "--vlm_checkpoint_path checkpoints" in path_errors(capsys, "--resume_from_vlm_checkpoint")
+    assert "--resume_weights stage1: no such" in path_errors(capsys, "--resume_weights stage1")
+    assert f"--resume_weights {tmp_path}/stage1: no such" in path_errors(capsys, f"--resume_weights {tmp_path}/stage1")
+    assert f"--resume_weights {tmp_path}: " in path_errors(capsys, f"--resume_weights {tmp_path}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "--log_with trackio" in path_errors(capsys, "--log_with trackio")
     (tmp_path / "run").mkdir()

@@ -294,7 +294,7 @@ def test_a_conversation_about_crops_is_read_in_parts():
 def test_held_features_of_crops_are_those_computed():
     model = crops_model()
     model.vision_encoder.requires_grad_(False)
-    batch = TrainCollator(0, model.cfg)([dataset(rows(), model.cfg)[0, 0]])
+    batch = TrainCollator(0, model.cfg, with_keys=True)([dataset(rows(), model.cfg)[0, 0]])
     inputs = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     cache = FeatureCache(model, 1.0)
     cache.complete(inputs, batch["image_keys"])

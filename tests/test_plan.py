@@ -21,7 +21,18 @@ from training import setup
 from training.activations import saved_bytes
 from training.arguments import parse_arguments
 from training.flops import model_cost
-from training.plan import fitting_tiles, full_batch, make_plan, plan_lines
+from training.plan import (
+    COUNTED_SHARE,
+    TOKENS,
+    fit_line,
+    fitting_tiles,
+    fitting_tokens,
+    full_batch,
+    make_plan,
+    of_length,
+    plan_lines,
+    plan_of,
+)
 from training.step import forward_backward
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +45,8 @@ MOLMO = (
     "--vit_architecture clip --vit_feature_layers -1 -2 --mp_type molmo --mp_pool_size 4 --lm_head_dim 32 --lm_qk_norm"
 )
 CROPS = " ".join([MOLMO, *words_of(CROP_SETTINGS), "--extra_token_amount 5 --max_crops 2"])
-TOKENS = ["image_token", "global_image_token", *(f"r{r}c{c}" for r in (1, 2) for c in (1, 2))]
-EXTRA = json.dumps({name: name for name in TOKENS}, separators=(",", ":"))
+NAMES = ["image_token", "global_image_token", *(f"r{r}c{c}" for r in (1, 2) for c in (1, 2))]
+EXTRA = json.dumps({name: name for name in NAMES}, separators=(",", ":"))
 TILES = f"--max_img_size 96 --extra_token_amount 6 --vlm_extra_tokens {EXTRA} --max_sample_length"
 
 
@@ -123,6 +134,7 @@ def really_held(settings, model) -> dict[str, int]:
         "--activation_checkpointing --monitor_sample 4 --metric weight_change",
         "--loss_chunk_size 7 --metric gradient_norm", "--lr_vision_backbone 0", f"{PACKING} 3", MOLMO,
         f"{MOLMO} --activation_checkpointing", f"{MOLMO} --lr_vision_backbone 0", CROPS,
+        f"{MOLMO} --max_video_frames 2 --max_sample_length 60",
     ],
 )  # fmt: skip
 def test_a_plan_says_what_real_steps_hold(words, monkeypatch):
@@ -153,6 +165,11 @@ def test_tokens_and_flops():
         (f"{TILES} 20", 6, 2 * 2),  # no more than a row has tokens for
         (f"{PACKING} 3", 2, 2 * 3),
         (f"{PACKING} 18", 2, 2 * 13),
+        ("--max_video_frames 3", 6, 2 * 2),  # a video, whose frames the row has tokens for
+        ("--max_video_frames 3 --max_sample_length 60", 6, 2 * 3),
+        (f"{TILES} 60 --max_video_frames 3", 6, 2 * 5),  # a picture has more
+        (f"{PACKING} 3 --max_video_frames 7", 2, 2 * 7),  # a video with more than a row's share has one of its own
+        (f"{PACKING} 3 --max_video_frames 70", 2, 2 * 13),
     ],
 )
 def test_a_full_batch_holds_as_many_images_as_limits_and_tokens_allow(words, rows, images):
@@ -221,6 +238,28 @@ def test_as_many_tiles_as_fit_into_the_memory():
     assert 0.7 * memory < sum(limited.memory.values()) <= 0.86 * memory
     with pytest.raises(ValueError, match="--batch_size 2: takes"):
         fitting_tiles(settings, CPU, memory / 100)
+
+
+@pytest.mark.parametrize("words", ["", "--max_video_frames 1", f"{PACKING} 3 --activation_checkpointing"])
+def test_rows_as_long_as_fit_into_the_memory(words):
+    """With videos full of frames, so that they are shorter than those with one picture."""
+    settings = made(words, "meta")[0]
+    memory = plan_of(of_length(settings, 640), CPU).held_bytes / COUNTED_SHARE
+    tokens = fitting_tokens(settings, CPU, memory)
+    assert 640 - TOKENS <= tokens <= 640
+    assert plan_of(of_length(settings, tokens), CPU).held_bytes <= COUNTED_SHARE * memory
+    assert fitting_tokens(settings, CPU, memory / 1000) == 0
+    line = fit_line(settings, CPU, memory)
+    assert f"rows of up to {tokens:,} tokens (--{'lm_max' if PACKING in words else 'max_sample'}_length)" in line
+    assert ("frames" in line) == settings.shows_videos
+    assert "no row of 64 tokens" in fit_line(settings, CPU, memory / 1000)
+
+
+def test_a_dry_run_says_how_long_rows_may_be_on_a_card_that_is_not_here(capsys):
+    import train
+
+    assert train.main(parse_arguments(f"{SMALL} --dry_run --gpu_gib 8".split())) == 0
+    assert "fits        in 85% of 8.0 GiB: rows of up to " in capsys.readouterr().out
 
 
 def test_the_recipe_for_a_smaller_card_makes_the_same_steps():

@@ -171,8 +171,8 @@ def test_the_commands_are_listed_and_bad_flags_are_one_sentence(tmp_path, capsys
     assert train_stages.main([TINY, "--list", "--", "--enable_grades"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert "--vlm_checkpoint_path grades_output/nanomolmo2_tiny_stage2/checkpoints/last --enable_grades" in lines[2]
-    assert "--vlm_checkpoint_path" not in lines[0]
+    assert "--resume_weights grades_output/nanomolmo2_tiny_stage2 --enable_grades" in lines[2]
+    assert "--resume_weights" not in lines[0]
     assert train_stages.main([TINY, "--", "--run_name=x"]) == 2
     assert "--run_name=x" in capsys.readouterr().err
     assert train_stages.main([str(tmp_path / "nothing")]) == 2

@@ -193,6 +193,24 @@ def test_training_goes_on_from_a_checkpoint(start):
     assert summary["val_loss"] == pytest.approx(first["val_loss"], abs=1e-4)
 
 
+def test_weights_of_a_run_folder_are_its_last(start, capsys):
+    _, folder, _ = start("first", max_training_steps=2, eval_interval=1)
+    best, last = folder / "checkpoints" / "best", folder / "checkpoints" / "last"
+    best.unlink()
+    best.symlink_to("step_00000001")
+    assert find_checkpoint(folder).resolve() != find_checkpoint(folder, newest=True).resolve() == last.resolve()
+    still = {"max_training_steps": 1, "lr_mp": 1e-12, "lr_backbones": 0}
+    for name, given in (("of_run", folder), ("of_checkpoint", best)):
+        assert start(name, resume_weights=given, **still)[0] == 0
+    assert not same(weights(folder, "best"), weights(folder, "last"))
+    for name, source in (("of_run", "last"), ("of_checkpoint", "best")):
+        ours = weights(folder.parent / name)["decoder.token_embedding.weight"]
+        assert torch.equal(ours, weights(folder, source)["decoder.token_embedding.weight"])
+    capsys.readouterr()
+    assert start("other_shape", resume_weights=folder, lm_n_blocks=2, **still)[0] == 2
+    assert f"as --resume_weights {last} has it" in capsys.readouterr().err
+
+
 def test_flags_go_over_a_checkpoint_but_do_not_change_its_shape(start, capsys):
     _, folder, _ = start("first", max_training_steps=1)
     given = {"resume_from_vlm_checkpoint": True, "vlm_checkpoint_path": folder, "max_training_steps": 1}

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,7 +180,7 @@ def test_frames_go_the_way_of_images(folder, vlm, monkeypatch):
     """Mirrored like them, decoded once, at most max_video_frames of them; a folder of frames as well."""
     _, read, sample = sample_of({"video": "a.mp4", "question": "what?", "answer": "red"}, folder, vlm)
     rows = [read | {"videos": [{"bytes": (folder / "a.mp4").read_bytes(), "path": None}]}]
-    data = dataset(rows, vlm, tiny_train(flip_images=True, max_video_frames=2), cache=True)
+    data = dataset(rows, replace(vlm, max_video_frames=2), tiny_train(flip_images=True), cache=True)
     calls = []
     real = frames.decoded
     monkeypatch.setattr(frames, "decoded", lambda *given: calls.append(given) or real(*given))
@@ -200,8 +202,19 @@ def checkpoint(request, tmp_path_factory):
     return save_answering_model(tmp_path_factory.mktemp("checkpoint") / "model", **family_of(request))
 
 
+@pytest.fixture(scope="module")
+def two_frames(checkpoint):
+    """The same, trained with two frames of a video."""
+    folder = checkpoint.with_name("two_frames")
+    shutil.copytree(checkpoint, folder)
+    config = folder / "config.json"
+    assert json.loads(config.read_text())["max_video_frames"] == 16
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_video_frames": 2}))
+    return folder
+
+
 @of_families("checkpoint")
-def test_generate_takes_videos(folder, checkpoint, tmp_path, monkeypatch, capsys):
+def test_generate_takes_videos(folder, checkpoint, two_frames, tmp_path, monkeypatch, capsys):
     given = []
     real = Asker.answer
     monkeypatch.setattr(Asker, "answer", lambda self, asked, *a, **k: given.extend(asked) or real(self, asked, *a, **k))
@@ -215,6 +228,12 @@ def test_generate_takes_videos(folder, checkpoint, tmp_path, monkeypatch, capsys
     assert "answer" in json.loads((tmp_path / "out.jsonl").read_text())
     assert [len(one.images) for one in given] == [3, 2, 3]
     assert given[0].prompts == given[2].prompts
+    del given[:]
+    common[1] = str(two_frames)
+    main(parse_arguments([*common, "--video", clip, "--prompt", "is there a red shape?"]))
+    main(parse_arguments([*common, "--video", clip, "--max_video_frames", "3", "--prompt", "is there a red shape?"]))
+    main(parse_arguments([*common, "--prompts", str(rows), "--output", str(tmp_path / "two.jsonl")]))
+    assert [len(one.images) for one in given] == [2, 3, 2]
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/video {clip}\nis there a red shape?\n/video {tmp_path}/b\n/quit\n"))
     main(parse_arguments([*common, "--chat"]))
@@ -227,7 +246,7 @@ def test_generate_takes_videos(folder, checkpoint, tmp_path, monkeypatch, capsys
 
 
 @of_families("checkpoint")
-def test_evaluate_asks_about_videos(folder, checkpoint, tmp_path):
+def test_evaluate_asks_about_videos(folder, checkpoint, two_frames, tmp_path):
     rows = [{"video": str(folder / "a.mp4"), "question": "is there a red shape?", "answer": "yes"}]
     rows += [{"image": str(folder / "p.png"), "question": "is there a red shape?", "answer": "no"}]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -237,3 +256,10 @@ def test_evaluate_asks_about_videos(folder, checkpoint, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
     assert "16 frames" in results["tasks"]["own"]["data"]["fingerprint"]
+    flags[1], flags[5] = two_frames, tmp_path / "two"
+    evaluate.main(evaluate.parse_arguments([str(flag) for flag in flags]))
+    again = [*flags[2:4], "--answers", tmp_path / "two" / "answers.jsonl", "--output", tmp_path / "again"]
+    evaluate.main(evaluate.parse_arguments([str(flag) for flag in again]))
+    for name in ("two", "again"):
+        found = json.loads((tmp_path / name / "results.json").read_text())
+        assert "2 frames" in found["tasks"]["own"]["data"]["fingerprint"]

@@ -26,11 +26,11 @@ CONFIG_CLASSES = (VLMConfig, TrainConfig, GradESConfig)
 FREE_FIELDS = {
     "vit_dropout", "vit_model_type", "lm_dropout", "lm_max_length", "lm_model_type", "lm_tokenizer", "lm_chat_template",
     "lm_eos_token_id", "image_layout", "max_crops", "overlap_margin", "keep_aspect", "max_img_size",
-    "resize_to_max_side_len", "mp_video_pool_size", "image_mean", "image_std", "vlm_checkpoint_path",
-    "vlm_load_backbone_weights", "hf_repo_name",
+    "resize_to_max_side_len", "mp_video_pool_size", "image_mean", "image_std", "max_video_frames",
+    "vlm_checkpoint_path", "vlm_load_backbone_weights", "hf_repo_name",
 }  # fmt: skip
-# Of these, what a recipe named by --config changes too: a later stage may have longer rows and more crops.
-RECIPE_FIELDS = {"lm_max_length", "max_crops"}
+# Of these, what a recipe named by --config changes too: stages differ in the lengths of rows, crops and frames.
+RECIPE_FIELDS = {"lm_max_length", "max_crops", "max_video_frames"}
 BOTH_TOWERS = "lr_backbones"  # a flag for lr_vision_backbone and lr_language_backbone
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 KINDS = {
@@ -70,6 +70,20 @@ class Settings:
             raise ValueError("\n".join(problems))
         self.vlm = dataclasses.replace(vlm, **wanted)
         check_settings(self.vlm, self.train, self.grades)
+
+    @property
+    def shows_videos(self) -> bool:
+        """Whether the rows may hold videos, as far as the settings tell: where they say how many frames."""
+        return "max_video_frames" in self.given | self.in_recipe
+
+    @property
+    def weights(self) -> tuple[str, str] | None:
+        """(flag, its value): the checkpoint that a new run starts from; None where it is none."""
+        if self.train.resume_weights is not None:
+            return "resume_weights", self.train.resume_weights
+        if self.train.resume_from_vlm_checkpoint:
+            return "vlm_checkpoint_path", self.vlm.vlm_checkpoint_path
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, flat as in a recipe, so that they are a recipe again."""

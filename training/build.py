@@ -20,8 +20,9 @@ from training.resume import RunStart
 def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageModel, Path | None]:
     """The model on the CPU, with its adapters; and the checkpoint folder that its weights are from, if they are.
 
-    Weights come from the checkpoint that is resumed, from --vlm_checkpoint_path, from the pretrained backbones or from
-    the seed. What does not train is frozen. Raises ValueError where a flag asks for another shape than they have.
+    Weights come from the checkpoint that is resumed, from that of --resume_weights or --vlm_checkpoint_path, from the
+    pretrained backbones or from the seed. What does not train is frozen. Raises ValueError where a flag asks for
+    another shape than they have.
     """
     cfg = settings.train
     checkpoint = start.checkpoint or take_over_sizes(settings)
@@ -45,12 +46,13 @@ def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None
 
     local_only: the hub is not asked; what is not on this machine leaves the sizes as the settings have them.
     """
-    if settings.train.resume_from_vlm_checkpoint:
-        found = find_checkpoint(settings.vlm.vlm_checkpoint_path)
+    if settings.weights is not None:
+        flag, name = settings.weights
+        found = find_checkpoint(name, newest=flag == "resume_weights")
         if local_only and not Path(found).is_dir():
             return None
-        checkpoint = checkpoint_folder(found)
-        settings.use_model_config(VLMConfig.load(checkpoint), f"--vlm_checkpoint_path {checkpoint}")
+        checkpoint = checkpoint_folder(found, flag=flag)
+        settings.use_model_config(VLMConfig.load(checkpoint), f"--{flag} {checkpoint}")
         return checkpoint
     if settings.vlm.vlm_load_backbone_weights:
         vlm = dataclasses.replace(settings.vlm)

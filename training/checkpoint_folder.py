@@ -114,14 +114,15 @@ def remove_unfinished(run_folder: Path) -> None:
             path.unlink()
 
 
-def find_checkpoint(path: str | Path) -> Path | str:
+def find_checkpoint(path: str | Path, newest: bool = False) -> Path | str:
     """The checkpoint that a path means: itself, or of a run folder the best, else the newest; else the path as it is.
 
-    Raises FileNotFoundError for a folder without a checkpoint.
+    newest: of a run folder the newest, else the best. Raises FileNotFoundError for a folder without a checkpoint.
     """
-    root = Path(path)
-    named = [root / "checkpoints" / name for name in ("best", "last", "crash")]
-    for place in (root, *named[:2], *step_folders(root), named[2]):
+    root = Path(path).expanduser()
+    best, last, crash = (root / "checkpoints" / name for name in ("best", "last", "crash"))
+    steps = step_folders(root)
+    for place in (root, *((last, *steps, best) if newest else (best, last, *steps)), crash):
         place = follow(place) if place.is_file() else place
         if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
             return place

@@ -1,24 +1,27 @@
 """Features of images that a frozen vision tower has seen before: kept, and not computed again."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from models.attention import compute_dtype
 from models.vision_language_model import VisionLanguageModel
 
 
 class FeatureCache:
-    """The vision tower's output by image, on the device, up to a budget; what came first stays.
+    """The vision tower's output by what it sees, on the device, up to a budget; what came first stays.
 
-    It serves only while nothing in the tower trains; when something does (a thaw) it is emptied. A resumed run starts
-    with an empty one. With bfloat16 products the features are bfloat16, as the tower gives them.
+    It serves only while nothing in the tower trains; when something does (a thaw), and where matrix products have
+    another dtype than before, it is emptied. A resumed run starts with an empty one. With bfloat16 products the
+    features are bfloat16, as the tower gives them.
     """
 
     def __init__(self, model: VisionLanguageModel, gib: float):
         self.model, self.budget_bytes = model, int(gib * 2**30)
-        self.features: dict[Hashable, torch.Tensor] = {}
+        self.features: dict[bytes, torch.Tensor] = {}
         self.held_bytes = 0
+        self.dtype: torch.dtype | None = None  # of the products that made what is held
         self.hits = self.lookups = 0  # images, in the whole run
         self.parameters = list(model.vision_encoder.parameters())
 
@@ -28,30 +31,44 @@ class FeatureCache:
         return self.budget_bytes > 0 and not any(parameter.requires_grad for parameter in self.parameters)
 
     @torch.no_grad()
-    def complete(self, inputs: dict[str, Any], keys: Sequence[Hashable]) -> tuple[dict[str, Any], int]:
-        """The inputs of a micro-batch with image_features in place of images, and how many of these were held.
+    def complete(self, inputs: dict[str, Any], keys: Sequence[bytes]) -> tuple[dict[str, Any], int]:
+        """The inputs of a micro-batch with image_features in place of images, and how many of these were not computed:
+        they were held, or come twice in the micro-batch.
 
-        keys: of the N images in order. To be called in the autocast of the forward pass.
+        keys: of the N images in order, see data.collators.image_keys. To be called in the autocast of the forward pass.
         """
+        dtype = compute_dtype(self.parameters[0])
+        if not self.is_active or dtype != self.dtype:
+            self.features, self.held_bytes, self.dtype = {}, 0, dtype
         images = inputs.get("images")
-        if not self.is_active:
-            self.features, self.held_bytes = {}, 0
+        if not self.is_active or images is None or len(keys) != len(images):  # without images, or with a blank one
             return inputs, 0
-        if images is None or len(keys) != len(images):  # without images, or with a blank one
-            return inputs, 0
-        missing = [i for i, key in enumerate(keys) if key not in self.features]
+        places: dict[bytes, int] = {}  # of each image to compute, the first one that shows it
+        for place, key in enumerate(keys):
+            if key not in self.features:
+                places.setdefault(key, place)
+        spared = len(keys) - len(places)
         self.lookups += len(keys)
-        self.hits += len(keys) - len(missing)
-        found: list[Any] = [self.features.get(key) for key in keys]
-        if missing:
-            computed = self.model.vision_encoder(images[missing] if len(missing) < len(keys) else images)
-            for i, features in zip(missing, computed, strict=True):
-                found[i] = features
-                if self.held_bytes + features.nbytes <= self.budget_bytes and keys[i] not in self.features:
-                    self.features[keys[i]] = features.clone()
-                    self.held_bytes += features.nbytes
+        self.hits += spared
+        features = self._compute(images, places)
+        if spared:
+            new = dict(zip(places, features, strict=True))
+            features = torch.stack([new[key] if key in new else self.features[key] for key in keys])
         rest = {name: value for name, value in inputs.items() if name != "images"}
-        return rest | {"image_features": torch.stack(found)}, len(keys) - len(missing)
+        return rest | {"image_features": features}, spared
+
+    def _compute(self, images: torch.Tensor, places: dict[bytes, int]) -> torch.Tensor:
+        """The features of the images at these places, of which as many are kept as the budget allows."""
+        if not places:
+            return images.new_empty(0)
+        some = len(places) < len(images)
+        computed = self.model.vision_encoder(images[list(places.values())] if some else images)
+        for key, features in zip(places, computed, strict=True):
+            if self.held_bytes + features.nbytes > self.budget_bytes:
+                break
+            self.features[key] = features.clone()
+            self.held_bytes += features.nbytes
+        return computed
 
     def state_dict(self) -> dict[str, int]:
         """The counts; features are computed again."""
@@ -59,3 +76,4 @@ class FeatureCache:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.hits, self.lookups = state["hits"], state["lookups"]
+        self.features, self.held_bytes = {}, 0

@@ -93,7 +93,7 @@ class FlopCounter:
             self.flags, self.cost = flags, model_cost(self.model)
         for batch in micro_batches:
             self.done += self.cost.of(batch)
-            self.unfrozen += self.cost_unfrozen.of(batch)
+            self.unfrozen += self.cost_unfrozen.of(batch | {"cached_images": 0})
 
     def add_forward(self, batches: Iterable[dict]) -> None:
         """Count forward passes without a backward one, which GradES makes to measure."""

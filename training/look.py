@@ -11,8 +11,6 @@ from data.mixture_rows import load_training_rows
 from data.pipeline import SOME_ROWS, Data, load_data
 from data.text import NotHere
 from data.tokenizer_checks import load_tokenizer
-from models.lora import inject_lora
-from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings
 from training.build import limit_tiles, take_over_sizes
@@ -57,7 +55,7 @@ def dry_run_lines(settings: Settings, notes: list[str] | None) -> list[str]:
 def dry_run(settings: Settings, processes: int) -> int:
     """Print the plan of the run, and what a few rows of its data are like where these are on this machine. No weights,
     no network; a backbone on the hub has the sizes of the recipe."""
-    from training.plan import make_plan, plan_lines
+    from training.plan import fit_line, plan_lines, plan_of
 
     checkpoint = take_over_sizes(settings, local_only=True)
     notes = None
@@ -65,10 +63,15 @@ def dry_run(settings: Settings, processes: int) -> int:
         folder = None if "lm_tokenizer" in settings.given else checkpoint
         notes = load_tokenizer(settings.vlm, folder, local_only=True)[1]
     limit_tiles(settings, processes)
-    with torch.device("meta"):
-        model = VisionLanguageModel(settings.vlm)
-        if settings.train.lora_rank:
-            inject_lora(model, settings.train)
-    print("\n".join(plan_lines(make_plan(model, settings, setup.pick_device(), processes))))
+    device, gib = setup.pick_device(), settings.train.gpu_gib
+    if gib:  # of a GPU that need not be here
+        device = torch.device("cuda")
+        if settings.train.dtype == "auto":
+            settings.train.dtype = "bfloat16"
+    elif device.type == "cuda":
+        gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    print("\n".join(plan_lines(plan_of(settings, device, processes))))
+    if gib:
+        print(fit_line(settings, device, gib * 2**30, processes))
     print("\n".join(dry_run_lines(settings, notes)))
     return 0

@@ -159,8 +159,8 @@ class ModelCard:
     def _bases(self) -> list[str]:
         """What the weights started from; nothing where they were random."""
         vlm = self.settings.vlm
-        if self.settings.train.resume_from_vlm_checkpoint:
-            return without_private([vlm.vlm_checkpoint_path])
+        if self.settings.weights is not None:
+            return without_private([self.settings.weights[1]])
         names = [vlm.vit_model_type, vlm.lm_model_type] if vlm.vlm_load_backbone_weights else []
         return without_private([name for name in names if name != "scratch"])
 

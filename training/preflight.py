@@ -10,9 +10,11 @@ from data.mixture import sets_of
 from data.options import RowOptions
 from models.config import SCRATCH
 from training.arguments import Settings, end
+from training.checkpoint_folder import find_checkpoint
 from training.trackers import check_tracker
 
 HUB_TIMEOUT_S = 2.5
+CHECKPOINTS = ("resume_weights", "vlm_checkpoint_path")  # flags that name one
 FILE_ENDINGS = (
     ".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".tgz", ".gz", ".zst", ".gguf",
 )  # fmt: skip
@@ -31,7 +33,7 @@ class Source(NamedTuple):
 
     def is_path(self) -> bool:
         """Whether the name can be a path alone; another one may be a hub id as well."""
-        if self.flag == "vlm_checkpoint_path" and "/" not in self.name:
+        if self.flag in CHECKPOINTS and ("/" not in self.name or Path(self.name).parent.is_dir()):
             return True
         return (
             self.name.count("/") > 1 or "\\" in self.name or self.name[:1] in "/.~" or self.name.endswith(FILE_ENDINGS)
@@ -60,6 +62,11 @@ def path_problems(settings: Settings) -> list[str]:
         if source.is_path() and not source.is_here():
             origin = "" if source.flag in settings.given else f" (from {settings.recipe} or a default)"
             found.append(f"--{source.flag} {source.name}: no such file or folder{origin}")
+        elif source.flag in CHECKPOINTS and source.is_here():
+            try:
+                find_checkpoint(source.name)
+            except FileNotFoundError as error:
+                found.append(f"--{source.flag} {source.name}: {error}")
     if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_dir():
         found.append(f"--resume {cfg.resume}: no such folder")
     if cfg.run_name and cfg.resume is None and not cfg.dry_run and run_folder(settings).exists():
@@ -102,8 +109,8 @@ def sources(settings: Settings) -> Iterator[Source]:
         yield from data_sources(settings)
     if cfg.resume is not None and (cfg.resume != "auto" or run_folder(settings).exists()):
         return
-    if cfg.resume_from_vlm_checkpoint:
-        yield Source("vlm_checkpoint_path", vlm.vlm_checkpoint_path, "models")
+    if settings.weights is not None:
+        yield Source(*settings.weights, "models")
         return
     flags = ("vit_model_type", "lm_model_type") if vlm.vlm_load_backbone_weights else ()
     for flag in (*flags, "lm_tokenizer"):

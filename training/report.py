@@ -83,9 +83,10 @@ def open_report(
         )
     if monitor is not None:
         towers = [component.tower for component in monitor.components]
+        watched = " and ".join(f"{towers.count(tower)} {tower}" for tower in monitor.config.towers)
         log.say(
-            f"GradES watches {towers.count('vision')} vision and {towers.count('language')} language matrices every "
-            f"{monitor.config.compute_interval} steps; nothing freezes before step {monitor.grace_steps + 1}"
+            f"GradES watches {watched} matrices every {monitor.config.compute_interval} steps; nothing freezes before "
+            f"step {monitor.grace_steps + 1}"
         )
 
 
@@ -212,6 +213,7 @@ def make_summary(
         "frozen_share": monitor.frozen_share() if monitor else None,
         "frozen_share_vision": monitor.frozen_share("vision") if monitor else None,
         "frozen_share_language": monitor.frozen_share("language") if monitor else None,
+        "frozen_share_connector": monitor.frozen_share("connector") if monitor else None,
         "freed_bytes": monitor.freed_bytes if monitor else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dropped": {split: counter.plain() for split, counter in data.dropped.items() if counter},
@@ -235,7 +237,10 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         unseen = percent(summary["question_only_exact_match"])
         lines.append(f"text-only baseline    {unseen} (most frequent answer to each question)")
     if summary["frozen_share"] is not None:
-        towers = ", ".join(f"{tower} {percent(summary[f'frozen_share_{tower}'])}" for tower in ("vision", "language"))
+        shares = {tower: summary[f"frozen_share_{tower}"] for tower in ("vision", "language", "connector")}
+        if shares["connector"] is None:  # not watched
+            del shares["connector"]
+        towers = ", ".join(f"{tower} {percent(share)}" for tower, share in shares.items())
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
     if summary["frozen_share"] == 0:

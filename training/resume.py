@@ -31,14 +31,14 @@ FORMAT = 2  # of training_state.pt
 # Settings that change nothing of what is computed.
 FREE = {
     "output_dir", "run_name", "num_workers", "log_with", "log_wandb", "wandb_project", "wandb_entity", "hf_repo_name",
-    "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run",
+    "checkpoint_interval", "keep_checkpoints", "resume", "resume_override", "dry_run", "gpu_gib",
     "activation_checkpointing", "profile", "lm_eos_token_id", "image_root", "max_bad_rows", "strict", "data_root",
     "sample_questions",
 }  # fmt: skip
 # Settings that say what the saved state means, as does all that shapes the model.
 FIXED = {
     "lm_tokenizer", "lora_rank", "lora_targets", "lora_vision", "metric", "monitor_sample", "tau_mode",
-    "target_components",
+    "target_components", "watch_connector",
 }  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise ValueError(
             f"--resume {checkpoint}: another version of this repository wrote it; to start from its weights give "
-            f"--resume_from_vlm_checkpoint --vlm_checkpoint_path {checkpoint}"
+            f"--resume_weights {checkpoint}"
         )
     return state
 
