@@ -20,6 +20,7 @@ from grades.files import written_beside
 from grades.held_out import HeldOut
 from grades.monitor import GradESMonitor
 from grades.report import HISTORY_NAME
+from grades.watched import empty_towers
 
 logger = logging.getLogger("grades")
 
@@ -35,6 +36,7 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
     """
 
     config_class: type[VLMGradEarlyStoppingConfig] = VLMGradEarlyStoppingConfig
+    expected_towers: tuple[str, ...] = ("vision", "language")
 
     def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None) -> None:
         """config: settings, or their `as_arguments()`. Raises ValueError on impossible ones."""
@@ -73,6 +75,11 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
             averages=held_out.averages if held_out else None, evaluate=held_out.losses if held_out else None,
         )  # fmt: skip
         self.trainer, self.monitor, self.shown_step, self.has_ended = trainer, monitor, state.global_step, False
+        for tower in empty_towers(monitor.components, self.expected_towers):
+            logger.warning(
+                f"{type(self).__name__}: no trainable projection matrix in the {tower} tower, so {tower}_tau has no "
+                "effect; for a model of one tower take GradEarlyStoppingCallback"
+            )
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:
@@ -218,9 +225,10 @@ class VLMGradEarlyStoppingCallback(TrainerCallback, ExportableState):
 
 
 class GradEarlyStoppingCallback(VLMGradEarlyStoppingCallback):
-    """VLMGradEarlyStoppingCallback with one tau for all components: for language models."""
+    """VLMGradEarlyStoppingCallback with one tau for all components: for models of one tower."""
 
     config_class = GradEarlyStoppingConfig
+    expected_towers = ()
 
 
 def find_trainer() -> tuple[Any, str | None]:

@@ -46,6 +46,7 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
 
     def __post_init__(self) -> None:
         self.target_components = list(self.target_components or [])
+        self.taus = dict(self.taus or {})
         self.output_dir = None if self.output_dir is None else str(self.output_dir)
 
     def without_effect(self) -> list[str]:
@@ -60,7 +61,10 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
 
 @dataclass(kw_only=True)
 class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
-    """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components."""
+    """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components.
+
+    Where a model has other towers than vision and language, `taus` may give these their own.
+    """
 
     tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4, gt=0, choices=(AUTO,))
     vision_tau: float | str = field(init=False, default=1e-4)
@@ -70,3 +74,6 @@ class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.vision_tau = self.language_tau = self.connector_tau = self.tau
+
+    def tower_tau(self, tower: str) -> float | str | None:
+        return self.taus.get(tower, self.tau)

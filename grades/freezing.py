@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 
 from grades import compiled, policy
-from grades.components import Component, clean_name, tower_of
+from grades.components import Component, clean_name
+from grades.towers import Towers
 
 # Words in the names of what runs after the blocks, though some models define it before them (OPT's final_layer_norm).
 COMES_LAST = re.compile(r"(^|[._])(final|post|out)([._]|$)")
@@ -189,15 +190,16 @@ def frozen_prefix(model: nn.Module, components: Sequence[Component]) -> tuple[li
     """
     modules = {clean_name(path): module for path, module in model.named_modules()}
     owners = _owners(model)
+    towers = Towers(model)
     parameters: list[nn.Parameter] = []
     shared: list[nn.Module] = []
     for tower in ("vision", "language"):
         stacks = {_stack_of(component) for component in components if component.tower == tower}
-        if len(stacks) != 1 or (tower == "language" and _trains_before_language(model, parameters)):
+        if len(stacks) != 1 or (tower == "language" and _trains_before_language(model, towers, parameters)):
             continue  # in a tower of several lists of blocks nothing tells which runs first
         (stack,) = stacks
-        root = _root_of(stack, tower)
-        for name, parameter in _leading(modules[root], root, modules[stack], tower):
+        root = _root_of(stack, tower, towers)
+        for name, parameter in _leading(modules[root], root, modules[stack], tower, towers):
             if len(owners[parameter]) > 1:
                 shared.append(modules[root].get_submodule(name.rpartition(".")[0]))
             else:
@@ -210,15 +212,17 @@ def _stack_of(component: Component) -> str:
     return re.split(r"\.\d+\.", component.name, maxsplit=1)[0]
 
 
-def _root_of(stack: str, tower: str) -> str:
+def _root_of(stack: str, tower: str, towers: Towers) -> str:
     """Path of the module that runs the tower: for vision the outermost of that name, else the blocks' parent."""
     parts = stack.split(".")
     if tower == "vision":
-        return next(root for i in range(len(parts)) if tower_of(root := ".".join(parts[: i + 1])) == "vision")
+        return next(root for i in range(len(parts)) if towers.of(root := ".".join(parts[: i + 1])) == "vision")
     return ".".join(parts[:-1])
 
 
-def _leading(root: nn.Module, path: str, stack: nn.Module, tower: str) -> list[tuple[str, nn.Parameter]]:
+def _leading(
+    root: nn.Module, path: str, stack: nn.Module, tower: str, towers: Towers
+) -> list[tuple[str, nn.Parameter]]:
     """The tower's trainable parameters before its first block with a trainable matrix, with their names in the root.
 
     path: of the root. All trainable parameters of a vision tower in which no matrix trains.
@@ -232,7 +236,7 @@ def _leading(root: nn.Module, path: str, stack: nn.Module, tower: str) -> list[t
     first = next(p for p in root.parameters() if p in in_blocks)
     before = set(itertools.takewhile(lambda p: p is not first, root.parameters()))
     # A projector inside the module of the vision tower is not part of the tower.
-    own = {name: p for name, p in root.named_parameters() if p.requires_grad and tower_of(f"{path}.{name}") == tower}
+    own = {name: p for name, p in root.named_parameters() if p.requires_grad and towers.of(f"{path}.{name}") == tower}
     leading = {name: p for name, p in own.items() if p in in_passed or (p in before and not COMES_LAST.search(name))}
     whole = tower == "vision" and not any(_trains_as_matrix(own[name]) for name in own.keys() - leading.keys())
     return list((own if whole else leading).items())
@@ -242,11 +246,11 @@ def _trains_as_matrix(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.dim() >= 2
 
 
-def _trains_before_language(model: nn.Module, about_to_freeze: Sequence[nn.Parameter]) -> bool:
+def _trains_before_language(model: nn.Module, towers: Towers, about_to_freeze: Sequence[nn.Parameter]) -> bool:
     """Whether anything outside of the language tower trains, apart from the parameters about to freeze."""
     frozen = set(about_to_freeze)
     return any(
-        p.requires_grad and p not in frozen and tower_of(clean_name(name)) != "language"
+        p.requires_grad and p not in frozen and towers.of(clean_name(name)) != "language"
         for name, p in model.named_parameters()
     )
 
