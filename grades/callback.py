@@ -25,6 +25,7 @@ from grades.monitor import GradESMonitor
 from grades.outputs import write_outputs
 from grades.report import HISTORY_NAME
 from grades.undo import LoopCallback, Patch
+from grades.watched import empty_towers
 
 logger = logging.getLogger("grades")
 
@@ -40,6 +41,7 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
     """
 
     config_class: type[VLMGradEarlyStoppingConfig] = VLMGradEarlyStoppingConfig
+    expected_towers: tuple[str, ...] = ("vision", "language")
 
     def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None) -> None:
         """config: settings, or a dictionary of them. Raises ValueError on impossible ones, TypeError on something else.
@@ -110,6 +112,11 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
         )  # fmt: skip
         self.trainer, self.monitor, self.shown_step, self.has_ended = trainer, monitor, state.global_step, False
         self.run = uuid.uuid4().hex
+        for tower in empty_towers(monitor.components, self.expected_towers):
+            logger.warning(
+                f"{type(self).__name__}: no trainable projection matrix in the {tower} tower, so {tower}_tau has no "
+                "effect; for a model of one tower take GradEarlyStoppingCallback"
+            )
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:
@@ -270,9 +277,10 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
 
 
 class GradEarlyStoppingCallback(VLMGradEarlyStoppingCallback):
-    """VLMGradEarlyStoppingCallback with one tau for all components: for language models."""
+    """VLMGradEarlyStoppingCallback with one tau for all components: for models of one tower."""
 
     config_class = GradEarlyStoppingConfig
+    expected_towers = ()
 
 
 def find_trainer() -> tuple[Any, str | None]:

@@ -92,6 +92,8 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
     def read(self, name: str, value: Any) -> Any:
         if name == "target_components" and value is None:  # as the authors write "all"
             return []
+        if name == "taus" and value is None:
+            return {}
         if name == "output_dir" and isinstance(value, PathLike):
             return str(value)
         return super().read(name, value)
@@ -112,10 +114,16 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
 )  # fmt: skip
 @dataclass(kw_only=True)
 class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
-    """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components."""
+    """Settings of GradEarlyStoppingCallback: every field of GradESConfig, but with one tau for all components.
+
+    Where a model has other towers than vision and language, `taus` may give these their own.
+    """
 
     tau: float | str = doc("freeze a component whose metric is below this; or auto", 1e-4, gt=0, choices=(AUTO,))
     # Not settings of their own, so that no two can disagree.
     vision_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]
     language_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]
     connector_tau: ClassVar[Any] = property(lambda self: self.tau, refuse_tower_tau)  # type: ignore[misc]
+
+    def tower_tau(self, tower: str) -> float | str | None:
+        return self.taus.get(tower, self.tau)

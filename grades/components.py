@@ -12,23 +12,21 @@ from typing import Any, TypeGuard
 import torch.nn as nn
 
 from grades.config import is_named
+from grades.towers import BLOCK, CONNECTOR, TOWERS, Towers, clean_name, tower_of
 
-CONNECTOR = "connector"  # what joins the towers, as a tower of its own where it is watched
-TOWERS = ("vision", CONNECTOR, "language")
-# Words, separated by dots and underscores, in the path of a module. With a word of NEITHER_WORDS the module joins the
-# towers or is for audio; else the first word that names a tower decides, and without any it is language.
-VISION_WORDS = {"vision", "visual", "vit", "image", "video"}
-LANGUAGE_WORDS = {"language", "text", "llm", "lm", "decoder"}
-CONNECTOR_WORDS = {
-    "mp", "projector", "connector", "merger", "mergers", "aligner", "resampler", "perceiver", "qformer",
-}  # fmt: skip
-NEITHER_WORDS = CONNECTOR_WORDS | {"audio"}
-# A router scores the experts for each token; it is a classifier, not a projection.
-ROUTER = re.compile(r"\.(\w*expert_)?gate(\.|$)|[._]router([._]|$)")
-# What DDP, torch.compile, activation checkpointing and peft add to the paths of what they wrap.
-WRAPPER = re.compile(
-    r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|base_model\.model|base_layer|modules_to_save\.[^.]+)(?=\.|$)"
-)
+__all__ = ["TOWERS", "Component", "block_of", "clean_name", "examine", "find_components", "tower_of"]
+
+# Why a matrix of a block is no component, and the names of such.
+EXCEPTIONS = {
+    # It scores the experts, or the tokens to attend to: a classifier.
+    "router": re.compile(r"\.(\w*expert_)?gate(\.|$)|[._]router([._]|$)|\.indexer\."),
+    # Of detectors, segmenters and others: a list of small MLPs, one for each layer or class.
+    "head": re.compile(
+        r"(^|\.)((\w+_)?heads?|\w*(bbox|class|mask)_embed(der)?|\w*hypernetworks_mlps|reg_conf|match_assignment_layers"
+        r"|token_confidence|readout_projects)\."
+    ),
+    "embedding": re.compile(r"(^|\.)(continuous_position_bias_mlp|timestep_embeddings)\."),
+}
 # How GPT-2, LLaMA, BLIP and nn.TransformerEncoderLayer name it: attn, self_attn, attention.
 ATTENTION = re.compile(r"attn|attention")
 LISTED_LINEARS = 30  # how many names an error lists
@@ -39,7 +37,7 @@ class Component:
     """One projection matrix of a tower."""
 
     name: str  # dotted path of the module, without the names of wrappers
-    tower: str  # "vision", "language", or "connector"
+    tower: str  # "vision", "language", "audio" ...; "connector" for what joins them
     kind: str  # last part of the name: q_proj, fc1 ...; the path in the block where several matrices share that part
     layer: int  # index of its block; 0 in a connector without blocks
     weights: tuple[nn.Parameter, ...]  # what is measured: a matrix or a stack [experts, ., .]; an adapter's pair (A, B)
@@ -60,26 +58,48 @@ def find_components(model: nn.Module, targets: Sequence[str] = (), connector: bo
     """Every trainable projection matrix of the model's repeated blocks, once, in the order of its modules.
 
     These are linears, GPT-2's Conv1D, the fused input projection of nn.MultiheadAttention, and experts stacked in one
-    parameter [experts, ., .]; not norms, embeddings, convolutions, heads, routers, what joins the towers, audio towers.
+    parameter [experts, ., .]; not norms, embeddings, convolutions, heads, routers, what joins the
+    towers.
     A module with trainable LoRA adapters (peft) is one component: their matrices A and B, adapter by adapter.
     targets: only matrices that one of these names, see `is_named`. connector: what joins the towers too, as a tower of
     that name. Raises ValueError where nothing is found.
     """
-    found: list[Component] = []
-    seen: set[nn.Parameter] = set()
-    for name, weights, others in _matrices(model):
-        *path, kind = name.split(".")
-        layers = [int(part) for part in path if part.isdigit()]
-        joins = connector and is_connector(name)
-        tower = CONNECTOR if joins else tower_of(name)
-        wanted = not targets or is_named(name, targets)
-        if (layers or joins) and tower and wanted and weights[0] not in seen and not ROUTER.search(name):
-            seen.add(weights[0])
-            found.append(Component(name, tower, kind, layers[0] if layers else 0, weights, (*weights, *others)))
+    found = [
+        component
+        for component, why_not in examine(model)
+        if (not why_not or (connector and why_not == JOINS)) and (not targets or is_named(component.name, targets))
+    ]
     if not found:
         wish = f" named by {', '.join(targets)}" if targets else ""
         raise ValueError(f"no trainable projection matrix{wish}; the model's linear modules are: {_linears(model)}")
     return _tell_kinds_apart(found)
+
+
+JOINS = "joins the towers"
+
+
+def examine(model: nn.Module) -> Iterator[tuple[Component, str]]:
+    """Every trainable matrix of the model, and why it is no component; "" for those that are."""
+    towers = Towers(model)
+    seen: dict[nn.Parameter, str] = {}
+    for name, weights, others in _matrices(model):
+        block, tower = BLOCK.search(name), towers.of(name)
+        if weights[0] in seen:
+            why_not = f"is {seen[weights[0]]}"
+        elif tower == CONNECTOR:
+            why_not = JOINS
+        else:
+            exceptions = (reason for reason, names in EXCEPTIONS.items() if names.search(name))
+            why_not = "in no block" if block is None else next(exceptions, "")
+        seen.setdefault(weights[0], name)
+        layer = int(block[1]) if block else 0
+        yield Component(name, tower, name.rpartition(".")[2], layer, weights, (*weights, *others)), why_not
+
+
+def block_of(name: str) -> tuple[str, str]:
+    """(path of the block, the rest of the name) of a component; the path is empty for one in no block."""
+    block = BLOCK.search(name)
+    return (name[: block.end()], name[block.end() + 1 :]) if block else ("", name)
 
 
 # Name, what is measured, what else freezes with it.
@@ -142,34 +162,11 @@ def _is_trainable(parameter: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
     return parameter is not None and parameter.requires_grad
 
 
-def clean_name(path: str) -> str:
-    """The dotted path of a module without the names of wrappers."""
-    return WRAPPER.sub("", path).strip(".")
-
-
-def is_connector(name: str) -> bool:
-    """Whether a module or parameter of this name joins the towers."""
-    words = set(re.split(r"[._]", name.lower()))
-    return bool(CONNECTOR_WORDS & words) and not (NEITHER_WORDS - CONNECTOR_WORDS) & words
-
-
-def tower_of(name: str) -> str | None:
-    """The tower that a module or parameter of this name belongs to; None for what joins the towers and for audio."""
-    words = re.split(r"[._]", name.lower())
-    if NEITHER_WORDS & set(words):
-        return None
-    named = [word for word in words if word in VISION_WORDS | LANGUAGE_WORDS]
-    return "vision" if named and named[0] in VISION_WORDS else "language"
-
-
 def _tell_kinds_apart(components: list[Component]) -> list[Component]:
     """Where a block has several matrices of one kind (GPT-2: attn.c_proj, mlp.c_proj), the kind is the path in it."""
     counts = Counter((c.tower, c.layer, c.kind) for c in components)
     shared = {(tower, kind) for (tower, _, kind), count in counts.items() if count > 1}
-    return [
-        replace(c, kind=re.split(r"\.?\b\d+\.", c.name, maxsplit=1)[-1]) if (c.tower, c.kind) in shared else c
-        for c in components
-    ]
+    return [replace(c, kind=block_of(c.name)[1]) if (c.tower, c.kind) in shared else c for c in components]
 
 
 def _linears(model: nn.Module) -> str:

@@ -71,6 +71,12 @@ class GradESConfig(Checked):
         gt=0,
         choices=(AUTO,),
     )
+    taus: dict[str, float | str] = doc(
+        "tau of each further tower, a number or auto: audio=0.1; a tower without one trains on unwatched",
+        {},
+        gt=0,
+        choices=(AUTO,),
+    )
     vision_attention_tau: float | None = doc(
         "vision_tau of the attention's matrices, where they have their own", None, gt=0
     )
@@ -169,18 +175,27 @@ class GradESConfig(Checked):
         return made
 
     def may_freeze(self, tower: str) -> bool:
-        """Whether components of this tower, one of `towers`, may freeze."""
-        return getattr(self, f"freeze_{tower}")
+        """Whether components of this tower ("vision", "language", "audio" ...) may freeze."""
+        return bool(getattr(self, f"freeze_{tower}", True))
+
+    def tower_tau(self, tower: str) -> float | str | None:
+        """The tau of a tower; None where it has none and is not watched."""
+        if tower in self.taus or tower not in self.towers:
+            return self.taus.get(tower)
+        tau: float | str = getattr(self, f"{tower}_tau")
+        return tau
 
     @property
     def towers(self) -> tuple[str, ...]:
         """The towers that are watched."""
-        return ("vision", "language", *(("connector",) if self.watch_connector else ()))
+        return ("vision", "language", *(("connector",) if self.watch_connector else ()), *self.taus)
 
     def tau_of(self, tower: str, part: str) -> float | str:
-        """The threshold of the part ("attention" or "mlp") of a tower; "auto" where the grace period has to show it."""
-        own = getattr(self, f"{tower}_{part}_tau", None)
-        tau: float | str = getattr(self, f"{tower}_tau") if own is None else own
+        """The threshold of the part ("attention" or "mlp") of a watched tower; "auto" where the grace period has to
+        show it."""
+        own: float | None = getattr(self, f"{tower}_{part}_tau", None)
+        tau = self.tower_tau(tower) if own is None else own
+        assert tau is not None, f"the {tower} tower is not watched"
         if self.metric == ROLLBACK and tau in (AUTO, *DEFAULT_TAUS.values()):  # the paper's, which are not in nats
             return ROLLBACK_TAU
         return tau
@@ -221,12 +236,13 @@ class GradESConfig(Checked):
                 "metric",
                 "another than rollback with tau_mode relative or monitor_sample",
             ),
+            (not self.taus.keys() & DEFAULT_TAUS.keys(), "taus", "of other towers than vision, language and connector"),
             (self.replay_history is None or Path(self.replay_history).is_file(), "replay_history", "a file"),
         ]
 
     def finds_taus(self) -> bool:
         """Whether a tau is found in the grace period."""
-        return self.metric != ROLLBACK and AUTO in (getattr(self, f"{tower}_tau") for tower in self.towers)
+        return self.metric != ROLLBACK and AUTO in map(self.tower_tau, self.towers)
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:

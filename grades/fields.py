@@ -127,7 +127,7 @@ def is_allowed(value: Any, rules: Mapping[str, Any]) -> bool:
         return True
     numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return bool(bounds) and all(
-        isinstance(number, Real) and BOUNDS[name][1](number, limit)
+        number in choices or (isinstance(number, Real) and BOUNDS[name][1](number, limit))
         for number in numbers
         for name, limit in bounds.items()
     )

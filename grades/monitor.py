@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from grades import policy
 from grades.averaging import AveragedWeights
-from grades.components import TOWERS, Component, find_components
+from grades.components import Component
 from grades.config import AUTO, ROLLBACK, GradESConfig
 from grades.files import write_text
 from grades.freezing import Freezer
@@ -22,6 +22,7 @@ from grades.metrics import GradientNorm, Metric, make_metric
 from grades.replay import draw_replay
 from grades.rollback import Evaluate, Rollback
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
+from grades.watched import watched_components
 
 HISTORY_VERSION = 2
 Values = dict[str, float | None]  # by the component's name; None where nothing was measured
@@ -67,11 +68,9 @@ class GradESMonitor:
         self.config = config = config.fixed()
         self.is_closed = False
         self.log, self.detail, self.broadcast = log, detail, broadcast
-        self.components = find_components(model, config.target_components, config.watch_connector)
+        self.components, self.num_matrices = watched_components(model, config)
+        self.towers = tuple(dict.fromkeys(component.tower for component in self.components))
         self.by_name = {component.name: component for component in self.components}
-        # What target_components leaves out keeps training, so it counts for the end of the run.
-        whole = config.target_components
-        self.num_matrices = len(find_components(model, (), config.watch_connector) if whole else self.components)
         self.total_steps = total_steps
         self.metric = self._make_metric(model, optimizer, averages, evaluate)
         self.scale = make_scale(config.tau_mode)
@@ -185,7 +184,7 @@ class GradESMonitor:
     def scalars(self) -> dict[str, float]:
         """For a training log: the frozen shares, and of each tower the metric's median and mean at the last check."""
         found = {"grades/frozen_share": self.frozen_share()}
-        for tower in TOWERS:
+        for tower in self.towers:
             found[f"grades/frozen_share_{tower}"] = self.frozen_share(tower)
             values = [v for name, v in self.latest.items() if v is not None and self.by_name[name].tower == tower]
             found[f"grades/{self.config.metric}_{tower}"] = statistics.median(values) if values else None
@@ -302,7 +301,7 @@ class GradESMonitor:
         """Keep the events of a step and tell `log` and `detail`. sign: how their values compare with tau."""
         self.events += events
         drawn = "drawn at random" if self.config.replay_history is not None else ""
-        for tower in TOWERS:
+        for tower in self.towers:
             names = self._names(tower)
             own = [event for event in events if event["name"] in names]
             if own:

@@ -9,7 +9,10 @@ from grades.files import written_beside
 from grades.policy import lasting
 
 # From Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
-COLORS = {"vision": "#0072B2", "language": "#D55E00", "connector": "#882255"}
+COLORS = {
+    "vision": "#0072B2", "language": "#D55E00", "connector": "#882255", "audio": "#009E73", "fusion": "#CC79A7",
+}  # fmt: skip
+OTHER_COLOR = "#56B4E9"  # of any other tower
 TASK_COLORS = ("black", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 NOT_FROZEN = "#E6E6E6"
 UNITS = {
@@ -96,7 +99,7 @@ def _draw_tasks(axis: Any, history: dict[str, Any], tasks: dict[str, list[tuple[
     for tower, step in dict.fromkeys((towers[one["name"]], one["step"]) for one in lasting(history["events"])):
         label = f"a {tower} matrix froze"
         axis.axvline(
-            step, color=COLORS[tower], linewidth=1, alpha=0.35, zorder=0, label=None if label in labelled else label
+            step, color=_color(tower), linewidth=1, alpha=0.35, zorder=0, label=None if label in labelled else label
         )
         labelled.add(label)
     axis.set_title("benchmarks, ± one standard error", loc="left", fontweight="bold")
@@ -135,7 +138,7 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
             steps.append(check["step"])
             for series, quantile in ((low, 5), (median, 50), (high, 95)):
                 series.append(np.percentile(values, quantile) if values else np.nan)
-    color = COLORS[tower]
+    color = _color(tower)
     axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="5-95 % of its unfrozen matrices")
     axis.plot(steps, median, color=color, linewidth=1.8, label="median of its unfrozen matrices")
     found = {history["components"][i]["tau"] for i in columns} - {None, 0}  # 0: never measured in the grace period
@@ -158,7 +161,7 @@ def _draw_gain(axis: Any, history: dict[str, Any], tower: str) -> None:
     measured = [
         (check["step"], *check["gains"][tower]) for check in history["checks"] if tower in check.get("gains", {})
     ]
-    color = COLORS[tower]
+    color = _color(tower)
     if measured:
         steps, gains, errors = zip(*measured, strict=True)
         axis.errorbar(
@@ -186,7 +189,7 @@ def _draw_events(axis: Any, history: dict[str, Any], tower: str) -> None:
     """A triangle down for each freeze, a triangle up for each matrix that trains again, at the value that caused it."""
     names = {component["name"] for component in history["components"] if component["tower"] == tower}
     _, last = _frozen_counts(history, tower)[-1]
-    for unfrozen, marker, fill in ((False, "v", COLORS[tower]), (True, "^", "white")):
+    for unfrozen, marker, fill in ((False, "v", _color(tower)), (True, "^", "white")):
         events = [e for e in history["events"] if e["name"] in names and bool(e.get("unfrozen")) == unfrozen]
         points = [(event["step"], event["value"]) for event in events if event["value"] is not None]
         if points:
@@ -236,7 +239,7 @@ def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
         steps, counts = zip(*_frozen_counts(history, tower), strict=True)
         shares = [100 * count / total for count in counts]
         label = f"{tower}: {counts[-1]} of {total} frozen ({shares[-1]:.0f} %)"
-        axis.step([*steps, end], [*shares, shares[-1]], where="post", color=COLORS[tower], linewidth=2, label=label)
+        axis.step([*steps, end], [*shares, shares[-1]], where="post", color=_color(tower), linewidth=2, label=label)
     axis.axvspan(0, history["grace_steps"], color="0.93", zorder=0)
     if history["grace_steps"]:
         axis.text(history["grace_steps"] / 2, 50, "grace period", ha="center", va="center", color="0.4")
@@ -252,6 +255,10 @@ def _draw_shares(axis: Any, history: dict[str, Any], towers: list[str]) -> None:
     axis.set_ylabel("frozen (%)")
     axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     axis.grid(axis="y", color="0.9")
+
+
+def _color(tower: str) -> str:
+    return COLORS.get(tower, OTHER_COLOR)
 
 
 def _title(tower: str) -> str:
@@ -292,7 +299,7 @@ def _draw_map(axis: Any, history: dict[str, Any], tower: str) -> Any:
     axis.grid(which="minor", color="white", linewidth=1)
     axis.tick_params(which="minor", length=0)
     axis.set_ylabel("layer")
-    axis.set_title(_title(tower), loc="left", fontweight="bold", color=COLORS[tower])
+    axis.set_title(_title(tower), loc="left", fontweight="bold", color=_color(tower))
     return image
 
 
@@ -300,5 +307,6 @@ def _figure(history: dict[str, Any], height_per_row: float, rows_more: int = 0) 
     """An empty figure that needs no display, and the towers that the history has."""
     from matplotlib.figure import Figure
 
-    towers = [tower for tower in COLORS if any(c["tower"] == tower for c in history["components"])]
+    known = dict.fromkeys(component["tower"] for component in history["components"])
+    towers = [*(tower for tower in COLORS if tower in known), *(tower for tower in known if tower not in COLORS)]
     return Figure(figsize=(10, max(1.0, height_per_row * (len(towers) + rows_more))), layout="constrained"), towers

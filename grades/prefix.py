@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch.nn as nn
 
-from grades.components import Component, clean_name, tower_of
+from grades.components import Component
 from grades.feeds import OUTPUT, Feeds, block_of
+from grades.towers import Towers, clean_name
 
 
 def frozen_prefix(
@@ -35,7 +36,7 @@ class _Rule:
 
     def __init__(self, model: nn.Module, components: Sequence[Component], sources: Mapping[str, set[str]]) -> None:
         self.sources = sources
-        self.tower_of = tower_of
+        self.tower_of = Towers(model).of
         self.modules = {clean_name(path): module for path, module in model.named_modules()}
         named = [(clean_name(path), parameter) for path, parameter in model.named_parameters()]
         self.trainable = {name: parameter for name, parameter in named if parameter.requires_grad}

@@ -15,8 +15,9 @@ import torch
 import torch.nn as nn
 
 from grades.averaging import AVERAGE, OLDER, AveragedWeights, exchange
-from grades.components import CONNECTOR, Component, clean_name, is_connector, tower_of
+from grades.components import Component, block_of, clean_name
 from grades.metrics import Metric
+from grades.towers import CONNECTOR, Towers
 
 PER_STEPS = 100  # a gain is told per this many steps
 CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
@@ -163,11 +164,12 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
     "blocks", with besides each tower each block.
     """
     parameters = [(clean_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    tower_of = Towers(model).of
     parts = []
     for tower in dict.fromkeys(component.tower for component in components):
         own = [component for component in components if component.tower == tower]
         parts.append(
-            Part(tower, tower, tuple(c.name for c in own), tuple(p for n, p in parameters if belongs(n, tower)))
+            Part(tower, tower, tuple(c.name for c in own), tuple(p for n, p in parameters if tower_of(n) == tower))
         )
         layers = list(dict.fromkeys(component.layer for component in own))
         groups: dict[str, list[list[int]]] = {"towers": [], "prefixes": [layers[: len(layers) // 2]]}
@@ -175,22 +177,11 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
         for group in groups[level] if tower != CONNECTOR else []:
             inside = [component for component in own if component.layer in group]
             if inside:
-                roots = {_block_path(component) for component in inside}
+                roots = {f"{block_of(component.name)[0]}." for component in inside}
                 weights = tuple(p for name, p in parameters if any(name.startswith(root) for root in roots))
                 name = f"{tower} {group[0]}" + (f"-{group[-1]}" if len(group) > 1 else "")
                 parts.append(Part(name, tower, tuple(c.name for c in inside), weights))
     return parts
-
-
-def belongs(name: str, tower: str) -> bool:
-    """Whether the parameter of this name is of the tower, or of the connector."""
-    return is_connector(name) if tower == CONNECTOR else tower_of(name) == tower
-
-
-def _block_path(component: Component) -> str:
-    """The path of the component's block, with the dot after it."""
-    before, after = component.name.split(f".{component.layer}.", 1)
-    return component.name[: -len(after)] if after else before
 
 
 def paired_difference(before: Losses, after: Losses) -> tuple[float, float]:

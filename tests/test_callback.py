@@ -418,3 +418,14 @@ def test_the_history_and_the_pictures_are_written_at_the_end_and_the_history_wit
     histories = [tmp_path / "out", tmp_path / "checkpoint-7", tmp_path / "checkpoint-12"]
     steps = [json.loads((folder / "grades_history.json").read_text())["last_step"] for folder in histories]
     assert steps == [12, 7, 12]
+
+
+def test_a_vlm_callback_warns_of_a_tower_that_is_empty(hf, tmp_path, caplog):
+    silent = {"save_stats": False, "alpha": 0}
+    vlm = grades.VLMGradEarlyStoppingCallback(VLMGradEarlyStoppingConfig(**silent))
+    hf.run(tmp_path, watchers=[vlm], max_steps=1)
+    said = [record.getMessage() for record in caplog.records if record.name == "grades"]
+    assert [line for line in said if "in the vision tower, so vision_tau has no effect" in line]
+    caplog.clear()
+    hf.run(tmp_path, GradEarlyStoppingConfig(**silent), max_steps=1)
+    assert not [record for record in caplog.records if "has no effect" in record.getMessage()]

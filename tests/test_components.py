@@ -177,8 +177,9 @@ def test_convolutions_embeddings_norms_and_tables_in_a_block_are_none():
 PATHS = {
     "vision": ["vision_tower.encoder.layers", "model.vision_model.layers", "visual.blocks", "image_encoder.layers"],
     "language": ["layers", "language_model.vision_experts", "text_model.encoder.layers"],  # the first word decides
+    "audio": ["audio_tower.layers", "speech_encoder.layers"],
     None: ["visual.deepstack_merger_list", "model.connector.perceiver_resampler.layers", "qformer.encoder.layer",
-           "aligner.layers", "audio_tower.layers"],
+           "aligner.layers"],
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tiny.runs import arguments
 
 import train
 from grades import GradESConfig, find_components, policy
-from grades.components import is_connector
+from grades.components import tower_of
 from grades.plots import convergence, freezing
 from grades.rollback import find_parts
 from training.arguments import parse_arguments
@@ -45,13 +45,14 @@ def test_its_matrices_are_found_where_they_are_asked_for(family):
         ("model.multi_modal_projector.linear_1", True),
         ("model.visual.merger.mlp.0", True),
         ("MP.proj", True),
-        ("model.audio_projector.linear", False),
+        ("model.audio_projector.linear", True),
+        ("model.audio_tower.layers.0.fc1", False),
         ("vision_encoder.blocks.0.attn.out_proj", False),
         ("decoder.blocks.0.mlp.up_proj", False),
     ],
 )
 def test_names_of_what_joins_towers(name, joins):
-    assert is_connector(name) == joins
+    assert (tower_of(name) == "connector") == joins
 
 
 def test_two_matrices_of_one_name_outside_of_blocks_are_told_apart():
