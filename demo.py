@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generate import find_model
-from models.config import TrainConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,15 +38,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: of all this machine has")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0: any that is free")
-    parser.add_argument(
-        "--max_video_frames", type=int, default=TrainConfig.max_video_frames, help="frames of a video at most"
-    )
+    parser.add_argument("--max_video_frames", type=int, help="frames of a video at most; by default as in training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where the model runs")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as in train.py")
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     given = parser.parse_args(argv)
     _, problems = find_model(given)
-    if given.max_video_frames < 1:
+    if given.max_video_frames is not None and given.max_video_frames < 1:
         problems.append(f"--max_video_frames {given.max_video_frames}: must be >= 1")
     if not 0 <= given.port < 2**16:
         problems.append(f"--port {given.port}: must be in [0, 65535]")
@@ -171,8 +168,7 @@ def main(given: argparse.Namespace) -> None:
 
     device = pick_device(given.device)
     prepare_backend(device)
-    frames = given.max_video_frames
-    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer, frames)
+    asker = Asker(given.folder, device, autocast(device, given.dtype), given.lm_tokenizer, given.max_video_frames)
     page = build_page(asker, Path(given.checkpoint).name or given.checkpoint, find_freezes(given.folder))
     # Fonts that every machine has: gradio's own come from a server.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -52,6 +52,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.control_tokens = ControlTokens(self.tokenizer, self.processor.cfg)
+        self.most_frames = self.max_video_frames or self.processor.cfg.max_video_frames
 
     def check(self, text: str) -> None:
         """Raise ValueError where a user's text holds a token that only the chat template or an image may write."""
@@ -88,7 +89,7 @@ class Reader:
 
     def video(self, source: Any) -> Shown:
         """Its frames, each with its time. Raises ImageDecodeError."""
-        frames = with_times(sampled(source, self.max_video_frames or self.processor.cfg.max_video_frames))
+        frames = with_times(sampled(source, self.most_frames))
         tiles, _ = decode_pictures(frames, self.processor)
         return Shown(torch.cat(tiles), "".join(self._texts(frames)), is_video=True)
 

@@ -73,7 +73,7 @@ def show_answer(
                 yield Moment(answer, f"{counted}; {asker.speed}", seen)
     except torch.OutOfMemoryError:
         raise ValueError("out of memory: a smaller picture or a shorter answer may fit") from None
-    pointed, note = with_points(answer, images, video, asker.reader.max_video_frames)
+    pointed, note = with_points(answer, images, video, asker.reader.most_frames)
     yield Moment(answer, f"{counted}; {asker.speed}{note}", seen, pointed)
 
 

@@ -137,7 +137,7 @@ def choose(dataset: VQADataset, count: int, seed: int) -> list[SampleQuestion]:
             groups[source].remove(chosen)
             asked = dataset.questions_of(row)
             if number < len(asked.prompts):  # the images decode
-                found.append(_question(with_frames(row, dataset.cfg.max_video_frames, True), asked, number))
+                found.append(_question(with_frames(row, dataset.vlm_cfg.max_video_frames, True), asked, number))
     return sorted(found, key=lambda one: one.source)
 
 

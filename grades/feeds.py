@@ -98,7 +98,7 @@ class Feeds:
             self.is_hidden = True
 
     def _mark(self, path: str, output: Any) -> None:
-        first = next(_tensors(output), None)
+        first = next(iter(_tensors(output)), None)
         if first is not None and first.grad_fn is not None:
             self._stations.setdefault((first.grad_fn, first.output_nr), path)
 
@@ -183,7 +183,7 @@ def _tied_embeddings(model: nn.Module) -> list[str]:
             owners[parameter] = owners.get(parameter, 0) + 1
     return [
         clean_name(path) for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad and owners.get(module.weight, 0) > 1
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad and owners[module.weight] > 1
     ]  # fmt: skip
 
 
