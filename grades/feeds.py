@@ -177,7 +177,7 @@ def _inside_compiled(model: nn.Module) -> set[nn.Module]:
 
 def _tied_embeddings(model: nn.Module) -> list[str]:
     """The paths of trainable embeddings whose weight another module holds too."""
-    owners: dict[nn.Parameter, int] = {}
+    owners: dict[torch.Tensor, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1

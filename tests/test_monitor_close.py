@@ -52,13 +52,12 @@ def test_the_context_leaves_the_model_as_it_was(config, error):
 
 @pytest.mark.parametrize("where", ["settling the prefix", "hooks", "probe"])
 def test_it_holds_where_freezing_itself_was_interrupted(monkeypatch, where):
+    before = state_of(make_model())
     if where == "probe":
         loop = unfreezing_loop()
-        before = state_of(loop.model)
         loop.run(8)  # the next step is a probe: what is frozen has gradients
     else:
         loop = Loop(make_model(), GradESConfig(**STOPS_VISION), 8)
-        before = state_of(loop.model)
         calls = []
 
         def interrupt(*args):
