@@ -10,6 +10,15 @@
 
 With transformers' Trainer: `callbacks=[GradEarlyStoppingCallback(GradEarlyStoppingConfig(tau=0.02))]`.
 
+Which matrices are watched, each with its tower and block:
+
+    >>> import torch
+    >>> from grades import find_components
+    >>> block = torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 8), "norm": torch.nn.LayerNorm(8)})
+    >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([block])})
+    >>> [(c.name, c.tower, c.layer, c.elements) for c in find_components(model)]
+    [('layers.0.fc1', 'language', 0, 32)]
+
 Needs torch alone; pictures need matplotlib, the callbacks transformers.
 """
 
@@ -23,15 +32,18 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from grades.callback import GradEarlyStoppingCallback, VLMGradEarlyStoppingCallback
+    from grades.compat import ComponentStats, VLMComponentStats
     from grades.components import Component, find_components
     from grades.monitor import GradESMonitor
 
 __all__ = [
     "Component",
+    "ComponentStats",
     "GradESConfig",
     "GradESMonitor",
     "GradEarlyStoppingCallback",
     "GradEarlyStoppingConfig",
+    "VLMComponentStats",
     "VLMGradEarlyStoppingCallback",
     "VLMGradEarlyStoppingConfig",
     "find_components",
@@ -40,6 +52,8 @@ __all__ = [
 
 _HOMES = {
     "Component": "components",
+    "ComponentStats": "compat",
+    "VLMComponentStats": "compat",
     "find_components": "components",
     "GradESMonitor": "monitor",
     "GradEarlyStoppingCallback": "callback",
@@ -53,4 +67,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'grades' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"grades.{_HOMES[name]}"), name)
+    globals()[name] = found = getattr(import_module(f"grades.{_HOMES[name]}"), name)
+    return found

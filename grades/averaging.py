@@ -51,7 +51,8 @@ class AveragedWeights:
     @property
     def state(self) -> MutableMapping[Any, dict[str, Any]]:
         """What the optimizer holds of each parameter."""
-        return self.optimizer.state
+        state: MutableMapping[Any, dict[str, Any]] = self.optimizer.state
+        return state
 
     @property
     def averaged(self) -> list[nn.Parameter]:
@@ -69,7 +70,7 @@ class AveragedWeights:
             self.state[parameter][AVERAGE] = parameter.detach().clone()
         old = updated if not new else [p for p in updated if p not in set(new)]
         if self.window is None:
-            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), 0)
+            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), 0)  # type: ignore[no-untyped-call]
             return
         self._update_window(updated, old)
 
@@ -85,13 +86,14 @@ class AveragedWeights:
         for parameter in updated:
             if BLOCK not in self.state[parameter]:
                 self.state[parameter][BLOCK] = parameter.detach().clone()
-        self._lerp(old, BLOCK, get_swa_multi_avg_fn(), self.steps)
-        self._lerp(old, AVERAGE, get_swa_multi_avg_fn(), self.before + self.steps)
+        mean = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        self._lerp(old, BLOCK, mean, self.steps)
+        self._lerp(old, AVERAGE, mean, self.before + self.steps)
         self.steps += 1
 
     def _lerp(self, parameters: list[nn.Parameter], key: str, average: Any, count: int) -> None:
         """Move the averages of the parameters towards their weights. count: weights that are in the average."""
-        by_kind: dict[tuple, list[nn.Parameter]] = {}
+        by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
         for parameter in parameters:
             by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         for group in by_kind.values():

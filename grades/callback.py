@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig
+from grades.compat import AuthorsInterface
 from grades.config import ROLLBACK, GradESConfig
 from grades.files import write_text, written_beside
 from grades.held_out import HeldOut
@@ -30,7 +31,7 @@ from grades.watched import empty_towers
 logger = logging.getLogger("grades")
 
 
-class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
+class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableState):
     """Freezes each projection matrix, or its adapter, when it has converged; ends the run when enough is frozen.
 
         Trainer(..., callbacks=[VLMGradEarlyStoppingCallback(VLMGradEarlyStoppingConfig(vision_tau=3.3))])
@@ -117,6 +118,7 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
                 f"{type(self).__name__}: no trainable projection matrix in the {tower} tower, so {tower}_tau has no "
                 "effect; for a model of one tower take GradEarlyStoppingCallback"
             )
+        self.begin_record()
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:
@@ -151,7 +153,9 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
         """Measure and freeze. Trainer has stepped and cleared the gradients."""
         if self.held_out is not None and not self.has_ended:
             self.held_out.averages.update()
-        if not self.has_ended and self._running.after_step(state.global_step):
+        enough = not self.has_ended and self._running.after_step(state.global_step)
+        self.log_to_wandb(state.global_step)
+        if enough:
             self._say_why(state, f"the run ends at step {state.global_step:,} of {state.max_steps:,}")
             control.should_training_stop = control.should_log = True
             # As Trainer does at its last step.
@@ -270,10 +274,12 @@ class VLMGradEarlyStoppingCallback(LoopCallback, ExportableState):
             patch.undo()
         self._running.close()
         self.patches, self.held_out, self.trainer = [], None, None
-        wanted = self.config.save_stats and self.config.save_freezing_history and self._running.last_step > 0
+        wanted = (self.config.save_stats or self.config.save_freezing_history) and self._running.last_step > 0
         if wanted and trainer.is_world_process_zero():
             folder = self.config.output_dir or trainer._get_output_dir(trial=trainer._trial) or ""
-            write_outputs(self._history(), Path(folder))
+            write_outputs(
+                self._history(), Path(folder), self.write_files if self.config.save_freezing_history else None
+            )
 
 
 class GradEarlyStoppingCallback(VLMGradEarlyStoppingCallback):
@@ -281,6 +287,7 @@ class GradEarlyStoppingCallback(VLMGradEarlyStoppingCallback):
 
     config_class = GradEarlyStoppingConfig
     expected_towers = ()
+    names_towers = False
 
 
 def find_trainer() -> tuple[Any, str | None]:

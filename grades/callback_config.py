@@ -16,8 +16,6 @@ from grades.fields import doc, suggestion
 NO_EFFECT = {
     "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always detected",
     "use_cuda_acceleration": "weights are always measured on their own device",
-    "log_interval": "values are logged with the trainer's, every logging_steps",
-    "enable_wandb_logging": "values are logged with the trainer's, to all that report_to names",
 }
 
 
@@ -73,7 +71,9 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
         "where grades_history.json and the pictures go; None: the trainer's output_dir", "./grades_output"
     )
     save_stats: bool = doc("write them at the end of the run", True)
-    save_freezing_history: bool = doc("the same; where either is off nothing is written", True)
+    save_freezing_history: bool = doc(
+        "write them in any case, and the authors' dynamic_freezing_history.json and freezing_summary.txt", False
+    )
     average_weights: float = doc(
         "metric rollback: keep a running average of the weights, with this decay per step, with which the model ends "
         "where its held-out loss is lower",
@@ -84,8 +84,12 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
     rollback_rows: int = doc(
         "metric rollback: rows of the trainer's eval_dataset on which the gain is measured", 200, gt=1
     )
-    log_interval: int = doc("no effect: " + NO_EFFECT["log_interval"], 10)
-    enable_wandb_logging: bool = doc("no effect: " + NO_EFFECT["enable_wandb_logging"], False)
+    log_interval: int = doc("with enable_wandb_logging: steps between two logged checks", 10, ge=1)
+    enable_wandb_logging: bool = doc(
+        "log to the wandb run by the authors' keys too (GradES/global/frozen_ratio ...); the trainer's logs have "
+        "grades/... without it",
+        False,
+    )
     auto_detect_mode: bool = doc("no effect: " + NO_EFFECT["auto_detect_mode"], True)
     use_cuda_acceleration: bool = doc("no effect: " + NO_EFFECT["use_cuda_acceleration"], True)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from grades.report import HISTORY_NAME
 logger = logging.getLogger("grades")
 
 
-def write_outputs(history: dict[str, Any], folder: Path) -> None:
+def write_outputs(history: dict[str, Any], folder: Path, more: Callable[[Path], None] | None = None) -> None:
     """Write the history and its pictures into the run's own folder. What fails is a warning: training is done.
 
-    history: with the id of the run under "run".
+    history: with the id of the run under "run". more: writes further files into that folder.
     """
     try:
         own = own_folder(folder, history["run"])
         own.mkdir(parents=True, exist_ok=True)
         write_text(own / HISTORY_NAME, json.dumps(history))
+        if more is not None:
+            more(own)
     except OSError as error:
         logger.warning(f"GradES: the history could not be written into {folder}: {error}")
         return

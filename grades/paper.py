@@ -1,8 +1,10 @@
 """The settings of the paper's tables 9 and 10 (arXiv:2509.01842).
 
-from grades import GradEarlyStoppingCallback, presets
+>>> from grades import presets
+>>> presets["qwen3-0.6b/lora"].tau
+0.001183
 
-GradEarlyStoppingCallback(presets["qwen3-0.6b/lora"])
+`GradEarlyStoppingCallback(presets["qwen3-0.6b/lora"])` trains with them.
 """
 
 from collections.abc import Iterator, Mapping

@@ -8,19 +8,32 @@ from typing import Any
 
 
 def grace_steps(alpha: float, total_steps: int) -> int:
-    """Steps in which nothing freezes: ceil(alpha * T), exact (0.28 * 1500 is 420, though more in floats)."""
+    """Steps in which nothing freezes: ceil(alpha * T), exact (0.28 * 1500 is 420, though more in floats).
+
+    >>> grace_steps(0.28, 1500), grace_steps(0.3, 12)
+    (420, 4)
+    """
     return math.ceil(Decimal(repr(alpha)) * total_steps)
 
 
 def is_check(step: int, compute_interval: int) -> bool:
-    """Whether step (counted from 1) ends with a measurement."""
+    """Whether step (counted from 1) ends with a measurement.
+
+    >>> [step for step in range(1, 10) if is_check(step, compute_interval=4)]
+    [4, 8]
+    """
     return step % compute_interval == 0
 
 
 def count_below(
     streaks: Mapping[str, int], values: Mapping[str, float | None], taus: Mapping[str, float]
 ) -> dict[str, int]:
-    """For each component, the number of checks in a row with a value below its tau; None leaves the number as it is."""
+    """For each component, the number of checks in a row with a value below its tau; None leaves the number as it is.
+
+    >>> taus = {"q_proj": 0.5, "k_proj": 0.5, "v_proj": 0.5}
+    >>> count_below({"q_proj": 1, "k_proj": 1, "v_proj": 1}, {"q_proj": 0.4, "k_proj": 0.6, "v_proj": None}, taus)
+    {'q_proj': 2, 'k_proj': 0, 'v_proj': 1}
+    """
     counts = {}
     for name, value in values.items():
         before = streaks.get(name, 0)
@@ -29,7 +42,11 @@ def count_below(
 
 
 def converged(values: Mapping[str, float | None], streaks: Mapping[str, int], patience: int) -> list[str]:
-    """The names to freeze: measured now, and below their tau for `patience` checks in a row."""
+    """The names to freeze: measured now, and below their tau for `patience` checks in a row.
+
+    >>> converged({"q_proj": 0.4, "k_proj": None}, {"q_proj": 2, "k_proj": 2}, patience=2)
+    ['q_proj']
+    """
     return [name for name, value in values.items() if value is not None and streaks[name] >= patience]
 
 
@@ -56,7 +73,11 @@ def to_unfreeze(values: Mapping[str, float | None], taus: Mapping[str, float], f
 
 
 def enough_frozen(frozen: int, total: int, max_frozen_ratio: float) -> bool:
-    """Whether the run stops; never while nothing is frozen."""
+    """Whether the run stops; never while nothing is frozen.
+
+    >>> enough_frozen(7, 14, 0.5), enough_frozen(6, 14, 0.5)
+    (True, False)
+    """
     return 0 < frozen >= Decimal(repr(max_frozen_ratio)) * total
 
 

@@ -341,7 +341,7 @@ def test_options_of_the_authors_package_are_taken_with_its_defaults():
     common = {
         "metric": "weight_change", "tau_mode": "absolute", "patience": 1, "alpha": 0.3, "max_frozen_ratio": 1.0,
         "compute_interval": 1, "history_maxlen": 1000, "log_interval": 10, "output_dir": "./grades_output",
-        "save_stats": True,
+        "save_stats": True, "save_freezing_history": False,
     }  # fmt: skip
     assert vars(llm).items() >= (common | {"tau": 1e-4}).items()
     assert llm.vision_tau == llm.language_tau == 1e-4
@@ -350,9 +350,7 @@ def test_options_of_the_authors_package_are_taken_with_its_defaults():
 
 
 def test_options_without_effect_are_named_in_one_warning(hf):
-    ignored = {
-        "auto_detect_mode": False, "use_cuda_acceleration": False, "enable_wandb_logging": True, "log_interval": 5
-    }  # fmt: skip
+    ignored = {"auto_detect_mode": False, "use_cuda_acceleration": False}
     config = GradEarlyStoppingConfig(target_components=None, save_freezing_history=True, output_dir=None, **ignored)
     with pytest.warns(UserWarning, match="without effect") as warned:
         grades.GradEarlyStoppingCallback(config)
