@@ -56,7 +56,8 @@ def load(source: str) -> nn.Module:
     base: Any = build(load_config(adapter.base_model_name_or_path))
     adapter.inference_mode = False
     with torch.device("meta"):
-        return peft.get_peft_model(base, adapter)
+        adapted: nn.Module = peft.get_peft_model(base, adapter)
+    return adapted
 
 
 def load_config(source: str | Path) -> Any:

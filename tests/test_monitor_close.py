@@ -83,7 +83,7 @@ def test_a_new_monitor_thaws_what_a_lost_one_froze_and_only_that(caplog):
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     second = Loop(model, GradESConfig(**STOPS_VISION), 8)
-    assert state_of(model) == before
+    assert state_of(model)["trains"] == before["trains"]
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
     second.run()
     third = Loop(frozen_by_user(), GradESConfig(**STOPS_VISION), 8).run()

@@ -232,6 +232,8 @@ def test_a_vision_tower_that_its_name_does_not_tell_has_a_prefix(transformers):
     model = build(transformers, "TrOCR", "cpu")
     components = find_components(model)
     freezer = Freezer(model, components, None)
+    size, tokens = model.config.encoder.image_size, torch.tensor([[1, 2, 3]])
+    model(pixel_values=torch.rand(1, 3, size, size), decoder_input_ids=tokens)  # tells what feeds what
     freezer.freeze(c.name for c in components if c.tower == "vision")
     trains = {name.split(".")[0] for name, p in model.encoder.named_parameters() if p.requires_grad}
     assert trains == {"layernorm", "pooler"}, "all but what comes after the blocks"
