@@ -5,9 +5,10 @@
     python scripts/train_stages.py configs/nanomolmo2_tiny --list                      # the commands; runs nothing
     python scripts/train_stages.py configs/nanomolmo2_tiny -- --enable_grades          # flags of train.py
 
-PREFIX, or PREFIX.yaml, stands for PREFIX_stage1.yaml, PREFIX_stage2.yaml and so on. The run of a stage is named as its recipe, in
---output_dir. The same command continues after an interruption: train.py resumes the stage that was interrupted
-(--resume auto) and says of those that have finished that they have. The exit code is that of the stage that failed.
+PREFIX, or PREFIX.yaml, stands for PREFIX_stage1.yaml, PREFIX_stage2.yaml and so on. The run of a stage is named as its
+recipe, in --output_dir. The same command continues after an interruption: train.py resumes the stage that was
+interrupted (--resume auto) and says of those that have finished that they have. The exit code is that of the stage
+that failed.
 """
 
 import argparse
