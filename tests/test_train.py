@@ -80,7 +80,7 @@ def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
         given["val_dataset_path"] = data  # in place of the recipe's own
     if recipe.stem.startswith("molmo2"):
         del given["mp_type"]
-        given |= {"vit_feature_layers": [-1, -2], "vit_img_size": 32, "vit_patch_size": 8, "mp_image_token_length": 4,
+        given |= {"vit_feature_layers": -1, "vit_img_size": 32, "vit_patch_size": 8, "mp_image_token_length": 4,
                   "overlap_margin": 1, "max_crops": 1, "lm_max_length": 256, "parallel": "ddp"}  # fmt: skip
     words = [word for word in arguments(data, tmp_path, "run", **given) if not word.startswith("--val_size")]
     assert train.main(parse_arguments(["--config", str(recipe), *words])) == 0
