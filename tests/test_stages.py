@@ -224,7 +224,7 @@ def test_molmo2_stages_hold_what_its_scripts_say(stage):
         1: (2536, 0, 31_000, 200, 2_000), 2: (16_384, 128, 30_000, 200, 200), 3: (36_864, 384, 2_000, 200, 200),
     }[stage]  # fmt: skip
     assert (cfg.max_sample_length, vlm.lm_max_length, cfg.max_training_steps) == (length, length, steps)
-    assert stage == 1 or (cfg.max_video_frames, frames * 81 < length) == (frames, True)
+    assert stage == 1 or (vlm.max_video_frames, frames * 81 < length) == (frames, True)
     shares = {group["name"]: group["share"] for group in cfg.mixture}
     assert stage > 1 or shares == {"captions": 0.6, "points": 0.3, "text": 0.1}
     weights = {one.path.rsplit("/", 1)[1]: one.loss_weight for one in sets_of(cfg)}
