@@ -22,16 +22,14 @@ from scripts.train_stages import Stage, check_flags, find_stages, train_stages
 def inspect(stage: Stage, flags: list[str]) -> None:
     """Print how many batches an epoch has, and of the first one each key with shape and type. Raises ValueError,
     OSError."""
-    from data.options import RowOptions
+    from data.mixture_rows import load_training_rows
     from data.pipeline import load_data
-    from data.rows import load_rows
     from training.arguments import parse_arguments
+    from training.preflight import check_paths
 
-    settings = parse_arguments(["--config", str(stage.recipe), *flags])
+    settings = check_paths(parse_arguments(["--config", str(stage.recipe), *flags]))
     cfg = settings.train
-    rows = load_rows(cfg.train_dataset_path, cfg.train_dataset_name, "train", cfg.stream_dataset,
-                     skip_bad_subsets=cfg.skip_bad_subsets, options=RowOptions.of(cfg))  # fmt: skip
-    data = load_data(rows, settings.vlm, cfg, None)
+    data = load_data(load_training_rows(cfg), settings.vlm, cfg, None)
     data.start_reading()
     print(f"stage {stage.number}: {stage.recipe}")
     print(
@@ -49,12 +47,17 @@ def described(value: Any) -> str:
 
 
 def data_flags(root: str, stage: Stage) -> list[str]:
-    """Those that read the rows of scripts/make_shapes.py from another folder."""
-    rows = Path(root) / f"stage{stage.number}"
-    return [
-        "--train_dataset_path", f"{rows}_train.jsonl", "--val_dataset_path", f"{rows}_val.jsonl",
-        "--lm_tokenizer", str(Path(root) / "tokenizer"),
-    ]  # fmt: skip
+    """Those that read the rows of scripts/make_shapes.py from another folder, where a file gets the recipe's mixture
+    with that folder's paths. Raises OSError."""
+    import yaml
+
+    groups = yaml.safe_load(stage.recipe.read_text(encoding="utf-8")).get("mixture", [])
+    for one in (one for group in groups for one in group["sets"]):
+        one["path"] = str(Path(root) / Path(one["path"]).name)
+    mixture = Path(root) / f"stage{stage.number}_mixture.yaml"
+    mixture.write_text(yaml.safe_dump(groups, sort_keys=False), encoding="utf-8")
+    val, tokenizer = Path(root) / f"stage{stage.number}_val.jsonl", Path(root) / "tokenizer"
+    return ["--mixture", str(mixture), "--val_dataset_path", str(val), "--lm_tokenizer", str(tokenizer)]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -45,7 +45,8 @@ def configure_vision(cfg: VLMConfig, files: tuple[str, ...] = CONFIG_FILES) -> P
     cfg.vit_hidden_dim = config.hidden_size
     cfg.vit_inter_dim = config.intermediate_size
     cfg.vit_patch_size = config.patch_size
-    cfg.vit_img_size = config.image_size
+    # Whole patches: SigLIP's So400m/14 at 384 sees 27 x 27 patches, which are 378 pixels.
+    cfg.vit_img_size = config.image_size - config.image_size % config.patch_size
     cfg.vit_n_heads = config.num_attention_heads
     cfg.vit_n_blocks = config.num_hidden_layers
     cfg.vit_ln_eps = config.layer_norm_eps

@@ -137,6 +137,7 @@ class TrainConfig(Checked):
         choices=("cosine", "linear", "constant", "wsd"),
     )
     warmup_ratio: float = doc("share of the steps with linear warm-up", 0.03, ge=0, lt=1)
+    warmup_ratio_mp: float | None = doc("the same of the projector, where it differs (Molmo2)", None, ge=0, lt=1)
     min_lr_ratio: float = doc(
         "the schedule ends at this share of the peak; constant stays at the peak", 0.1, ge=0, le=1
     )

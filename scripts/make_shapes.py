@@ -5,13 +5,16 @@
     python evaluate.py --checkpoint grades_output/nanomolmo2_tiny_stage3/checkpoints/last \
         --tasks shapes_rows/test.jsonl --output results/shapes
 
-A picture has one to three coloured shapes, each near the middle of one of 4 x 4 cells. A video is a folder of four
-pictures in which one shape moves a cell at a time and another one stays. Rows of docs/data.md: captions, pointing and
-counting (stage 1), questions (stage 2), videos (stage 3); a later stage also has rows of the earlier kinds, so that
-they are not forgotten. The source of a row is its kind.
+A picture has two or three coloured shapes, each near the middle of one of 4 x 4 cells. A video is a folder of four
+pictures in which one shape moves a cell at a time and another one stays. For training there is a file for each group
+of the recipes' mixtures: captions.jsonl, points.jsonl and questions.jsonl have a row for each picture, the latter two
+with several annotations of it; videos.jsonl has the videos. text.jsonl has no pictures: questions of all kinds about
+scenes that are not shown, each with the answer that is right there. The best that can be learned of them is the most
+frequent answer, which is what evaluate.py --without_image then measures.
 
-Writes stage1_train.jsonl, stage1_val.jsonl and so on, test.jsonl with all kinds, pictures/, videos/ and tokenizer/.
-No scene is drawn twice, so that no test picture was trained on. The same --seed and --scale make the same files.
+Writes these, stage1_val.jsonl and so on with a row for each question of a stage, test.jsonl with all kinds, pictures/,
+videos/ and tokenizer/. No scene comes twice, so that no test picture was trained on. The source of a row is its kind.
+The same --seed and --scale make the same files.
 """
 
 import argparse
@@ -30,15 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image, ImageDraw
 
 from data import easy_vqa
+from data.conversations import read_record
 
 SIDE, CELLS = 48, 4  # pixels of a picture; cells a side
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (235, 200, 30)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUND = (245, 245, 245)
-SIZES = {"train": (3000, 1200), "val": (100, 50), "test": (200, 100)}  # scenes, videos, at --scale 1
+# Scenes and videos at --scale 1.
+SIZES = {"train": (3000, 1200), "text": (500, 500), "val": (50, 50), "test": (150, 150)}
 VOCAB_SIZE = 192  # of the tokenizer: lm_base_vocab_size of configs/nanomolmo2_tiny_*.yaml
-POINT_TO, HOW_MANY = "Point to the {}.", "How many {} are there?"
+WHAT_IS_THERE, POINT_TO, HOW_MANY = "What is there?", "Point to the {}.", "How many {} are there?"
 # Each is a token with and without a blank before it; digits are tokens one by one.
 WORDS = (
     "system", "user", "assistant", "points", "tracks", "coords", "Counting", "the", "shows", "a", "total", "of",
@@ -87,8 +92,8 @@ def draw(things: Iterable[Thing], rng: random.Random) -> Image.Image:
 
 
 def make_scene(rng: random.Random) -> tuple[Thing, ...]:
-    """One to three things in different cells, from the top left to the bottom right."""
-    cells = rng.sample(range(CELLS * CELLS), rng.randint(1, 3))
+    """Two or three things in different cells, from the top left to the bottom right."""
+    cells = rng.sample(range(CELLS * CELLS), rng.randint(2, 3))
     return tuple(Thing(*divmod(cell, CELLS), rng.choice(list(COLORS)), rng.choice(SHAPES)) for cell in sorted(cells))
 
 
@@ -130,7 +135,8 @@ def listed(names: list[str]) -> str:
 
 
 def caption_row(things: tuple[Thing, ...], rng: random.Random) -> Row:
-    return {"caption": f"{listed([one.name for one in things])}.", "source": "caption"}
+    """With a question, so that it can be asked without the picture too."""
+    return {"question": WHAT_IS_THERE, "answer": f"{listed([one.name for one in things])}.", "source": "caption"}
 
 
 def _asked(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, list[Thing]]:
@@ -185,59 +191,83 @@ def direction_row(video: Video) -> Row:
 
 MAKERS = {"caption": caption_row, "pointing": pointing_row, "counting": counting_row, "color": color_row,
           "yes_no": yes_no_row}  # fmt: skip
-# Of every scene in this stage; a stage has so many of the scenes.
-STAGE_KINDS = {1: ("caption", "pointing", "counting"), 2: ("color", "yes_no", "pointing", "counting"), 3: ("color",)}
-STAGE_SHARE = {1: 1.0, 2: 1.0, 3: 1 / 5}
-EARLIER = {1: (), 2: ("caption",), 3: ("caption", "pointing", "counting", "yes_no")}  # of a fifth of the scenes
+# The annotations of a picture in the rows of each file for training; of two with the same question one stays.
+SETS = {"captions": ("caption",), "points": ("pointing", "counting") * 2, "questions": ("color", "yes_no") * 2}
+VAL_KINDS = {1: ("caption", "pointing", "counting"), 2: (*MAKERS, "video"), 3: (*MAKERS, "video")}
 
 
 class Maker:
-    """Writes pictures and videos of scenes that were not drawn before."""
+    """Writes pictures and videos of scenes that were not there before."""
 
     def __init__(self, output: Path, seed: int):
         self.output, self.rng, self.seen = output, random.Random(seed), set[Any]()
         for name in ("pictures", "videos"):
             (output / name).mkdir(parents=True, exist_ok=True)
 
-    def _new(self, make: Any) -> Any:
+    def new(self, make: Any) -> Any:
         while (found := make(self.rng)) in self.seen:
             pass
         self.seen.add(found)
         return found
 
-    def scene_rows(self, split: str, number: int) -> dict[str, Row]:
-        """A row of each kind, by kind, of a new picture."""
-        things = self._new(make_scene)
+    def picture(self, split: str, number: int) -> tuple[tuple[Thing, ...], Row]:
+        """(a new scene, what all rows of its picture have)."""
+        things = self.new(make_scene)
         path = f"pictures/{split}_{number}.png"
         draw(things, self.rng).save(self.output / path)
-        return {
-            kind: {"id": f"{split}-{number}-{kind}", "image": path, "cluster": f"{split}-{number}"}
-            | make(things, self.rng)
-            for kind, make in MAKERS.items()
-        }
+        return things, {"image": path, "cluster": f"{split}-{number}"}
 
     def video_row(self, split: str, number: int) -> Row:
         """The row of a new video."""
-        video, path = self._new(make_video), f"videos/{split}_{number}"
+        video, path = self.new(make_video), f"videos/{split}_{number}"
         (self.output / path).mkdir(exist_ok=True)
         for n, things in enumerate(video.frames()):
             draw(things, self.rng).save(self.output / path / f"{n}.png")
         return {"id": f"{split}-video-{number}", "video": path} | direction_row(video)
 
+    def training_rows(self, scenes: int, videos: int) -> dict[str, list[Row]]:
+        """The rows of each file that has pictures or videos."""
+        found: dict[str, list[Row]] = {name: [] for name in SETS}
+        for number in range(scenes):
+            things, shown = self.picture("train", number)
+            for name, kinds in SETS.items():
+                texts = {turn["user"]: turn for kind in kinds for turn in turns_of(MAKERS[kind](things, self.rng))}
+                found[name].append({"id": f"train-{number}-{name}", **shown, "texts": list(texts.values())})
+        return found | {"videos": [self.video_row("train", number) for number in range(videos)]}
 
-def stage_rows(stage: int, scenes: list[dict[str, Row]], videos: list[Row]) -> list[Row]:
-    """The rows of a stage, of scenes with a row of each kind."""
-    own = scenes[: round(len(scenes) * STAGE_SHARE[stage]) or 1]
-    rows = [scene[kind] for scene in own for kind in STAGE_KINDS[stage]]
-    rows += [scene[kind] for scene in scenes[: len(scenes) // 5 or 1] for kind in EARLIER[stage]]
-    return rows + (videos if stage == 3 else [])
+    def text_rows(self, scenes: int, videos: int) -> list[Row]:
+        """Questions of each kind about scenes and videos that are not shown."""
+        made = []
+        for _ in range(scenes):
+            things = self.new(make_scene)
+            made += [make(things, self.rng) for make in MAKERS.values()]
+        made += [direction_row(self.new(make_video)) for _ in range(videos)]
+        return [
+            {"id": f"text-{number}", "source": "text", "texts": [turn | {"source": "text"} for turn in turns_of(row)]}
+            for number, row in enumerate(made)
+        ]
+
+    def asked_rows(self, split: str, scenes: int, videos: int) -> dict[str, list[Row]]:
+        """A row for each question, by the kind that was to be asked."""
+        found: dict[str, list[Row]] = {kind: [] for kind in MAKERS}
+        for number in range(scenes):
+            things, shown = self.picture(split, number)
+            for kind, make in MAKERS.items():
+                found[kind].append({"id": f"{split}-{number}-{kind}", **shown} | make(things, self.rng))
+        return found | {"video": [self.video_row(split, number) for number in range(videos)]}
+
+
+def turns_of(row: Row) -> list[Row]:
+    """Questions and answers as text, points too."""
+    return [{key: turn[key] for key in ("user", "assistant", "source")} for turn in read_record(row, None)["texts"]]
 
 
 def write_rows(path: Path, rows: list[Row]) -> str:
     """A line that says how many there are of each kind."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    kinds = Counter(row["source"] for row in rows)
-    return f"{path.name:<20} {len(rows):>6} rows: " + ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+    kinds = Counter(one["source"] for row in rows for one in row.get("texts", [row]))
+    counted = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+    return f"{path.name:<17} {len(rows):>5} rows, answers: {counted}"
 
 
 def make_tokenizer() -> Any:
@@ -260,19 +290,13 @@ def make(output: Path, seed: int, scale: float) -> list[str]:
     """Write everything; returns what was made, in lines. Raises ValueError for a bad scale, OSError."""
     if not 0 < scale <= 10:
         raise ValueError(f"--scale {scale:g}: must be above 0 and at most 10")
-    maker, lines = Maker(output, seed), []
-    for split, sizes in SIZES.items():
-        n_scenes, n_videos = (max(4, round(size * scale)) for size in sizes)
-        scenes = [maker.scene_rows(split, number) for number in range(n_scenes)]
-        videos = [maker.video_row(split, number) for number in range(n_videos)]
-        if split == "test":
-            rows = [scene[kind] for scene in scenes for kind in MAKERS]
-            lines.append(write_rows(output / "test.jsonl", rows + videos))
-            continue
-        for stage in STAGE_KINDS:
-            rows = stage_rows(stage, scenes, videos)
-            maker.rng.shuffle(rows)
-            lines.append(write_rows(output / f"stage{stage}_{split}.jsonl", rows))
+    sizes = {split: [max(4, round(size * scale)) for size in given] for split, given in SIZES.items()}
+    maker = Maker(output, seed)
+    files = maker.training_rows(*sizes["train"]) | {"text": maker.text_rows(*sizes["text"])}
+    asked = maker.asked_rows("val", *sizes["val"])
+    files |= {f"stage{n}_val": [row for kind in kinds for row in asked[kind]] for n, kinds in VAL_KINDS.items()}
+    files["test"] = [row for rows in maker.asked_rows("test", *sizes["test"]).values() for row in rows]
+    lines = [write_rows(output / f"{name}.jsonl", rows) for name, rows in files.items()]
     make_tokenizer().save_pretrained(output / "tokenizer")
     return [*lines, f"{output}: {len(maker.seen)} scenes and videos, none of them twice"]
 

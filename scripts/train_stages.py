@@ -5,9 +5,10 @@
     python scripts/train_stages.py configs/nanomolmo2_tiny --list                      # the commands; runs nothing
     python scripts/train_stages.py configs/nanomolmo2_tiny -- --enable_grades          # flags of train.py
 
-PREFIX stands for PREFIX_stage1.yaml, PREFIX_stage2.yaml and so on. The run of a stage is named as its recipe, in
---output_dir. The same command continues after an interruption: train.py resumes the stage that was interrupted
-(--resume auto) and says of those that have finished that they have. The exit code is that of the stage that failed.
+PREFIX, or PREFIX.yaml, stands for PREFIX_stage1.yaml, PREFIX_stage2.yaml and so on. The run of a stage is named as its
+recipe, in --output_dir. The same command continues after an interruption: train.py resumes the stage that was
+interrupted (--resume auto) and says of those that have finished that they have. The exit code is that of the stage
+that failed.
 """
 
 import argparse
@@ -48,7 +49,7 @@ class Stage:
 def find_stages(prefix: str, output_dir: Path) -> list[Stage]:
     """The stages of PREFIX_stage1.yaml, PREFIX_stage2.yaml ... Raises FileNotFoundError where there is no first one or
     one is missing between two."""
-    start = Path(prefix)
+    start = Path(prefix.removesuffix(".yaml"))
     found = {
         int(match[1]): path
         for path in start.parent.glob(f"{start.name}_stage*.yaml")
@@ -57,7 +58,7 @@ def find_stages(prefix: str, output_dir: Path) -> list[Stage]:
     for number in range(1, max(found, default=1) + 1):
         if number not in found:
             raise FileNotFoundError(
-                f"{prefix}_stage{number}.yaml: no such file; PREFIX must be the path of the recipes up to _stage"
+                f"{start}_stage{number}.yaml: no such file; PREFIX must be the path of the recipes up to _stage"
             )
     stages: list[Stage] = []
     for number, recipe in sorted(found.items()):

@@ -257,6 +257,12 @@ def test_configure_sets_sizes_and_leaves_the_rest(backbones):
     configure_from_backbones(cfg)
     assert (cfg.vit_hidden_dim, cfg.vit_n_blocks, cfg.vit_n_heads, cfg.vit_inter_dim) == (768, 12, 12, 3072)
     assert (cfg.vit_img_size, cfg.vit_patch_size, cfg.vit_ln_eps) == (512, 16, 1e-6)
+    # siglip2-so400m-patch14-384 sees 27 x 27 whole patches
+    (vision / "config.json").write_text(
+        json.dumps({"model_type": "siglip", "vision_config": {"image_size": 384, "patch_size": 14}})
+    )
+    configure_from_backbones(cfg)
+    assert (cfg.vit_img_size, cfg.vit_grid) == (378, 27)
     assert (cfg.lm_hidden_dim, cfg.lm_n_kv_heads, cfg.lm_re_base, cfg.lm_tie_weights) == (4096, 32, 10_000, False)
 
 

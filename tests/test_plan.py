@@ -205,6 +205,7 @@ def test_every_recipe_has_a_plan_without_network_data_or_files(name, tmp_path, m
     watched = {"quickstart": 26, "table10_quickstart": 26, "nlvr": 40, "smollm2_local": 222}
     # Their vision towers do not train, but in the first tiny stage.
     watched |= dict.fromkeys(("nanomolmo2_model", *(f"nanomolmo2_stage{n}" for n in (1, 2, 3))), 196)
+    watched |= dict.fromkeys((f"molmo2_stage{n}" for n in (1, 2, 3)), 25 * 4 + 36 * 7)
     watched |= {"nanomolmo2_tiny_stage1": 33, "nanomolmo2_tiny_stage2": 21, "nanomolmo2_tiny_stage3": 21}
     watched |= dict.fromkeys(("nanovlm_222m", "nanovlm_222m_24gb"), 258)
     assert f"{watched.get(name, 272)} matrices" in printed

@@ -3,17 +3,21 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import train
+from data.mixture import sets_of
 from data.points import find_points
 from data.rows import load_rows
 from eval.own_rows import open_own_rows
 from examples import train_with_stage_dataloaders as door
 from scripts import make_shapes, train_stages
 from training.arguments import parse_arguments
+from training.preflight import check_paths
+from training.schedule import set_learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs/nanomolmo2_tiny")
@@ -46,7 +50,7 @@ def test_every_row_is_read_and_every_text_comes_back(shapes):
                     ids = tokenizer(text, add_special_tokens=False).input_ids
                     assert tokenizer.unk_token_id not in ids
                     assert tokenizer.decode(ids) == text
-    assert set(seen) == {*make_shapes.MAKERS, "video"}
+    assert set(seen) == {*make_shapes.MAKERS, "video", "text"}
     assert tokenizer.tokenize("0.5 <points 125") == ["0", ".", "5", " <", "points", " 1", "2", "5"]
     assert all(f" {word}" in tokenizer.get_vocab() for word in make_shapes.WORDS)
 
@@ -54,8 +58,9 @@ def test_every_row_is_read_and_every_text_comes_back(shapes):
 def test_splits_share_no_picture(shapes):
     pictures = {}
     for split in ("train", "val", "test"):
-        rows = [row for path in shapes.glob(f"*{split}.jsonl") for row in records(path)]
-        names = {row.get("image") or row["video"] for row in rows}
+        rows = [row for path in shapes.glob("*.jsonl") for row in records(path)]
+        names = {row.get("image") or row.get("video", "") for row in rows}
+        names = {name for name in names if f"/{split}_" in name}
         pictures[split] = {Image.open(shapes / name).tobytes() for name in names if name.endswith(".png")}
         assert all(len(list((shapes / name).iterdir())) == 4 for name in names if name.startswith("videos"))
     assert len(pictures["train"]) == 30
@@ -94,9 +99,10 @@ def test_the_mover_crosses_the_picture_and_the_other_stays(shapes):
 def test_the_same_seed_draws_the_same_and_a_bad_scale_is_one_sentence(shapes, tmp_path, capsys):
     make_shapes.make(tmp_path / "again", 0, 0.01)
     make_shapes.make(tmp_path / "other", 1, 0.01)
-    text = (shapes / "stage2_train.jsonl").read_text()
-    assert (tmp_path / "again" / "stage2_train.jsonl").read_text() == text
-    assert (tmp_path / "other" / "stage2_train.jsonl").read_text() != text
+    for name in ("questions", "text"):
+        text = (shapes / f"{name}.jsonl").read_text()
+        assert (tmp_path / "again" / f"{name}.jsonl").read_text() == text
+        assert (tmp_path / "other" / f"{name}.jsonl").read_text() != text
     assert make_shapes.main(["--output", str(tmp_path), "--scale", "0"]) == 2
     assert "--scale 0" in capsys.readouterr().err
 
@@ -106,6 +112,21 @@ def test_the_test_rows_are_scored_as_points(shapes):
     assert [rule.name for rule in benchmark.task.rules][:2] == ["points", "count"]
     assert benchmark.has_videos
     assert not benchmark.not_usable
+
+
+def test_text_alone_asks_what_is_asked_of_pictures(shapes):
+    turns = [turn for row in records(shapes / "text.jsonl") for turn in row["texts"]]
+    assert not any({"image", "video"} & set(row) for row in records(shapes / "text.jsonl"))
+    for start in ("What is there", "Point to the", "How many", "What color", "Is there", "Which way"):
+        assert any(turn["user"].startswith(start) for turn in turns)
+    answers = {row["answer"] for row in records(shapes / "test.jsonl") if row["source"] == "video"}
+    assert {turn["assistant"] for turn in turns if turn["user"].startswith("Which way")} <= answers | {"up", "down"}
+
+
+def test_a_training_row_has_several_annotations_each_once(shapes):
+    rows = records(shapes / "points.jsonl")
+    assert max(len(row["texts"]) for row in rows) == 4
+    assert all(len({turn["user"] for turn in row["texts"]}) == len(row["texts"]) for row in rows)
 
 
 # Stages
@@ -177,3 +198,41 @@ def test_the_commands_are_listed_and_bad_flags_are_one_sentence(tmp_path, capsys
     assert "--run_name=x" in capsys.readouterr().err
     assert train_stages.main([str(tmp_path / "nothing")]) == 2
     assert "nothing_stage1.yaml: no such file" in capsys.readouterr().err
+
+
+def test_a_recipe_name_stands_for_its_stages(tmp_path):
+    assert train_stages.find_stages(f"{TINY}.yaml", tmp_path) == train_stages.find_stages(TINY, tmp_path)
+
+
+def test_missing_shapes_name_the_command_that_draws_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        check_paths(parse_arguments(["--config", f"{TINY}_stage1.yaml"]))
+    errors = capsys.readouterr().err
+    for flag in ("mixture ./shapes_rows/captions.jsonl", "lm_tokenizer ./shapes_rows/tokenizer"):
+        assert f"--{flag}" in errors
+    assert "python scripts/make_shapes.py --output shapes_rows" in errors
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_molmo2_stages_hold_what_its_scripts_say(stage):
+    settings = parse_arguments(["--config", str(ROOT / f"configs/molmo2_stage{stage}.yaml")])
+    vlm, cfg = settings.vlm, settings.train
+    assert (vlm.mp_type, vlm.image_layout, vlm.mp_merge, cfg.message_tree) == ("molmo", "molmo_crops", "add", True)
+    assert cfg.batch_size * cfg.gradient_accumulation_steps == 128
+    length, frames, steps, connector, towers = {
+        1: (2536, 0, 31_000, 200, 2_000), 2: (16_384, 128, 30_000, 200, 200), 3: (36_864, 384, 2_000, 200, 200),
+    }[stage]  # fmt: skip
+    assert (cfg.max_sample_length, vlm.lm_max_length, cfg.max_training_steps) == (length, length, steps)
+    assert stage == 1 or (vlm.max_video_frames, frames * 81 < length) == (frames, True)
+    shares = {group["name"]: group["share"] for group in cfg.mixture}
+    assert stage > 1 or shares == {"captions": 0.6, "points": 0.3, "text": 0.1}
+    weights = {one.path.rsplit("/", 1)[1]: one.loss_weight for one in sets_of(cfg)}
+    assert stage == 1 or (weights["pixmo-points"], weights["molmo2-cap"], weights["chartqa"]) == (0.2, 0.1, None)
+    for name, warm in (("projector", connector), ("vision", towers), ("language", towers)):
+        optimizer = SimpleNamespace(param_groups=[{"name": name, "peak_lr": 1.0}])
+        rates = []
+        for step in (warm - 1, warm, warm + 1):
+            set_learning_rate(optimizer, step, cfg)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert rates[0] < 1.0 == rates[1] > rates[2]

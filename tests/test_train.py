@@ -74,12 +74,14 @@ def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
     given = {"max_training_steps": 2, "gradient_accumulation_steps": 2, "num_workers": 0, "lora_rank": 0,
              "lora_vision": True, "lm_max_length": 128, "max_sample_length": 128, "stream_dataset": False,
              "vit_n_heads": 1, "vit_model_type": "scratch", "lm_model_type": "scratch", "mp_type": "pixel_shuffle",
-             "vlm_load_backbone_weights": False, "tau_mode": "absolute",
+             "vlm_load_backbone_weights": False, "tau_mode": "absolute", "mixture": "none",
              "lm_tokenizer": "easy-vqa", "lm_base_vocab_size": 36}  # fmt: skip
     if recipe.stem == "nlvr" or "tiny" in recipe.stem:
         given["val_dataset_path"] = data  # in place of the recipe's own
-    if "nanomolmo2_stage" in recipe.stem:
-        given |= {"train_dataset_name": "all", "mixture_weights": "{}"}  # in place of its public sets
+    if recipe.stem.startswith("molmo2"):
+        del given["mp_type"]
+        given |= {"vit_feature_layers": -1, "vit_img_size": 32, "vit_patch_size": 8, "mp_image_token_length": 4,
+                  "overlap_margin": 1, "max_crops": 1, "lm_max_length": 256, "parallel": "ddp"}  # fmt: skip
     words = [word for word in arguments(data, tmp_path, "run", **given) if not word.startswith("--val_size")]
     assert train.main(parse_arguments(["--config", str(recipe), *words])) == 0
     assert json.loads((tmp_path / "out" / "run" / "summary.json").read_text())["val_loss"] > 0

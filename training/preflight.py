@@ -19,6 +19,12 @@ FILE_ENDINGS = (
     ".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".yaml", ".zip", ".tar", ".tgz", ".gz", ".zst", ".gguf",
 )  # fmt: skip
 
+# Folders of data that recipes name, and what makes each.
+MADE_BY = {
+    "shapes_rows": "python scripts/make_shapes.py --output shapes_rows",
+    "nlvr_rows": "python scripts/prepare_nlvr.py NLVR --output nlvr_rows",
+}
+
 
 class Source(NamedTuple):
     """Something that a run reads before its first step, from this machine or from the hub."""
@@ -38,6 +44,11 @@ class Source(NamedTuple):
         return (
             self.name.count("/") > 1 or "\\" in self.name or self.name[:1] in "/.~" or self.name.endswith(FILE_ENDINGS)
         )
+
+    def made_by(self) -> str:
+        """What to do for a file of a recipe that one of this project's scripts makes, to follow its name."""
+        commands = [MADE_BY[part] for part in Path(self.name).parts if part in MADE_BY]
+        return f"; first run: {commands[0]}" if commands else ""
 
     def is_cached(self) -> bool:
         """Whether the hub's cache on this machine holds a snapshot."""
@@ -61,7 +72,7 @@ def path_problems(settings: Settings) -> list[str]:
     for source in sources(settings):
         if source.is_path() and not source.is_here():
             origin = "" if source.flag in settings.given else f" (from {settings.recipe} or a default)"
-            found.append(f"--{source.flag} {source.name}: no such file or folder{origin}")
+            found.append(f"--{source.flag} {source.name}: no such file or folder{origin}{source.made_by()}")
         elif source.flag in CHECKPOINTS and source.is_here():
             try:
                 find_checkpoint(source.name)

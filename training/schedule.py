@@ -12,13 +12,16 @@ def cooldown_steps(cfg: TrainConfig, steps: int) -> int:
     return max(1, math.ceil(cfg.cooldown_ratio * steps))
 
 
-def lr_factor(step: int, cfg: TrainConfig, cooldown_start: int | None = None) -> float:
+def lr_factor(
+    step: int, cfg: TrainConfig, cooldown_start: int | None = None, warmup_ratio: float | None = None
+) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 1: linear warm-up, then the schedule.
 
     cooldown_start: the step after which the run converged and cools down, whatever its schedule says.
+    warmup_ratio: in place of cfg's.
     """
     total = cfg.max_training_steps
-    warmup = int(cfg.warmup_ratio * total)
+    warmup = int((cfg.warmup_ratio if warmup_ratio is None else warmup_ratio) * total)
     if step <= warmup:
         return step / warmup
     if cooldown_start is not None:
@@ -43,7 +46,8 @@ def _cooled(progress: float, cfg: TrainConfig) -> float:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig, cooldown_start: int | None = None
 ) -> None:
-    """Give each parameter group its rate for optimizer step `step`, counted from 1: its "peak_lr" times lr_factor."""
-    factor = lr_factor(step, cfg, cooldown_start)
+    """Give each parameter group its rate for optimizer step `step`, counted from 1: its "peak_lr" times lr_factor,
+    which may have a warm-up of its own for the group called projector."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        warmup_ratio = cfg.warmup_ratio_mp if group.get("name") == "projector" else None
+        group["lr"] = group["peak_lr"] * lr_factor(step, cfg, cooldown_start, warmup_ratio)
