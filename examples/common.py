@@ -122,11 +122,10 @@ def train(trainer: Any, folder: str) -> None:
 
 
 def make_callback(kind: type, config: Any) -> Any:
-    """A callback of this kind; impossible settings end the program with one line each."""
-    try:
-        return kind(config)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    """A callback of this kind; impossible settings end the program with one line each, which name the flags."""
+    if problems := config.problems("--"):
+        raise SystemExit("\n".join(problems))
+    return kind(config)
 
 
 def load_language_model(name: str | None) -> tuple:

@@ -17,7 +17,7 @@ from tiny.video import write_clip
 from eval import answers_page, page_pictures
 from eval.answers_page import choose, make_page
 from eval.drawing import COLOURS, EXPECTED
-from eval.own_rows import open_own_rows
+from eval.own_rows import open_own_rows, show_frames
 from eval.page_pictures import chosen_frames
 from eval.results import score
 
@@ -132,7 +132,9 @@ def test_evaluate_writes_it_for_several_tasks(tmp_path, capsys):
 
 def own_page(folder, records, answers):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return Page(page_of(open_own_rows(folder / "rows.jsonl", None, max_video_frames=4), answers))
+    rows = open_own_rows(folder / "rows.jsonl", None)
+    show_frames([rows], 4)
+    return Page(page_of(rows, answers))
 
 
 def pixels(address: str) -> Image.Image:

@@ -65,6 +65,8 @@ def test_each_setting_is_checked_by_type_and_named_as_a_field(given, said):
 def test_no_setting_of_any_type_but_its_own_passes_or_crashes(kind):
     for field in dataclasses.fields(kind):
         for odd in (object(), b"x", {"a": 1}, [None], 1j):
+            if field.name == "taus" and isinstance(odd, dict):
+                continue  # what it takes
             (problem,) = kind(**{field.name: odd}).problems()
             assert problem.startswith(f"{field.name} "), problem
 

@@ -26,7 +26,7 @@ def test_rows_are_made_once_and_compared(compare, tmp_path, monkeypatch, capsys)
     pairs = common.documented(60)
     monkeypatch.setattr(common, "documented", lambda limit: pairs[:limit])
     monkeypatch.setattr(common, "bundled_model", lambda: None)
-    monkeypatch.setattr("grades.callback.draw_pictures", lambda path: None)
+    monkeypatch.setattr("grades.outputs.draw_pictures", lambda path: None)
     flags = {"max_steps": 10, "batch_size": 2, "max_length": 16, "eval_rows": 2, "compute_interval": 2, "alpha": 0.4}
     rows = ["full", "full_grades", "full_never", "lora_grades"]
     given = ["--here", "--output", str(tmp_path), *(f"--{name}={value}" for name, value in flags.items())]
@@ -60,7 +60,7 @@ def test_rollback_runs_at_a_constant_rate_and_is_not_compared_bit_for_bit(compar
     pairs = common.documented(60)
     monkeypatch.setattr(common, "documented", lambda limit: pairs[:limit])
     monkeypatch.setattr(common, "bundled_model", lambda: None)
-    monkeypatch.setattr("grades.callback.draw_pictures", lambda path: None)
+    monkeypatch.setattr("grades.outputs.draw_pictures", lambda path: None)
     flags = {"max_steps": 8, "batch_size": 2, "max_length": 16, "eval_rows": 2, "compute_interval": 2, "alpha": 0.4}
     given = ["--here", "--output", str(tmp_path), *(f"--{name}={value}" for name, value in flags.items())]
     rows = ["full", "full_grades", "full_never"]

@@ -23,7 +23,7 @@ def test_runs_are_made_once_and_rules_read_off(compare, tmp_path, monkeypatch):
     pairs, made = common.documented(60), []
     monkeypatch.setattr(common, "documented", lambda limit: pairs[:limit])
     monkeypatch.setattr(common, "bundled_model", lambda: None)
-    monkeypatch.setattr("grades.callback.draw_pictures", lambda path: None)
+    monkeypatch.setattr("grades.outputs.draw_pictures", lambda path: None)
 
     def in_this_process(command, check):
         made.append(command[command.index("--one") + 1])

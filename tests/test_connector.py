@@ -18,7 +18,7 @@ from training.arguments import parse_arguments
 
 MATRICES = {
     "nanovlm": ["MP.proj"],
-    "nanomolmo2": [
+    "molmo2": [
         *(f"MP.pooling.{name}_proj" for name in ("q", "k", "v", "out")),
         *(f"MP.{name}_proj" for name in ("gate", "up", "down")),
     ],
@@ -84,7 +84,7 @@ def test_auto_finds_its_tau():
     assert train_tiny({**config, "watch_connector": True}, 8).monitor.taus["MP.proj"] > NEVER
     assert not GradESConfig(connector_tau="auto").finds_taus()
     named = sorted(GradESConfig(watch_connector=True, connector_tau="auto", alpha=0).problems())
-    assert [problem.split()[0] for problem in named] == ["--alpha"]
+    assert [problem.split()[0] for problem in named] == ["alpha"]
 
 
 def test_the_language_prefix_begins_once_vision_and_connector_are_frozen():

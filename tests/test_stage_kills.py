@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -77,20 +76,6 @@ def assert_same_weights(stage: int) -> None:
     assert stage == 1 or not same(last("whole", stage - 1), last("whole", stage))
     summary = json.loads(Path("killed", f"nanomolmo2_tiny_stage{stage}", "summary.json").read_text())
     assert summary["resumed_at_steps"] == [4]
-
-
-def test_a_stage_that_is_killed_continues_to_the_same_weights(monkeypatch):
-    """The second, which begins with the weights of the first."""
-    monkeypatch.setattr(train_stages, "run", in_process)
-    first, second, _ = train_stages.find_stages(TINY, Path("whole"))
-    assert train_stages.train_stages([first], FLAGS) == 0
-    shutil.copytree("whole", "killed", symlinks=True)
-    assert train_stages.train_stages([second], FLAGS) == 0
-    second = train_stages.find_stages(TINY, Path("killed"))[1]
-    kill_inside(second.command(FLAGS), 2)
-    assert checkpoints("killed", 2) == {"step_00000002", "step_00000004"}
-    assert train_stages.train_stages([second], FLAGS) == 0
-    assert_same_weights(2)
 
 
 @pytest.mark.slow
