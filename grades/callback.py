@@ -104,9 +104,9 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
         trainer, checkpoint = find_trainer()
         if not is_told(trainer):
             logger.warning(
-                "GradES: Trainer._inner_training_loop was replaced after this callback was made; should an exception end "
-                "this training, what is frozen then stays frozen until the next training with a GradES callback. To "
-                "prevent that, make the callback or the trainer after whatever replaces it (Unsloth: load the model first)"
+                "GradES: Trainer._inner_training_loop was replaced after this trainer was made. If an exception ends "
+                "this training, what is frozen stays frozen until the next training with a GradES callback. To prevent "
+                "this, make the trainer after whatever replaces the loop (with Unsloth, load the model first)"
             )
         accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
         ddp = find_ddp(wrapped)

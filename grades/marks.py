@@ -41,8 +41,8 @@ def is_switched(module: nn.Module) -> bool:
 
 
 class Switch:
-    """Takes the place of such a method of one layer, which lets all weights of an adapter train: what GradES froze stays
-    frozen. TRL switches adapters off within each step of DPO, where the model without them is the reference.
+    """Takes the place of such a method of one layer, which lets all weights of an adapter train: what GradES froze
+    stays frozen. TRL switches adapters off within each step of DPO, where the model without them is the reference.
     """
 
     def __init__(self, layer: nn.Module, name: str) -> None:
