@@ -52,7 +52,7 @@ class Switch:
         getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
         for module in self.layer.modules():
             for name in vars(module).get(MARK, ()):
-                module._parameters[name].requires_grad_(False)
+                module.get_parameter(name).requires_grad_(False)
 
 
 def thaw(model: nn.Module) -> list[nn.Parameter]:

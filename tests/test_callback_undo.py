@@ -126,7 +126,7 @@ def left_behind(hf, trainer, error):
     with pytest.raises(error):
         trainer.train()
     model = trainer.model
-    return hf.traces(trainer) | {
+    return hf.left_on(trainer) | {
         "modules": [set(vars(m)) for m in model.modules()],
         "parameters": [set(vars(p)) for p in model.parameters()],
     }

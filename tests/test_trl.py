@@ -84,8 +84,9 @@ DPO = {
     "full": (None, {}),
     "synced": (None, {"sync_ref_model": True, "ref_model_sync_steps": 3}),
     "precomputed": (None, {"precompute_ref_log_probs": True}),
-    "lora": ("new", {}),  # the reference is the model with its adapters switched off
-    "lora goes on": ("trained", {"gradient_accumulation_steps": 2}),  # the reference is another adapter
+    # The reference is the model with its adapters switched off, or another adapter.
+    "lora": ("new", {}),
+    "lora goes on": ("trained", {"gradient_accumulation_steps": 2, "gradient_checkpointing": False}),
 }
 
 

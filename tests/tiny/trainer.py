@@ -103,7 +103,7 @@ def matrices(model: torch.nn.Module, component: str) -> list[str]:
     return [name for name in names if stem in name and ("lora" in name) == hasattr(model, "peft_config")]
 
 
-def traces(trainer: Trainer) -> dict:
+def left_on(trainer: Trainer) -> dict:
     """Where a callback could leave something: flags, hooks, and methods of the trainer and its parts."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return {
@@ -132,7 +132,7 @@ def train_and_check(trainer: Trainer, callback, **given) -> None:
 
     class Before(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):  # after what Trainer itself does to the model
-            before.update(traces(trainer))
+            before.update(left_on(trainer))
 
     trainer.callback_handler.callbacks.insert(0, Before())
     trainer.add_callback(watcher)
@@ -154,7 +154,7 @@ def train_and_check(trainer: Trainer, callback, **given) -> None:
     history = monitor.history()
     assert {event["name"]: event["step"] for event in history["events"]} == frozen
     assert min(frozen.values()) == history["grace_steps"] + 1 < history["last_step"] == trainer.state.global_step
-    after = traces(trainer)
+    after = left_on(trainer)
     assert (after["trains"], after["methods"]) == (before["trains"], before["methods"])
     assert not ours(model)
 
