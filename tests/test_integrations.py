@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tiny.grades import ALWAYS, NEVER, make_model
 import grades
 
 ROOT = Path(__file__).resolve().parent.parent
-ATTENTION = {"language_attention_tau": ALWAYS, "language_mlp_tau": NEVER}
 
 
 @pytest.fixture(scope="module")
@@ -359,70 +357,3 @@ def test_the_loop_of_the_docs_trains_and_freezes(tmp_path, monkeypatch):
     assert {name.split(".")[1] for name in monitor.frozen} == {"vision_encoder"}
     assert all(p.requires_grad for p in model.parameters())
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-@pytest.fixture
-def lightning(monkeypatch):
-    """The package, and the example for it."""
-    package = pytest.importorskip("pytorch_lightning")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    sys.modules.pop("lightning_callback", None)
-    import lightning_callback
-
-    return package, lightning_callback.GradESCallback
-
-
-@pytest.mark.parametrize("end", ["whole", "interrupted"])
-def test_lightning(hf, lightning, tmp_path, end):
-    package, make_callback = lightning
-
-    class Module(package.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model, self.at = hf.llama(), {}
-
-        def training_step(self, batch, index):
-            if end == "interrupted" and self.global_step == 6:
-                raise RuntimeError
-            return self.model(**batch).loss
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
-
-        def on_train_batch_end(self, *args):  # after the callbacks
-            self.at[self.global_step] = hf.weights(self.model)
-
-    def fit(steps, **given):
-        module = Module()
-        callback = make_callback(
-            grades.GradESConfig(alpha=0.3, **ATTENTION), part="model", history=str(tmp_path / f"{len(given)}.json")
-        )
-        trainer = package.Trainer(
-            max_steps=8, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            accumulate_grad_batches=2, gradient_clip_val=1.0, callbacks=[callback], default_root_dir=tmp_path,
-            limit_train_batches=2 * steps, enable_checkpointing=False,
-        )  # fmt: skip
-        data = [{key: torch.tensor(value) for key, value in row.items()} for row in hf.rows()]
-        loader = torch.utils.data.DataLoader(data, batch_size=2)
-        trainer.fit(module, loader, **given)
-        return trainer, module, callback
-
-    if end == "interrupted":
-        with pytest.raises(RuntimeError):
-            fit(8)
-        assert json.loads((tmp_path / "0.json").read_text())["last_step"] == 6
-        return
-    trainer, module, callback = fit(8)
-    monitor = callback.monitor
-    assert set(monitor.frozen.values()) == {4}
-    assert {name.split(".")[-2] for name in monitor.frozen} == {"self_attn"}
-    for step in range(4, 8):
-        for name, weight in module.at[step].items():
-            still = torch.equal(weight, module.at[step + 1][name])
-            assert still or name.removesuffix(".weight") not in monitor.frozen, (name, step)
-            assert not still or "mlp" not in name, (name, step)
-    assert "grades/frozen_share" in trainer.callback_metrics
-    assert all(p.requires_grad for p in module.parameters())
-    assert not hf.ours(module)
-    assert monitor.freezer.feeds.is_known
-    assert json.loads((tmp_path / "0.json").read_text())["last_step"] == 8
