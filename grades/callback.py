@@ -25,7 +25,7 @@ from grades.marks import thaw_leftovers
 from grades.monitor import GradESMonitor
 from grades.outputs import write_outputs
 from grades.report import HISTORY_NAME
-from grades.undo import LoopCallback, Patch
+from grades.undo import LoopCallback, Patch, is_told
 from grades.watched import empty_towers
 
 logger = logging.getLogger("grades")
@@ -85,8 +85,11 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
         self._config: VLMGradEarlyStoppingConfig = given
 
     def before_loop(self, trainer: Any) -> None:
-        """Thaw what an earlier run left frozen, before the optimizer is made of what trains."""
+        """Thaw what an earlier run left frozen, before the optimizer is made of what trains. Raises ValueError where
+        weights are going to be taken apart.
+        """
         self._end()
+        check_parallelism(trainer.accelerator, None)
         thaw_leftovers(trainer.model, trainer.optimizer)
 
     def after_loop(self) -> None:
@@ -99,6 +102,12 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
         """Make the monitor. The model is wrapped now, and on a resume holds the checkpoint's weights and optimizer."""
         self._end()
         trainer, checkpoint = find_trainer()
+        if not is_told(trainer):
+            logger.warning(
+                "GradES: Trainer._inner_training_loop was replaced after this trainer was made. If an exception ends "
+                "this training, what is frozen stays frozen until the next training with a GradES callback. To prevent "
+                "this, make the trainer after whatever replaces the loop (with Unsloth, load the model first)"
+            )
         accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
         ddp = find_ddp(wrapped)
         check_parallelism(accelerator, ddp)

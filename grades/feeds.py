@@ -43,8 +43,8 @@ class Feeds:
             model = model.module  # the wrapper loses its hooks when it is made again
         self.blocks = list(dict.fromkeys(block for c in components if (block := block_of(c.name))))
         self.sources: dict[str, set[str]] = {}
-        # Whether something trains that the graph does not show: checkpointing with use_reentrant=True computes without
-        # autograd in the forward pass, and trains nothing where its input needs no gradient.
+        # Whether something trains that the graph does not show: checkpointing with use_reentrant=True, and Unsloth's
+        # own, compute without autograd in the forward pass, and train nothing where their input needs no gradient.
         self.is_hidden = False
         self.forwards = 0
         self._stations: dict[Edge, str] = {}  # in the current forward pass; holds its graph
@@ -107,12 +107,15 @@ class Feeds:
         loss = output.get("loss") if isinstance(output, Mapping) else None
         returned = [t for t in _tensors(output if loss is None else loss) if t.grad_fn is not None]
         if returned:
-            names = _names(model)
+            names, trains = _names(model), {clean_name(name) for name, p in model.named_parameters() if p.requires_grad}
             ends: dict[str, list[Edge]] = {OUTPUT: [(t.grad_fn, t.output_nr) for t in returned]}
             for (node, _), path in self._stations.items():
                 ends.setdefault(path, []).extend(node.next_functions)
             for path, edges in ends.items():
-                self.sources.setdefault(path, set()).update(self._sources(edges, names))
+                found = self._sources(edges, names)
+                self.sources.setdefault(path, set()).update(found)
+                own = {name for name in trains if path and name.startswith(f"{path}.")}
+                self.is_hidden |= bool(own) and not own & found
         self._leave_pass()
         if self.is_hidden:
             self.sources = {}

@@ -71,15 +71,29 @@ class Freezer:
         return policy.round_number([decided[tower] for tower in towers], list(towers.values()), self.rounds)
 
     def drop_gradients(self) -> None:
-        """After the backward pass: what is decided but not applied gets no update.
+        """After the backward pass: what is decided gets no update, though it is not applied yet or another library has
+        made it require a gradient again. peft does that to all adapters whenever it switches them off and on, as TRL
+        does for the reference in DPO and GRPO.
 
         Applies everything where a resumed run has nothing to wait for: it is neither compiled nor distributed any more.
         """
-        for name in self.decided - self.applied:
+        for name in self.decided:
             for parameter in self.by_name[name].parameters:
                 parameter.grad = None
+        for parameter in self.prefix_parameters:
+            parameter.grad = None
+        self._hold()
         if self.decided != self.applied and not self.waits:
             self.apply()
+
+    def _hold(self) -> None:
+        """What was applied requires no gradient."""
+        for parameter in (
+            *(p for name in self.applied for p in self.by_name[name].parameters),
+            *self.prefix_parameters,
+        ):
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
 
     def apply(self) -> None:
         """Set requires_grad of what was decided, in compiled blocks by few patterns, and of the prefix."""
@@ -140,6 +154,7 @@ class Freezer:
         if is_changed and rewrap is not None:
             rewrap()
         self.settle = lambda parameters: None
+        self.optimizer = None  # its state may be twice as large as the model
 
     def begin_probe(self) -> None:
         """Let the next backward pass compute the gradients of what is frozen."""

@@ -25,6 +25,34 @@ def mark(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             vars(module)[MARK] = names
         else:
             vars(module).pop(MARK, None)
+    for module in model.modules():
+        if is_switched(module) and any(MARK in vars(part) for part in module.modules()):
+            for name in SWITCHES:
+                vars(module).setdefault(name, Switch(module, name))
+
+
+# Methods by which peft, layer by layer, switches adapters off and on or exchanges them.
+SWITCHES = ("set_adapter", "enable_adapters")
+
+
+def is_switched(module: nn.Module) -> bool:
+    """Whether it is a layer of peft that holds adapters (a model can add adapters too)."""
+    return all(hasattr(type(module), name) for name in SWITCHES) and not hasattr(type(module), "add_adapter")
+
+
+class Switch:
+    """Takes the place of such a method of one layer, which lets all weights of an adapter train: what GradES froze
+    stays frozen. TRL switches adapters off within each step of DPO, where the model without them is the reference.
+    """
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
+        for module in self.layer.modules():
+            for name in vars(module).get(MARK, ()):
+                module.get_parameter(name).requires_grad_(False)
 
 
 def thaw(model: nn.Module) -> list[nn.Parameter]:
@@ -40,6 +68,9 @@ def thaw(model: nn.Module) -> list[nn.Parameter]:
                 parameter.requires_grad_(True)
                 thawed[parameter] = None
         vars(module).pop(MARK, None)
+        for name in SWITCHES:
+            if isinstance(vars(module).get(name), Switch):
+                del vars(module)[name]
         for key in [key for key, hook in module._forward_hooks.items() if hook is detach_output]:
             del module._forward_hooks[key]
     return list(thawed)

@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback
 
 LOOP = "_inner_training_loop"
 _MISSING = object()
-_loop_before: list[Any] = []  # the loop that ours replaces, while it does
+_replaced: list[Any] = []  # [our loop, the one that it replaces], while it does
+_told: list[Trainer] = []  # whose loops run within ours
 _callbacks = 0  # how many there are
 
 
@@ -37,6 +38,10 @@ class LoopCallback(TrainerCallback):
         weakref.finalize(self, _let_go).atexit = False
         _replace_loop()
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A trainer was made: another library may have replaced the loop since this callback was."""
+        _replace_loop()
+
     def before_loop(self, trainer: Any) -> None:
         """The loop begins. With auto_find_batch_size each of its trials is a loop."""
 
@@ -47,24 +52,33 @@ class LoopCallback(TrainerCallback):
 def _replace_loop() -> None:
     """Let Trainer's loop tell its LoopCallbacks; once more where another library has replaced it since."""
     loop = getattr(Trainer, LOOP)
-    if getattr(loop, "tells_callbacks", False):
+    if loop in _replaced[:1]:
         return
 
     @functools.wraps(loop)
     def told(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         callbacks = loop_callbacks(self)
+        _told.append(self)
         try:
             for callback in callbacks:
                 callback.before_loop(self)
             return loop(self, *args, **kwargs)
         finally:
+            _told.remove(self)
             with contextlib.ExitStack() as stack:  # on a resume others may have taken their place
                 for callback in dict.fromkeys([*callbacks, *loop_callbacks(self)]):
                     stack.callback(callback.after_loop)
 
-    told.tells_callbacks = True  # type: ignore[attr-defined]
-    _loop_before[:] = [loop]
+    _replaced[:] = [told, loop]
     setattr(Trainer, LOOP, told)
+
+
+def is_told(trainer: Trainer) -> bool:
+    """Whether this trainer, whose loop runs, tells its LoopCallbacks when that is over. Where it does not, as another
+    library has replaced the loop in the meantime, its next loop will.
+    """
+    _replace_loop()
+    return any(trainer is other for other in _told)
 
 
 def loop_callbacks(trainer: Trainer) -> list[LoopCallback]:
@@ -76,8 +90,9 @@ def _let_go() -> None:
     """With the last LoopCallback Trainer is as it came, unless another library has wrapped its loop since."""
     global _callbacks
     _callbacks -= 1
-    if not _callbacks and getattr(getattr(Trainer, LOOP), "tells_callbacks", False):
-        setattr(Trainer, LOOP, _loop_before.pop())
+    if not _callbacks and getattr(Trainer, LOOP) in _replaced[:1]:
+        setattr(Trainer, LOOP, _replaced[1])
+        _replaced.clear()
 
 
 class Patch:

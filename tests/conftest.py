@@ -27,15 +27,21 @@ def small_scale(monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every look-up and connection fails as without a network; returns the addresses that were asked for."""
-    asked = []
+    """Every look-up and connection fails as without a network; returns the addresses that were asked for. Processes of
+    this machine may talk to each other.
+    """
+    asked, connect = [], socket.socket.connect
 
     def refuse(*address, **_):
         asked.append(address)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(
+        socket.socket,
+        "connect",
+        lambda own, *address: connect(own, *address) if own.family == socket.AF_UNIX else refuse(own, *address),
+    )
     return asked
 
 

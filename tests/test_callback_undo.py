@@ -4,13 +4,14 @@ import copy
 import errno
 import gc
 import json
+import pickle
 
 import pytest
 import torch
 from tiny.grades import ALWAYS, NEVER
 
 import grades
-from grades.marks import MARK
+from grades.marks import MARK, thaw
 
 STEPS = 7
 FAILS_AT = 6  # when 8 of 14 matrices are frozen, since step 4
@@ -45,7 +46,7 @@ def fresh(hf, tmp_path_factory):
             folder = tmp_path_factory.mktemp("fresh")
             plain, error = make_failing(hf, "callback", hf.llama(lora), folder, None)
             run = hf.run(folder, hf.settings(), hf.llama(lora), max_steps=STEPS)
-            runs[repr(lora)] = *run, left_behind(plain, error)
+            runs[repr(lora)] = *run, left_behind(hf, plain, error)
         return runs[repr(lora)]
 
     return made
@@ -120,21 +121,14 @@ def make_failing(hf, cause, model, folder, callback, added_later=False):
     return trainer, type(error)
 
 
-def left_behind(trainer, error):
+def left_behind(hf, trainer, error):
     """After a training that fails: flags, hooks, methods of objects, and what hangs at modules and parameters."""
     with pytest.raises(error):
         trainer.train()
     model = trainer.model
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return {
-        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
-        "hooks": [len(getattr(m, kind)) for m in model.modules() for kind in hooks],
+    return hf.left_on(trainer) | {
         "modules": [set(vars(m)) for m in model.modules()],
         "parameters": [set(vars(p)) for p in model.parameters()],
-        "methods": [
-            {name for name in vars(one) if callable(getattr(type(one), name, None))}
-            for one in (trainer, trainer.accelerator, trainer.callback_handler)
-        ],
     }
 
 
@@ -152,7 +146,7 @@ def test_whatever_ends_the_training_nothing_is_left_behind(hf, tmp_path, drawn, 
     callback = grades.GradEarlyStoppingCallback(hf.settings(save_stats=True, output_dir=str(tmp_path / "out")))
     trainer, error = make_failing(hf, cause, model, tmp_path, callback)
     untouched, third, trainers_own = fresh(lora)
-    assert left_behind(trainer, error) == trainers_own
+    assert left_behind(hf, trainer, error) == trainers_own
     assert callback.held_out is callback.trainer is None
     if cause == "begin":
         assert not (tmp_path / "out").exists(), "nothing has happened"
@@ -197,7 +191,7 @@ def test_trainer_is_as_it_came_once_the_last_callback_is_gone(hf):
     gc.collect()
     assert undo._callbacks == others
     if not others:
-        assert not hasattr(hf.Trainer._inner_training_loop, "tells_callbacks")
+        assert not hasattr(hf.Trainer._inner_training_loop, "__wrapped__")
 
 
 def test_what_others_have_patched_stays_patched(hf, tmp_path):
@@ -266,6 +260,32 @@ def test_what_a_lost_run_left_frozen_thaws_and_what_the_user_froze_does_not(hf, 
     plain, untouched = hf.run(tmp_path / "b", hf.settings(), fresh)
     assert callback.monitor.history() == untouched.monitor.history()
     assert hf.same(trainer.model, plain.model)
+
+
+def test_what_is_frozen_stays_so_when_adapters_are_switched(hf):
+    """As TRL does around the reference. A copy of the model has its own switches."""
+    model = hf.llama({})
+    untouched = [set(vars(module)) for module in model.modules()]
+    monitor = grades.GradESMonitor(hf.settings(alpha=0.0, metric="gradient_norm"), model, None, 10)
+    frozen = {name for name, p in model.named_parameters() if "self_attn" in name and p.requires_grad}
+    every = {name for name, p in model.named_parameters() if p.requires_grad}
+    model(**{key: torch.tensor([hf.rows()[0][key]]) for key in ("input_ids", "labels")}).loss.backward()
+    monitor.after_backward(1)
+    monitor.after_step(1)
+    copied = pickle.loads(pickle.dumps(model))
+    for one in (copy.deepcopy(model), copied, model):
+        with one.disable_adapter():
+            assert not any(p.requires_grad for p in one.parameters())
+        one.set_adapter("default")
+        assert {name for name, p in one.named_parameters() if p.requires_grad} == every - frozen
+    monitor.close()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == every
+    assert [set(vars(module)) for module in model.modules()] == untouched
+    assert {name for name, p in copied.named_parameters() if p.requires_grad} == every - frozen
+    thaw(copied)
+    copied.set_adapter("default")
+    assert {name for name, p in copied.named_parameters() if p.requires_grad} == every
+    assert not hf.ours(copied)
 
 
 def test_a_lost_run_and_an_optimizer_made_after_it_is_an_error(hf):

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -98,6 +100,17 @@ def test_marks_go_with_what_trains_again():
     loop.run(9)
     assert not any(MARK in vars(module) for module in loop.model.modules())
     assert all(p.requires_grad for p in loop.model.parameters())
+
+
+@pytest.mark.parametrize("metric", ["weight_change", "gradient_rms"])
+def test_a_closed_monitor_holds_no_optimizer(metric):
+    loop = train(STOPS_VISION | {"metric": metric}, 8)
+    optimizer, monitor = weakref.ref(loop.optimizer), loop.monitor
+    monitor.close()
+    del loop
+    gc.collect()
+    assert optimizer() is None
+    assert monitor.frozen
 
 
 def test_an_optimizer_that_lacks_what_thaws_is_an_error():

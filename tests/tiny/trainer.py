@@ -1,5 +1,6 @@
 """A tiny Llama in transformers' Trainer with the callback. Takes seconds to import."""
 
+import itertools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
+from grades.marks import MARK, SWITCHES
 from tiny.grades import ALWAYS, NEVER
 
 ROWS, LAYERS, MATRICES = 48, 2, 14
@@ -99,6 +101,62 @@ def matrices(model: torch.nn.Module, component: str) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     stem = component.removeprefix("model.") if component not in dict(model.named_modules()) else component
     return [name for name in names if stem in name and ("lora" in name) == hasattr(model, "peft_config")]
+
+
+def left_on(trainer: Trainer) -> dict:
+    """Where a callback could leave something: flags, hooks, and methods of the trainer and its parts."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return {
+        "trains": {name: p.requires_grad for name, p in trainer.model.named_parameters()},
+        "hooks": [len(getattr(m, kind)) for m in trainer.model.modules() for kind in hooks],
+        "methods": [
+            {name for name in vars(one) if callable(getattr(type(one), name, None))}
+            for one in (trainer, trainer.accelerator, trainer.callback_handler)
+        ],
+    }
+
+
+def ours(model: torch.nn.Module) -> list:
+    """What GradES has put on the modules of a model: marks, methods and hooks."""
+    held = [{MARK, *SWITCHES} & set(vars(module)) for module in model.modules()]
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
+    return [*filter(None, held), *(hook for hook in hooks if hook.__module__.startswith("grades"))]
+
+
+def train_and_check(trainer: Trainer, callback, **given) -> None:
+    """Train with the callback of `settings` and check that it freezes the attention for good, lets the rest train,
+    records it and leaves nothing behind. given: arguments of `train`.
+    """
+    before, watcher = {}, Weights()
+
+    class Before(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):  # after what Trainer itself does to the model
+            before.update(left_on(trainer))
+
+    trainer.callback_handler.callbacks.insert(0, Before())
+    trainer.add_callback(watcher)
+    trainer.train(**given)
+    model, monitor = trainer.model, callback.monitor
+    frozen = monitor.frozen
+    assert {name.split(".")[-2] for name in frozen} == {"self_attn"}
+    assert 0 < len(frozen) == 4 * LAYERS < len(monitor.components) == MATRICES
+    assert not watcher.moved(model, frozen)
+    trained = {name for name, trains in before["trains"].items() if trains}
+    stopped = {name: step for component, step in frozen.items() for name in matrices(model, component)}
+    for step, following in itertools.pairwise(sorted(watcher.at)):
+        for name, weight in watcher.at[step].items():
+            still = torch.equal(weight, watcher.at[following][name])
+            if name not in trained:
+                assert still, (name, step)
+            elif name in watcher.trains[step] and stopped.get(name, following) > step:
+                assert not still, (name, step)
+    history = monitor.history()
+    assert {event["name"]: event["step"] for event in history["events"]} == frozen
+    assert min(frozen.values()) == history["grace_steps"] + 1 < history["last_step"] == trainer.state.global_step
+    after = left_on(trainer)
+    assert (after["trains"], after["methods"]) == (before["trains"], before["methods"])
+    assert not ours(model)
 
 
 class SlowTrainer(Trainer):
