@@ -120,8 +120,7 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
                 "effect; for a model of one tower take GradEarlyStoppingCallback"
             )
         self.begin_record()
-        keeps = monitor.freezer.waits or self.config.unfreeze_factor is not None
-        check_optimizer(optimizer, monitor.metric.reads_gradients, keeps)
+        check_optimizer(optimizer, monitor.metric.reads_gradients, monitor.freezer.waits)
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:

@@ -17,15 +17,15 @@ def members(optimizer: Any) -> list[Any]:
     return list(inside.values() if isinstance(inside, Mapping) else inside)
 
 
-def check_optimizer(optimizer: Any, reads_gradients: bool, keeps_gradients: bool) -> None:
+def check_optimizer(optimizer: Any, reads_gradients: bool, waits: bool) -> None:
     """Raise ValueError where an optimizer that updates in the backward pass cannot be combined with the settings.
 
-    reads_gradients: whether the metric looks at gradients. keeps_gradients: whether what is
-    frozen may get a gradient that is to be dropped, as where a compiled or distributed model waits, or is probed.
+    reads_gradients: whether the metric does. waits: whether what is frozen has gradients for a while, which are to be
+    dropped before the optimizer sees them.
     """
     if hasattr(optimizer, "optimizer_dict") or hasattr(optimizer, "fused_backward"):  # layerwise of Trainer; LOMO
         wrong = ["a metric of gradients (take weight_change)"] if reads_gradients else []
-        wrong += ["torch.compile, DDP and unfreeze_factor"] if keeps_gradients else []
+        wrong += ["torch.compile or DDP"] if waits else []
         if wrong:
             raise ValueError(
                 f"{type(optimizer).__name__}: updates weights in the backward pass, where no gradient can be read or "
