@@ -1,4 +1,4 @@
-"""The callback with the optimizers that people use: what is frozen stays, the rest trains on, a resumed run is the run."""
+"""The callback with the optimizers that people use: what is frozen stays, the rest trains, a resumed run is the run."""
 
 import importlib
 
@@ -56,6 +56,7 @@ OF_PACKAGES = {
     "galore_torch": {"optim": "galore_adamw"} | LOW_RANK,
     "galore_torch layerwise": {"optim": "galore_adamw_layerwise"} | LOW_RANK,
     "apollo_torch": {"optim": "apollo_adamw"} | LOW_RANK,
+    "apollo_torch layerwise": {"optim": "apollo_adamw_layerwise"} | LOW_RANK,
 }
 AVERAGING = ("schedule-free", "schedulefree")
 
@@ -76,7 +77,7 @@ CASES = OF_TORCH | OF_PACKAGES
 def test_what_is_frozen_stays_and_the_rest_trains(hf, tmp_path, name):
     others, lora = given(name, CASES[name])
     settles = name.startswith(AVERAGING)
-    trainer, callback, _ = hf.check_freezing(tmp_path, lambda: hf.llama(lora), settles=settles, **others)
+    trainer, callback = hf.check_freezing(tmp_path, lambda: hf.llama(lora), settles=settles, **others)
     optimizer = trainer.optimizer.optimizer
     frozen = {p for component in callback.monitor.frozen for p in callback.monitor.by_name[component].parameters}
     assert callback.monitor.freed_bytes
@@ -156,13 +157,19 @@ def test_what_steps_in_the_backward_pass_is_refused_where_gradients_are_needed(h
 
 
 def test_adams_squared_gradients_are_not_taken_from_where_they_are_something_else(hf, tmp_path):
-    class LowRank(torch.optim.AdamW):
+    class Other(torch.optim.AdamW):
         @torch.no_grad()
         def step(self, closure=None):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    self.state[p] = {"step": torch.tensor(1.0), "exp_avg_sq": p.new_ones(3)}
+            for p in self.param_groups[0]["params"]:
+                self.state[p] = self.made_of(p)
 
-    for kind, named in ((LowRank, "projection"), (optimizers.ScheduleFree, "Adam's kind")):
-        with pytest.raises(ValueError, match=named):
-            hf.run(tmp_path, hf.settings(metric="gradient_rms"), optimizer=lambda m, k=kind: k(m.parameters(), lr=1e-2))
+    cases = {
+        "a projection": lambda p: {"step": torch.tensor(1.0), "exp_avg_sq": p.new_ones(3)},
+        "reads step": lambda p: {"z": p.clone(), "exp_avg_sq": torch.ones_like(p)},
+        "state1": lambda p: {"step": 1, "state1": p.clone()},
+    }
+    for named, Other.made_of in ((named, staticmethod(made)) for named, made in cases.items()):
+        with pytest.raises(ValueError, match=f"gradient_rms.*{named}"):
+            hf.run(tmp_path, hf.settings(metric="gradient_rms"), optimizer=lambda model: Other(model.parameters()))
+    with pytest.raises(ValueError, match="Adam's kind"):
+        hf.run(tmp_path, hf.settings(metric="gradient_rms"), optimizer=CASES["lion"]["optimizer"])

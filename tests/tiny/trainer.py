@@ -170,9 +170,10 @@ class Weights(TrainerCallback):
 
 
 def check_freezing(folder, make_model=llama, config=None, optimizer=None, settles=False, **others):
-    """A run in which the attention freezes at step 5, with everything that must hold of such a run: until then it is the
-    run without the callback; after that what is frozen never moves and all else that trains does; the model is handed
-    back as the run without the callback leaves it. Returns the trainer, the callback and the weights by step.
+    """A run in which the attention freezes at step 5, with everything that must hold of such a run.
+
+    Until then it is the run without the callback; after that what is frozen never moves, and all else that trains does.
+    The model is handed back as the run without the callback leaves it. Returns the trainer and the callback.
 
     settles: what freezes takes an averaged value.
     """
@@ -199,7 +200,7 @@ def check_freezing(folder, make_model=llama, config=None, optimizer=None, settle
             elif stopped.get(name, following) > step:
                 assert not still, (name, step)
     assert traces(model) == traces(without.model)
-    return trainer, callback, watcher
+    return trainer, callback
 
 
 def traces(model: torch.nn.Module) -> list:
