@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import optimizers
 
-from grades.optimizers import members
+from grades.optimizers import members, settle_average
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ OF_TORCH = {
     "adamw": {"optim": "adamw_torch"},
     "adamw fused": {"optim": "adamw_torch_fused", "gradient_accumulation_steps": 2},
     "adafactor": {"optim": "adafactor"},
-    "sgd momentum": {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
+    "sgd momentum": {"optimizer": packaged("torch.optim", "SGD", momentum=0.9, nesterov=True, weight_decay=0.1)},
     "muon": {"optimizer": optimizers.muon},
     "lion": {"optimizer": packaged("tiny.optimizers", "Lion")},
     "projected": {"optimizer": packaged("tiny.optimizers", "Projected")},
@@ -125,6 +125,29 @@ def test_freezing_does_not_change_the_model_that_is_evaluated(hf, tmp_path, name
         for key in hf.matrices(trainer.model, component):
             assert torch.equal(weights[key], theirs[key]), "also at the end"
             assert not torch.equal(weights[key], hf.weights(plain.model)[key])
+
+
+def test_schedule_frees_wrapper_holds_its_mode_itself():
+    """For plain loops: it is no optimizer of torch's."""
+    schedulefree = pytest.importorskip("schedulefree")
+    layer = torch.nn.Linear(4, 4)
+    optimizer = schedulefree.ScheduleFreeWrapper(torch.optim.SGD(layer.parameters(), lr=0.1), momentum=0.9)
+    optimizer.train()
+    for _ in range(3):
+        layer(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer.eval()
+    average = layer.weight.detach().clone()
+    layer.load_state_dict(trained)
+    optimizer.train_mode = True
+    settle_average([layer.weight], optimizer)
+    assert torch.equal(layer.weight, average)
+    assert not torch.equal(average, trained["weight"])
+    assert torch.equal(layer.bias, trained["bias"])
+    assert optimizer.train_mode
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
 
 
 @pytest.mark.parametrize("kind", [optimizers.Coasting, optimizers.Decaying])
