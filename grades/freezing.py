@@ -49,7 +49,7 @@ class Freezer:
         self.applied: set[str] = set()
         self.rounds_done = 0
         self.freed_bytes = 0
-        self.still = Still()
+        self.still = Still(optimizer)
         self.prefix_parameters: list[nn.Parameter] = []  # frozen because they lie before the first trainable matrix
         self.cuts: dict[nn.Module, torch.utils.hooks.RemovableHandle] = {}  # by lookup of a tied embedding
 
@@ -72,10 +72,6 @@ class Freezer:
         settle_average(parameters, self.optimizer)
         self.freed_bytes += release(parameters, self.optimizer)
         self.still.watch(parameters)
-
-    def check_still(self) -> None:
-        """Raise ValueError where the optimizer moves what is frozen. Waits for the device."""
-        self.still.check(self.optimizer)
 
     def _round_number(self) -> int:
         towers = Counter(component.tower for component in self.components)

@@ -74,29 +74,34 @@ def release(parameters: Iterable[nn.Parameter], optimizer: Any) -> int:
 
 
 class Still:
-    """Notices an optimizer that moves what has no gradient, by one small frozen parameter."""
+    """Notices an optimizer that moves what has no gradient, by one small frozen parameter.
 
-    def __init__(self) -> None:
+    The optimizers of torch.optim do not, so nothing is looked at with them: each look waits for the device.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.name = type(optimizer).__name__
+        step = getattr(type(optimizer), "step", None)
+        self.is_needed = step is not None and not step.__module__.startswith("torch.optim.")
         self.parameter: nn.Parameter | None = None
         self.value = torch.empty(0)
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """parameters: that freeze now; the smallest is watched where none is yet."""
         smallest = min(parameters, key=lambda parameter: parameter.numel(), default=None)
-        if self.parameter is None and smallest is not None:
+        if self.is_needed and self.parameter is None and smallest is not None:
             self.parameter, self.value = smallest, _here(smallest).clone()
 
     def forget(self) -> None:
         """It trains again."""
         self.parameter, self.value = None, torch.empty(0)
 
-    def check(self, optimizer: Any) -> None:
-        """Raise ValueError where it has moved. Waits for the device."""
+    def check(self) -> None:
+        """Raise ValueError where it has moved."""
         if self.parameter is not None and not torch.equal(_here(self.parameter), self.value):
-            name = "the optimizer" if optimizer is None else type(optimizer).__name__
             raise ValueError(
-                f"{name} moves weights that have no gradient, so nothing that GradES freezes stays "
-                "as it is; take an optimizer that skips parameters whose grad is None, as those of torch.optim do"
+                f"{self.name} moves weights that have no gradient, so nothing that GradES freezes stays as it is; take "
+                "an optimizer that skips parameters whose grad is None, as those of torch.optim do"
             )
 
 
