@@ -23,6 +23,7 @@ from grades.files import write_text, written_beside
 from grades.held_out import HeldOut
 from grades.marks import thaw_leftovers
 from grades.monitor import GradESMonitor
+from grades.optimizers import check_optimizer
 from grades.outputs import write_outputs
 from grades.report import HISTORY_NAME
 from grades.undo import LoopCallback, Patch, is_told
@@ -128,6 +129,7 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
                 "effect; for a model of one tower take GradEarlyStoppingCallback"
             )
         self.begin_record()
+        check_optimizer(optimizer, monitor.metric.reads_gradients, monitor.freezer.waits)
         if self._is_sharded:
             monitor.freezer.optimizer = None  # keep its state: torch cannot load a part of a sharded optimizer
         if state.global_step > 0:

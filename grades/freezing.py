@@ -10,6 +10,7 @@ import torch.nn as nn
 from grades import compiled, marks, policy
 from grades.components import Component
 from grades.feeds import Feeds
+from grades.optimizers import Still, release, settle_average
 from grades.prefix import frozen_prefix
 
 
@@ -48,6 +49,7 @@ class Freezer:
         self.applied: set[str] = set()
         self.rounds_done = 0
         self.freed_bytes = 0
+        self.still = Still(optimizer)
         self.prefix_parameters: list[nn.Parameter] = []  # frozen because they lie before the first trainable matrix
         self.cuts: dict[nn.Module, torch.utils.hooks.RemovableHandle] = {}  # by lookup of a tied embedding
 
@@ -60,10 +62,16 @@ class Freezer:
         """Decide that these train no more. To be called between two optimizer steps, when gradients are cleared."""
         names = list(names)
         self.decided |= set(names)
-        self.settle(p for name in names for p in self.by_name[name].parameters)
-        self.freed_bytes += release((p for name in names for p in self.by_name[name].parameters), self.optimizer)
+        self._stop([p for name in names for p in self.by_name[name].parameters])
         if names and (not self.waits or self._round_number() > self.rounds_done):
             self.apply()
+
+    def _stop(self, parameters: Sequence[nn.Parameter]) -> None:
+        """These move no more: give them the values they keep, and free what the optimizer holds of them."""
+        self.settle(parameters)
+        settle_average(parameters, self.optimizer)
+        self.freed_bytes += release(parameters, self.optimizer)
+        self.still.watch(parameters)
 
     def _round_number(self) -> int:
         towers = Counter(component.tower for component in self.components)
@@ -120,6 +128,7 @@ class Freezer:
     def unfreeze(self, names: Iterable[str]) -> None:
         """Let frozen components train again, from new optimizer state."""
         names = set(names)
+        self.still.forget()
         self.decided -= names
         self.applied -= names
         for name in names:
@@ -155,6 +164,7 @@ class Freezer:
             rewrap()
         self.settle = lambda parameters: None
         self.optimizer = None  # its state may be twice as large as the model
+        self.still.forget()
 
     def begin_probe(self) -> None:
         """Let the next backward pass compute the gradients of what is frozen."""
@@ -178,8 +188,7 @@ class Freezer:
         self._mark(self.applied)
         for parameter in parameters:
             parameter.requires_grad_(False)
-        self.settle(parameters)
-        self.freed_bytes += release(parameters, self.optimizer)
+        self._stop(parameters)
         for module in lookups:
             if module not in self.cuts:
                 self.cuts[module] = module.register_forward_hook(marks.detach_output)
@@ -210,20 +219,3 @@ class Freezer:
             self.apply()
         self.decided = set(state["decided"])
         self.rounds_done, self.freed_bytes = state["rounds_done"], freed
-
-
-def release(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> int:
-    """Free the gradients and the optimizer's state of the parameters; returns the bytes freed.
-
-    The parameters stay in the optimizer's groups, so that a saved optimizer fits after a resume. Without a gradient the
-    optimizer skips them, weight decay included.
-    """
-    freed = 0
-    for parameter in parameters:
-        if parameter.grad is not None:
-            freed += parameter.grad.nbytes
-            parameter.grad = None
-        if optimizer is not None:
-            state = optimizer.state.pop(parameter, {})
-            freed += sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
-    return freed

@@ -171,8 +171,15 @@ class GradientRms(Metric):
         known = [c for c in components if all(self.optimizer.state.get(weight) for weight in c.weights)]
         weights = [weight for component in known for weight in component.weights]
         states = [self.optimizer.state[weight] for weight in weights]
-        if odd := [state for state in states if "exp_avg_sq" not in state]:
-            raise ValueError(f"metric gradient_rms: reads exp_avg_sq; this optimizer's state has {', '.join(odd[0])}")
+        for weight, state in zip(weights, states, strict=True):
+            if not {"exp_avg_sq", "step"} <= state.keys():
+                raise ValueError(
+                    f"metric gradient_rms: reads step and exp_avg_sq; this optimizer's state has {', '.join(state)}"
+                )
+            if state["exp_avg_sq"].shape != weight.shape:
+                raise ValueError(
+                    "metric gradient_rms: this optimizer's exp_avg_sq is of a projection of the gradient; take another"
+                )
         sums = _reduce_shards(self.sampler.root([state["exp_avg_sq"] for state in states]), weights)
         steps = stack([torch.as_tensor(state["step"]) for state in states]).to(sums)
         found = iter(zip(weights, *torch.stack([sums, steps]).tolist(), strict=True))

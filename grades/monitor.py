@@ -154,6 +154,7 @@ class GradESMonitor:
         if self._is_probe(step):
             self._unfreeze(step)
         if self._is_check(step):
+            self.freezer.still.check()
             self.latest = self._measure(step)
             self._thaw(step)
             if step > self.grace_steps and self.converged_step is None:

@@ -32,7 +32,8 @@ from data.collators import to_device
 from grades import find_components
 from grades.components import Component
 from grades.feeds import Feeds
-from grades.freezing import Freezer, release
+from grades.freezing import Freezer
+from grades.optimizers import release
 from scripts.bench_common import Bench, make_parser, parse
 from scripts.runs import markdown_table
 from training.activations import saved_bytes

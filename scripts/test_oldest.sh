@@ -14,5 +14,5 @@ uv pip install --quiet --python oldest --resolution lowest-direct -r "$root/pypr
 uv pip list --quiet --python oldest | grep -E "^(torch|transformers|accelerate|peft|trl|matplotlib) "
 
 cd "$root"
-tests=(grades callback callback_rollback compat metrics components freezing policy scales averaging rollback)
+tests=(grades callback callback_kill callback_optimizers callback_rollback plain_loop compat metrics components freezing policy scales averaging rollback)
 OMP_NUM_THREADS=1 "$folder/oldest/bin/python" -m pytest $(printf "tests/test_%s.py " "${tests[@]}") "$@"

@@ -1,6 +1,5 @@
 """The callbacks in transformers.Trainer: what they measure, freeze, log, save and resume."""
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -57,39 +56,40 @@ def test_each_metric_is_what_a_slow_computation_says(hf, tmp_path, metric, max_g
             assert value == pytest.approx(slow, rel=1e-5), component.name
 
 
+REENTRANT = {
+    how: {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": how}}
+    for how in (False, True)
+}
+
+
 @pytest.mark.parametrize(
     ("model", "config", "others"),
     [
         ({}, {}, {}),
         ({"lora": {}}, {}, {}),
         ({"lora": {"use_dora": True}}, {}, {"gradient_accumulation_steps": 2}),
+        ({"lora": {"use_rslora": True}}, {}, {"gradient_accumulation_steps": 2}),
         ({"lora": {}, "quantized": True}, {}, {}),
-        ({}, {}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+        ({"lora": {}, "quantized": "nf4"}, {}, {}),
+        ({"lora": {}, "quantized": "int8"}, {}, {}),
+        ({}, {}, REENTRANT[False] | {"gradient_accumulation_steps": 2}),
+        ({}, {}, REENTRANT[True]),
+        ({"lora": {}}, {}, REENTRANT[True] | {"gradient_accumulation_steps": 2}),
         ({}, {}, {"bf16": True}),
         pytest.param(
             {}, {"freeze_rounds": 2}, {"torch_compile": True, "torch_compile_backend": "aot_eager"},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["full", "lora", "dora", "quantized", "checkpointing", "bf16", "compile"],
+    ids=[
+        "full", "lora", "dora", "rslora", "quantized", "nf4", "int8", "checkpointing", "reentrant", "lora, reentrant",
+        "bf16", "compile",
+    ],
 )  # fmt: skip
 def test_what_is_frozen_never_moves_and_the_rest_does(hf, tmp_path, model, config, others):
-    watcher = hf.Weights()
-    model = hf.llama(**model)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    _, callback = hf.run(tmp_path, hf.settings(**config), model, [watcher], **others)
-    frozen = callback.monitor.frozen
-    assert 0 < len(frozen) < len(callback.monitor.components) == hf.MATRICES
-    assert not watcher.moved(model, frozen)
-    stopped = {name: step for component, step in frozen.items() for name in hf.matrices(model, component)}
-    for step, following in itertools.pairwise(sorted(watcher.at)):
-        for name in watcher.at[step]:
-            still = torch.equal(watcher.at[step][name], watcher.at[following][name])
-            if name not in trained:
-                assert still, (name, step)
-            elif name in watcher.trains[step] and stopped.get(name, following) > step:
-                assert not still, (name, step)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained, "handed back as it came"
+    if model.get("quantized") in ("nf4", "int8"):
+        pytest.importorskip("bitsandbytes")
+    hf.check_freezing(tmp_path, lambda: hf.llama(**model), hf.settings(**config), **others)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A tiny Llama in transformers' Trainer with the callback. Takes seconds to import."""
 
+import gc
 import itertools
 import os
 
@@ -13,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 from grades.marks import MARK, SWITCHES
 from tiny.grades import ALWAYS, NEVER
+
+gc.freeze()  # each Trainer collects garbage, which otherwise looks through all of the libraries: 0.3 s a run
 
 ROWS, LAYERS, MATRICES = 48, 2, 14
 OLDEST = transformers.__version__.startswith("5.0.")
@@ -31,8 +34,24 @@ class EightBit(torch.nn.Linear):
         return torch.nn.functional.linear(x, (self.weight.float() - 128) * self.scale)
 
 
-def llama(lora: dict | None = None, quantized: bool = False) -> torch.nn.Module:
-    """Two layers, 14 matrices; lora: arguments of LoraConfig; quantized: the layers' weights are integers."""
+def quantize(linear: torch.nn.Linear, kind: bool | str) -> torch.nn.Module:
+    if kind is True:
+        return EightBit(linear)
+    from bitsandbytes import nn
+
+    sizes = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": False}
+    if kind == "nf4":
+        made = nn.Linear4bit(**sizes, compute_dtype=torch.float32, quant_type="nf4")
+    else:
+        made = nn.Linear8bitLt(**sizes, has_fp16_weights=False)
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu")  # which quantizes
+
+
+def llama(lora: dict | None = None, quantized: bool | str = False) -> torch.nn.Module:
+    """Two layers, 14 matrices; lora: arguments of LoraConfig; quantized: the layers' weights are integers, of our own
+    kind or, as "nf4" and "int8", of bitsandbytes.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -42,7 +61,7 @@ def llama(lora: dict | None = None, quantized: bool = False) -> torch.nn.Module:
     if quantized:
         for name, module in list(model.model.layers.named_modules()):
             if isinstance(module, torch.nn.Linear):
-                model.model.layers.set_submodule(name, EightBit(module))
+                model.model.layers.set_submodule(name, quantize(module, quantized))
     return model if lora is None else get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **lora))
 
 
@@ -71,14 +90,18 @@ def never(**others) -> GradEarlyStoppingConfig:
     return settings(language_attention_tau=NEVER, **others)
 
 
-def run(folder, config=None, model=None, watchers=(), trainer=Trainer, resume=None, held_out=None, **others):
-    """A finished run: its trainer, and its callback where it has a configuration."""
+def run(
+    folder, config=None, model=None, watchers=(), trainer=Trainer, resume=None, held_out=None, optimizer=None, **others
+):
+    """A finished run: its trainer, and its callback where it has a configuration. optimizer: makes it of the model."""
     callback = GradEarlyStoppingCallback(config) if config is not None else None
+    model = model or llama()
     made = trainer(
-        model=model or llama(),
+        model=model,
         args=TrainingArguments(**arguments(folder, **others)),
         train_dataset=rows(),
         eval_dataset=held_out,
+        optimizers=(optimizer(model) if optimizer else None, None),
         callbacks=[*([callback] if callback else []), *watchers],
     )
     made.train(resume_from_checkpoint=resume)
@@ -201,3 +224,44 @@ class Weights(TrainerCallback):
             for name in matrices(model, component)
             if not torch.equal(self.at[step][name], self.at[step + 1][name])
         ]
+
+
+def check_freezing(folder, make_model=llama, config=None, optimizer=None, settles=False, **others):
+    """A run in which the attention freezes at step 5, with everything that must hold of such a run.
+
+    Until then it is the run without the callback; after that what is frozen never moves, and all else that trains does.
+    The model is handed back as the run without the callback leaves it. Returns the trainer and the callback.
+
+    settles: what freezes takes an averaged value.
+    """
+    watcher, plain = Weights(), Weights()
+    short = others | {"max_steps": 5}
+    without, _ = run(folder / "plain", None, make_model(), [plain], optimizer=optimizer, **short)
+    model = make_model()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainer, callback = run(folder, config or settings(), model, [watcher], optimizer=optimizer, **others)
+    frozen = callback.monitor.frozen
+    assert 0 < len(frozen) < len(callback.monitor.components) == MATRICES
+    assert set(frozen.values()) == {5}
+    for step in range(1, 5):
+        assert all(torch.equal(weight, plain.at[step][name]) for name, weight in watcher.at[step].items()), step
+    for name in watcher.trains[5] if settles else trained:
+        assert torch.equal(watcher.at[5][name], plain.at[5][name]), name
+    assert not watcher.moved(model, frozen)
+    stopped = {name: step for component, step in frozen.items() for name in matrices(model, component)}
+    for step, following in itertools.pairwise(sorted(watcher.at)):
+        for name in watcher.at[step]:
+            still = torch.equal(watcher.at[step][name], watcher.at[following][name])
+            if name not in trained or (name not in watcher.trains[step] and stopped.get(name, 0) <= step):
+                assert still, (name, step)
+            elif stopped.get(name, following) > step:
+                assert not still, (name, step)
+    assert traces(model) == traces(without.model)
+    return trainer, callback
+
+
+def traces(model: torch.nn.Module) -> list:
+    """What a run must not leave behind: flags, hooks, and what hangs at modules and parameters."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    found = [[set(vars(m)), *(len(getattr(m, kind)) for kind in hooks)] for m in model.modules()]
+    return [*found, *((p.requires_grad, set(vars(p))) for p in model.parameters())]
