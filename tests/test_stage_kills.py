@@ -81,7 +81,7 @@ def assert_same_weights(stage: int) -> None:
 @pytest.mark.slow
 def test_three_stages_each_of_which_is_killed_end_with_the_same_weights(monkeypatch):
     """And with GradES, which freezes in each of them."""
-    flags = ["--enable_grades", "--vision_tau", "1e9", "--language_tau", "1e-9", "--alpha", "0.3", "--num_workers", "2"]
+    flags = ["--enable_grades", "--vision_tau", "1e9", "--language_tau", "1e-9", "--alpha", "0.3"]
     command = [sys.executable, str(ROOT / "scripts/train_stages.py")]
     monkeypatch.setattr(train_stages, "run", in_process)
     assert train_stages.main(stages("whole", *flags)) == 0
