@@ -4,7 +4,6 @@ The order in which modules are defined and named does not tell it: an embedding 
 be called several times, cross attention joins two lists of blocks, a wrapper may lead around a block.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from grades.compiled import is_compiled
-from grades.components import Component, clean_name
+from grades.components import Component, block_of, clean_name
 
 OUTPUT = ""  # the station of what the model returns
 UNKNOWN = "?"  # what needs a gradient and is no parameter of the model
@@ -22,12 +21,6 @@ UNKNOWN = "?"  # what needs a gradient and is no parameter of the model
 # image leave the vision tower out.
 MOST_FORWARDS = 256
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
-
-
-def block_of(name: str) -> str | None:
-    """The path of the block that a component or a parameter is in; None outside of blocks."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-    return found and found[0]
 
 
 class Feeds:
@@ -41,7 +34,7 @@ class Feeds:
     def __init__(self, model: nn.Module, components: Sequence[Component]) -> None:
         if isinstance(model, DistributedDataParallel):
             model = model.module  # the wrapper loses its hooks when it is made again
-        self.blocks = list(dict.fromkeys(block for c in components if (block := block_of(c.name))))
+        self.blocks = list(dict.fromkeys(block for c in components if (block := block_of(c.name)[0])))
         self.sources: dict[str, set[str]] = {}
         # Whether something trains that the graph does not show: checkpointing with use_reentrant=True, and Unsloth's
         # own, compute without autograd in the forward pass, and train nothing where their input needs no gradient.

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch.nn as nn
 
-from grades.components import Component
-from grades.feeds import OUTPUT, Feeds, block_of
+from grades.components import Component, block_of
+from grades.feeds import OUTPUT, Feeds
 from grades.towers import Towers, clean_name
 
 
@@ -41,7 +41,7 @@ class _Rule:
         named = [(clean_name(path), parameter) for path, parameter in model.named_parameters()]
         self.trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.fixed = {name for name, _ in named} - self.trainable.keys()
-        self.towers = {block: c.tower for c in components if (block := block_of(c.name))}  # by block
+        self.towers = {block: c.tower for c in components if (block := block_of(c.name)[0])}  # by block
         self.fed: dict[str, set[str]] = {}  # by parameter or station: the stations that it feeds
         for station, names in sources.items():
             for name in names:
@@ -71,7 +71,7 @@ class _Rule:
     def _may_freeze(self, name: str) -> bool:
         """Whether a parameter, or lookup, feeds passed blocks alone and is a part of them or of their tower."""
         fed = self.fed.get(name, set())
-        block, tower = block_of(name), self.tower_of(name)
+        block, tower = block_of(name)[0], self.tower_of(name)
         own = block in self.passed if block in self.towers else {self.towers.get(b, tower) for b in fed} == {tower}
         return bool(fed) and fed <= self.passed and own
 

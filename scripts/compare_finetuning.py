@@ -43,30 +43,33 @@ ES_DELTA = 0.0005
 class Curve(GradEarlyStoppingCallback):
     """Every `interval` steps the losses of last and averaged weights, on the rows that rules see and on test rows."""
 
-    def __init__(self, config: GradEarlyStoppingConfig, interval: int, parts: dict[str, list[dict]]) -> None:
+    def __init__(
+        self, config: GradEarlyStoppingConfig, given: argparse.Namespace, parts: dict[str, list[dict]]
+    ) -> None:
         super().__init__(config)
-        self.interval, self.parts, self.curve = interval, parts, dict[int, dict[str, float]]()
+        self.interval, self.dtype, self.parts = given.interval, given.dtype, parts
+        self.curve: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control = super().on_step_end(args, state, control, **kwargs)
         if state.global_step % self.interval == 0 or control.should_training_stop:
             model = kwargs["model"]
-            found = {part: loss(model, rows) for part, rows in self.parts.items()}
+            found = {part: loss(model, rows, self.dtype) for part, rows in self.parts.items()}
             if self.held_out is not None:
                 with self.held_out.averages.applied():
-                    found |= {f"{part}_averaged": loss(model, rows) for part, rows in self.parts.items()}
+                    found |= {f"{part}_averaged": loss(model, rows, self.dtype) for part, rows in self.parts.items()}
             self.curve[state.global_step] = found
         return control
 
 
 @torch.no_grad()
-def loss(model: torch.nn.Module, rows: list[dict], batch_size: int = 16) -> float:
+def loss(model: torch.nn.Module, rows: list[dict], dtype: str, batch_size: int = 16) -> float:
     """Mean loss in nats per token; rows are of one length."""
     was_training, total = model.training, 0.0
     model.eval()
     for i in range(0, len(rows), batch_size):
         ids = torch.tensor([row["input_ids"] for row in rows[i : i + batch_size]])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
     model.train(was_training)
     return total / len(rows)
@@ -103,15 +106,15 @@ def train(run: str, kind: str, given: argparse.Namespace, folder: Path) -> dict[
         learning_rate=LEARNING_RATES[kind] * (CONSTANT_PEAK if constant else 1),
     ))  # fmt: skip
     arguments["lr_scheduler_type"] = "constant_with_warmup" if constant else "linear"
-    curve = Curve(grades_settings(run, given, folder), given.interval, {"seen": seen, "test": test})
+    curve = Curve(grades_settings(run, given, folder), given, {"seen": seen, "test": test})
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**arguments | {"bf16": True, "use_cpu": True}),
+        args=TrainingArguments(**arguments | {"bf16": given.dtype == "bfloat16", "use_cpu": True}),
         train_dataset=rows[: given.train_rows],
         eval_dataset=seen,
         callbacks=[curve],
     )
-    before = loss(model, test)
+    before = loss(model, test, given.dtype)
     trainer.train()
     monitor = curve.monitor
     assert monitor is not None
@@ -211,7 +214,7 @@ def line(kind: str, name: str, found: list[tuple[int, float]]) -> list[str]:
     return [KINDS[kind], name, spread, f"{statistics.mean(losses):.3f}", f"{max(losses):.3f}", each]
 
 
-SETTINGS = ("model", "batch_size", "max_length", "train_rows", "eval_rows", "alpha", "interval")
+SETTINGS = ("model", "batch_size", "max_length", "train_rows", "eval_rows", "alpha", "interval", "dtype")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -229,6 +232,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--train_rows", type=int, default=100, help="train on the first rows alone")
     parser.add_argument(
         "--eval_rows", type=int, default=64, help="held-out rows that the rules see, and as many for the test"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the forward, by autocast"
     )
     parser.add_argument("--alpha", type=float, default=0.3, help="grace period as a share of the steps")
     parser.add_argument("--interval", type=int, default=50, help="steps between two checks and evaluations")

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import unsloth_vlm
 import vlm_lora
 
 EXAMPLES = (sft_full, sft_lora, unsloth_vlm, vlm_lora)
+bundled_model = common.bundled_model
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +55,20 @@ def test_the_text_is_pythons_own_documentation():
     pairs = {pair["question"]: pair["answer"] for pair in common.documented(10_000)}
     assert len(pairs) > 1000
     assert pairs["What does textwrap.dedent do?"].startswith("Remove any common leading whitespace")
+
+
+def test_runs_side_by_side_convert_the_bundled_model_once(tmp_path, monkeypatch):
+    folder, made = tmp_path / "backbones" / "model", []
+
+    def convert(name, target):
+        assert not target.exists()
+        made.append(name)
+        time.sleep(0.2)
+        target.mkdir()
+
+    monkeypatch.setattr(common, "convert", convert)
+    monkeypatch.setattr(common, "SMOLLM2_FOLDER", folder)
+    monkeypatch.setattr(common, "find_spec", lambda name: object())
+    with ThreadPoolExecutor(3) as pool:
+        assert {future.result() for future in [pool.submit(bundled_model) for _ in range(3)]} == {str(folder)}
+    assert made == [common.SMOLLM2]

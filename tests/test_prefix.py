@@ -12,7 +12,7 @@ from tiny.grades import batch, make_model
 from torch.utils.checkpoint import checkpoint
 
 from grades import feeds, find_components
-from grades.feeds import block_of
+from grades.components import block_of
 from grades.freezing import Freezer
 
 # In tiny.architectures, which takes seconds to import.
@@ -37,9 +37,9 @@ def first_half(components) -> list[str]:
     """The names of the components in the first half of the blocks of each list of blocks."""
     lists: dict[str, set[int]] = {}
     for component in components:
-        lists.setdefault(block_of(component.name).rpartition(".")[0], set()).add(component.layer)
+        lists.setdefault(block_of(component.name)[0].rpartition(".")[0], set()).add(component.layer)
     ends = {name: min(layers) + math.ceil(len(layers) / 2) for name, layers in lists.items()}
-    return [c.name for c in components if c.layer < ends[block_of(c.name).rpartition(".")[0]]]
+    return [c.name for c in components if c.layer < ends[block_of(c.name)[0].rpartition(".")[0]]]
 
 
 def backward(model: nn.Module, loss) -> None:
@@ -114,9 +114,9 @@ def test_half_frozen_the_rest_trains_as_if_nothing_were(models, name):
 
     freezer, prefix = freeze_first_half(model, loss)
     check_gradients(model, twin, loss, freezer, prefix)
-    blocks = {block for name in prefix if (block := block_of(name)) in freezer.feeds.blocks}
+    blocks = {block for name in prefix if (block := block_of(name)[0]) in freezer.feeds.blocks}
     assert blocks == set(architecture.passed)
-    outside = {name for name in prefix if block_of(name) not in blocks}
+    outside = {name for name in prefix if block_of(name)[0] not in blocks}
     assert all(name.startswith(architecture.before) for name in outside)
     assert all(any(name.startswith(start) for name in outside) for start in architecture.before)
     assert {path for path, module in model.named_modules() if module in freezer.cuts} == set(architecture.cuts)
