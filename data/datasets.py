@@ -255,8 +255,8 @@ class VQADataset:
             except TemplateRefused as error:
                 dropped[Reason(REFUSED, where_of(row), f"{error}")] += len(group)
                 continue
-            if len(ids) > self.cfg.max_sample_length:
-                dropped[Reason(TOO_LONG, where_of(row), f"{len(ids)} tokens")] += len(group)
+            if len(ids) > (most := self.cfg.max_sample_length):
+                dropped[Reason(TOO_LONG, where_of(row), f"{len(ids)} tokens, max_sample_length {most}")] += len(group)
             elif self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
                 spoken = [turn[speaker] for turn in group for speaker in ("user", "assistant")]
                 words = unknown_words(self.tokenizer, " ".join([*image_texts, *spoken]))

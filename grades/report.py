@@ -1,5 +1,6 @@
 """The record of a run as text: every component, and when it froze."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,23 @@ def summary(history: dict[str, Any]) -> list[str]:
     ]
     for tower in dict.fromkeys(component["tower"] for component in history["components"]):
         lines.append(_tower_line(history, tower))
+    return lines + undecided(history)
+
+
+def undecided(history: dict[str, Any]) -> list[str]:
+    """A line for each tower that trained to the end though its last rollback gain was below tau: not by its error."""
+    lines = []
+    gains = next((check["gains"] for check in reversed(history["checks"]) if check.get("gains")), {})
+    frozen = {event["name"] for event in lasting(history["events"])}
+    for tower, (gain, error) in gains.items():
+        taus = [c["tau"] for c in history["components"] if c["tower"] == tower and c["name"] not in frozen]
+        tau = max((tau for tau in taus if tau is not None), default=-math.inf)
+        if gain < tau <= gain + error:
+            times = math.ceil((error / (tau - gain)) ** 2)
+            lines.append(
+                f"{tower}: the last gain, {gain:.4f} \u00b1 {error:.4f} nats per 100 steps, is below tau {tau:g} but "
+                f"not by its error: {times:,} times as many held-out rows could tell"
+            )
     return lines
 
 

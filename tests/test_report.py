@@ -5,7 +5,7 @@ from PIL import Image
 from tiny.grades import ALWAYS, NEVER, train
 
 from grades.__main__ import main
-from grades.report import HISTORY_NAME, summary
+from grades.report import HISTORY_NAME, summary, undecided
 
 
 def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, capsys):
@@ -47,3 +47,30 @@ def test_a_tower_is_told_how_far_below_its_peaks_it_froze():
         "vision: 2 of 3 frozen (67%), steps 15 to 20, "
         "at 20% to 40% (median 30%) of each matrix's own peak weight_change"
     )
+
+
+@pytest.mark.parametrize(
+    ("gain", "frozen", "told"),
+    [
+        ([-0.004, 0.016], False, "4 times as many held-out rows"),  # 0.016 / 2 is the distance to tau
+        ([0.003, 0.0005], False, None),  # below tau for certain: patience had not passed
+        ([0.006, 0.016], False, None),  # it may well be learning
+        ([-0.004, 0.016], True, None),
+    ],
+)
+def test_a_gain_below_tau_within_its_error_is_told(gain, frozen, told):
+    history = {
+        "config": {"metric": "rollback", "tau_mode": "absolute", "compute_interval": 5},
+        "total_steps": 15, "grace_steps": 0, "last_step": 15, "stopped_early": False,
+        "components": [{"name": "a", "tower": "language", "layer": 0, "tau": 0.004}],
+        "checks": [
+            {"step": 5, "values": [None]},
+            {"step": 10, "values": [0.1], "gains": {"language": gain}},
+            {"step": 15, "values": [None]},
+        ],
+        "events": [{"step": 15, "name": "a", "value": 0.1}] if frozen else [],
+    }  # fmt: skip
+    lines = undecided(history)
+    assert lines == [line for line in summary(history) if "held-out rows" in line]
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]

@@ -15,7 +15,7 @@ from data.mixture_rows import mixture_lines
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
-from grades.report import HISTORY_NAME
+from grades.report import HISTORY_NAME, undecided
 from models.attention import has_compiler
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
@@ -214,6 +214,7 @@ def make_summary(
         "frozen_share_vision": monitor.frozen_share("vision") if monitor else None,
         "frozen_share_language": monitor.frozen_share("language") if monitor else None,
         "frozen_share_connector": monitor.frozen_share("connector") if monitor else None,
+        "undecided": undecided(monitor.history()) if monitor else [],
         "freed_bytes": monitor.freed_bytes if monitor else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dropped": {split: counter.plain() for split, counter in data.dropped.items() if counter},
@@ -243,8 +244,9 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         towers = ", ".join(f"{tower} {percent(share)}" for tower, share in shares.items())
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
-    if summary["frozen_share"] == 0:
+    if summary["frozen_share"] == 0 and not summary["undecided"]:
         lines.append("                      still learning at the end: nothing to save")
+    lines += [f"{'':<22}{line}" for line in summary["undecided"]]
     if summary["rollback_time_s"]:
         share = percent(summary["rollback_time_s"] / summary["total_time_s"])
         lines.append(f"measuring gains       {summary['rollback_time_s']:.1f} s, {share} of the time")
