@@ -185,7 +185,10 @@ def compare(kind: str, given: argparse.Namespace, argv: list[str]) -> list[list[
     ends = [end_by_gain(run, given) for run in runs["constant"]]
     mean = round(statistics.mean(ends))
     if "shortened" in wanted:
-        runs["shortened"] = [made("shortened", kind, seed, given, argv, mean) for seed in seeds]
+        if mean == given.max_steps and "linear" in runs:
+            runs["shortened"] = runs["linear"]  # the same run
+        else:
+            runs["shortened"] = [made("shortened", kind, seed, given, argv, mean) for seed in seeds]
     at_mean = [min(run["curve"], key=lambda step: abs(step - mean)) for run in runs["constant"]]
     last = {name: [(r["steps"], r["curve"][r["steps"]]["test"]) for r in found] for name, found in runs.items()}
     pairs = [(run, end_by_early_stopping(run, "seen")) for run in runs.get("linear", [])]

@@ -45,6 +45,12 @@ def test_runs_are_made_once_and_rules_read_off(compare, tmp_path, monkeypatch):
 
     assert compare.main(given) == 0  # nothing is made again
     assert len(made) == 5
+    assert compare.main([*given, "--tau=1e-9"]) == 0  # the rule ends nothing: the shortened run is the linear one
+    lines = {row["run"]: row for row in read_table((tmp_path / "table.md").read_text(encoding="utf-8"))}
+    assert (
+        lines["linear to zero, planned for that mean"]["each seed"] == lines["linear to zero, full length"]["each seed"]
+    )
+    assert len(made) == 5
     with pytest.raises(ValueError, match="max_length 16, now 24"):
         compare.main([*given, "--max_length=24"])
     with pytest.raises(SystemExit):
