@@ -131,3 +131,6 @@ class GradEarlyStoppingConfig(VLMGradEarlyStoppingConfig):
 
     def tower_tau(self, tower: str) -> float | str | None:
         return self.taus.get(tower, self.tau)
+
+    def tau_name(self, tower: str) -> str:
+        return "taus" if tower in self.taus else "tau"

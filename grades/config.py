@@ -185,6 +185,10 @@ class GradESConfig(Checked):
         tau: float | str = getattr(self, f"{tower}_tau")
         return tau
 
+    def tau_name(self, tower: str) -> str:
+        """The setting that holds the tau of a tower."""
+        return "taus" if tower in self.taus else f"{tower}_tau"
+
     @property
     def towers(self) -> tuple[str, ...]:
         """The towers that are watched."""

@@ -380,8 +380,8 @@ class GradESMonitor:
         if not self.taus:  # one is auto: take what the saved run found, but keep numbers that are given now
             given = {c.name: self.config.tau_of(c.tower, c.part) for c in self.components}
             if state["taus"] and (fixed := [name for name in given if given[name] == AUTO and name in state["given"]]):
-                tower = self.by_name[fixed[0]].tower
-                raise ValueError(f"{tower}_tau auto: must be a number, as in the saved run; its grace period is over")
+                tau = self.config.tau_name(self.by_name[fixed[0]].tower)
+                raise ValueError(f"{tau} auto: must be a number, as in the saved run; its grace period is over")
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }

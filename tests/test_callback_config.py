@@ -197,3 +197,9 @@ def test_what_is_no_configuration_is_an_error(hf):
         grades.GradEarlyStoppingCallback({"alpha": 1})
     with pytest.raises(ValueError, match=r"^vision_tau None:"):
         grades.VLMGradEarlyStoppingCallback(GradESConfig(vision_tau=None))
+
+
+def test_a_tau_is_named_by_the_setting_that_holds_it():
+    of_two, of_one = (kind(taus={"audio": "auto"}) for kind in (VLMGradEarlyStoppingConfig, GradEarlyStoppingConfig))
+    assert [config.tau_name("audio") for config in (of_two, of_one)] == ["taus", "taus"]
+    assert [config.tau_name("language") for config in (of_two, of_one)] == ["language_tau", "tau"]

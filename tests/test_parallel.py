@@ -132,7 +132,7 @@ TOGETHER = {
         "fsdp_sampled": {"metric": "gradient_norm", "monitor_sample": 2},
         "fsdp_lora": {"lora_rank": 2, "activation_checkpointing": True, "loss_chunk_size": 5}, "fsdp_woken": WOKEN,
         "fsdp_rollback": ROLLBACK, "fsdp_tasks": TASKS,
-        "fsdp_molmo2": MOLMO2 | {"compile": True, "activation_checkpointing": True}, "full_disk": {},
+        "fsdp_molmo2": MOLMO2 | {"activation_checkpointing": True}, "full_disk": {},
     },
 }  # fmt: skip
 
