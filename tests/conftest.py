@@ -51,3 +51,13 @@ def data(tmp_path):
     from tiny.data import write_rows
 
     return write_rows(tmp_path / "rows", 16)
+
+
+@pytest.fixture(scope="session")
+def hf():
+    """The module tiny.trainer, which imports transformers."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tiny import trainer
+
+    return trainer

@@ -1,28 +1,16 @@
 """The callbacks in transformers.Trainer: what they measure, freeze, log, save and resume."""
 
 import json
-import multiprocessing
 import os
-import socket
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny.grades import ALWAYS, NEVER
+from tiny.processes import run_two_ranks
 
 import grades
 from grades import GradEarlyStoppingConfig, GradESConfig, VLMGradEarlyStoppingConfig
-
-
-@pytest.fixture(scope="module")
-def hf():
-    """The module tiny.trainer, which imports transformers."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
 
 
 @pytest.mark.parametrize(
@@ -299,23 +287,9 @@ def one_rank(rank, port, folder, case):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts ranks by forkserver")
 @pytest.mark.parametrize("case", DISTRIBUTED)
 def test_two_ranks_freeze_as_one_does(hf, tmp_path, monkeypatch, case):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # The ranks are forked from one process, which has imported transformers but never run a backward pass.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny.trainer"])
-    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, case)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=300)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_two_ranks(monkeypatch, "tiny.trainer", one_rank, tmp_path, case)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first["world"] == 2

@@ -15,15 +15,6 @@ from training.arguments import as_flags
 CONFIGS = [GradESConfig, GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig]
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [

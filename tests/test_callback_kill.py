@@ -1,25 +1,15 @@
 """A training with the callback in a process that is killed, and its continuation: the run that nobody killed."""
 
-import multiprocessing
 import os
 import signal
-import sys
 
 import pytest
+from tiny.processes import fork_of
 
 SAVING = {"save_strategy": "steps", "save_steps": 10, "lr_scheduler_type": "linear", "max_steps": 24}
 KILLED_AT = 13  # the attention has been frozen since step 9 or 10; what has a tau of auto freezes later
 TAUS = {"fixed": {}, "auto": {"compute_interval": 2, "language_mlp_tau": None, "tau": "auto"}}
 CASES = [("fixed", 1), ("auto", 2)]
-
-
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
 
 
 def killed_run(folder, tau, accumulation):
@@ -36,15 +26,10 @@ def killed_run(folder, tau, accumulation):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by forkserver")
 def test_a_killed_run_continues_bit_for_bit(hf, tmp_path, monkeypatch):
-    # The processes are forked from one process, which has imported transformers but never run a backward pass.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny.trainer"])
     for tau, accumulation in CASES:
         folder, others = tmp_path / f"{tau}-{accumulation}", SAVING | {"gradient_accumulation_steps": accumulation}
-        child = context.Process(target=killed_run, args=(folder, tau, accumulation))
+        child = fork_of(monkeypatch, "tiny.trainer", killed_run, folder, tau, accumulation)
         child.start()
         child.join(timeout=120)
         assert child.exitcode == -signal.SIGKILL

@@ -9,15 +9,6 @@ from tiny import optimizers
 from grades.optimizers import members, settle_average
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 def packaged(module, name, **others):
     """An optimizer of a package, for `optimizers=(...)`."""
 

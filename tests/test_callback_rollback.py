@@ -9,15 +9,6 @@ from grades.held_out import row_losses
 FLAGS = {"metric": "rollback", "compute_interval": 2, "alpha": 0.0, "average_weights": 0.5, "rollback_rows": 4}
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 def run(hf, folder, tau=NEVER, lora=None, **others):
     taus = {"language_attention_tau": tau, "language_mlp_tau": tau}
     return hf.run(folder, hf.settings(**FLAGS | taus), hf.llama(lora), held_out=hf.rows()[:6], **others)

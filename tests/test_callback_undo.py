@@ -17,15 +17,6 @@ STEPS = 7
 FAILS_AT = 6  # when 8 of 14 matrices are frozen, since step 4
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
     """Histories of which pictures were asked for; drawing takes seconds."""

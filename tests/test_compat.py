@@ -20,14 +20,6 @@ STATS = {"name", "component_type", "frozen", "frozen_at_step", "change_history",
 KINDS = ["attn_q_proj", "attn_k_proj", "attn_v_proj", "attn_o_proj", "mlp_gate_proj", "mlp_up_proj", "mlp_down_proj"]
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 @pytest.fixture
 def wandb(monkeypatch):
     """As much of wandb as a run has: it keeps what it is given."""

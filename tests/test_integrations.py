@@ -14,15 +14,6 @@ import grades
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 def make_trainer(hf, folder, callback, model=None, kind=None, **others):
     """others: arguments of TrainingArguments. model: or a function that makes it, as model_init."""
     made = {"model_init": model} if callable(model) and not isinstance(model, torch.nn.Module) else {}

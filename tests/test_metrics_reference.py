@@ -1,14 +1,10 @@
 """What the monitor measures against the reference in tiny.reference: in a plain loop, two processes and Trainer."""
 
-import multiprocessing
-import os
-import socket
-import sys
-
 import numpy as np
 import pytest
 import torch
 from tiny import reference
+from tiny.processes import run_two_ranks
 
 from grades.config import METRICS
 
@@ -45,22 +41,9 @@ def test_the_sample_leaves_something_out():
     assert factor == pytest.approx(max(sizes) / taken.size)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts ranks by forkserver")
 def test_of_two_processes(tmp_path, monkeypatch):
     """Each has half of the rows; the reference averages the gradients that they have alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny.reference"])
-    ranks = [context.Process(target=reference.one_rank, args=(rank, port, str(tmp_path), 1, 7)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=300)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_two_ranks(monkeypatch, "tiny.reference", reference.one_rank, str(tmp_path), 1, 7)
     runs = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for metric in METRICS:
         first, second = (run[metric] for run in runs)

@@ -11,15 +11,6 @@ from grades import GradESConfig, GradESMonitor
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def hf():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from tiny import trainer
-
-    return trainer
-
-
 def train(hf, scale, metric="gradient_norm", half=False, overflow=(), attention_tau=NEVER):
     """A run with gradients scaled by `scale`, None: without a scaler; overflow: steps with infinite gradients.
 
