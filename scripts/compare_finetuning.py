@@ -36,6 +36,7 @@ from training.early_stopping import EarlyStopping
 
 KINDS = {"full": "All weights", "lora": "LoRA"}
 RUNS = ("constant", "linear", "paper", "random", "shortened")
+READ = ("constant", "linear")  # of which rules are read off
 PATIENCE = 2  # of the rule, and of early stopping
 ES_DELTA = 0.0005
 
@@ -106,7 +107,10 @@ def train(run: str, kind: str, given: argparse.Namespace, folder: Path) -> dict[
         learning_rate=LEARNING_RATES[kind] * (CONSTANT_PEAK if constant else 1),
     ))  # fmt: skip
     arguments["lr_scheduler_type"] = "constant_with_warmup" if constant else "linear"
-    curve = Curve(grades_settings(run, given, folder), given, {"seen": seen, "test": test})
+    curve = Curve(
+        grades_settings(run, given, folder), given.interval if run in READ else given.max_steps, given.dtype,
+        {"seen": seen, "test": test},
+    )  # fmt: skip
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments | {"bf16": given.dtype == "bfloat16", "use_cpu": True}),
