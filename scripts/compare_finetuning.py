@@ -42,13 +42,13 @@ ES_DELTA = 0.0005
 
 
 class Curve(GradEarlyStoppingCallback):
-    """Every `interval` steps the losses of last and averaged weights, on the rows that rules see and on test rows."""
+    """Every `interval` steps, and where the run ends, the losses of last and averaged weights on each part's rows."""
 
     def __init__(
-        self, config: GradEarlyStoppingConfig, given: argparse.Namespace, parts: dict[str, list[dict]]
+        self, config: GradEarlyStoppingConfig, interval: int, dtype: str, parts: dict[str, list[dict]]
     ) -> None:
         super().__init__(config)
-        self.interval, self.dtype, self.parts = given.interval, given.dtype, parts
+        self.interval, self.dtype, self.parts = interval, dtype, parts
         self.curve: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
