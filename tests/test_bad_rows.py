@@ -85,7 +85,7 @@ def test_what_the_users_own_flags_leave_out_is_not_bad(tmp_path):
     code, summary, lines = run(data, tmp_path, max_training_steps=10, max_sample_length=100)
     assert (code, summary["steps"]) == (0, 10)
     assert {line["reason"] for line in lines} == {"too long"}
-    assert all(line["found"].endswith(" tokens") for line in lines)
+    assert all(line["found"].endswith("tokens, max_sample_length 100") for line in lines)
 
 
 def test_strict_ends_at_the_first_bad_row(tmp_path, capsys):
