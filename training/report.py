@@ -171,8 +171,7 @@ def make_summary(
     cache: FeatureCache | None,
 ) -> dict[str, Any]:
     """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
-    seconds, flops, scores = meter.seconds, meter.flops, test or {}
-    train_s = seconds["train"]
+    seconds, flops, scores, train_s = meter.seconds, meter.flops, test or {}, meter.seconds["train"]
     peak, reserved = peak_memory_bytes(meter.device), reserved_memory_bytes(meter.device)
     return {
         "total_time_s": sum(seconds.values()),
