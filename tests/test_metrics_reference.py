@@ -60,11 +60,9 @@ def test_of_two_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metric", ["weight_change", "gradient_norm", "gradient_change"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_of_a_mixture_of_experts_in_trainer(tmp_path, metric, lora):
+def test_of_a_mixture_of_experts_in_trainer(hf, tmp_path, metric, lora):
     """Two micro-batches a step, clipped; stacks of experts, or adapters of them."""
-    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
-    from tiny import trainer as hf
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
