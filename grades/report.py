@@ -63,7 +63,9 @@ def summary(history: dict[str, Any]) -> list[str]:
 
 def undecided(history: dict[str, Any]) -> list[str]:
     """A line for each tower that trained to the end though its last rollback gain was below tau: not by its error."""
-    lines = []
+    lines: list[str] = []
+    if history["stopped_early"]:
+        return lines
     measured = (check["gains"] for check in reversed(history["checks"]) if check.get("gains"))
     gains: dict[str, tuple[float, float]] = next(measured, {})
     frozen = {event["name"] for event in lasting(history["events"])}

@@ -98,7 +98,7 @@ ENDS = {"gradient_change": (2, 5, 10, 12), "cooldown": (2, 4, 7, 10)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case):
+def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case, capsys):
     flags, whole, parts = CASES[case], tmp_path / "out" / "whole", tmp_path / "out" / "parts"
     if "image_layout" in flags:  # pictures whose crops are not as many
         rows = write_rows(tmp_path / "uneven", 16, sizes=SIZES)
@@ -121,6 +121,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case):
         if case == "cooldown":  # in which what converged last trains on: both towers
             assert not events
             assert json.loads((whole / "summary.json").read_text())["stop_reason"] == "converged"
+            assert "still learning" not in capsys.readouterr().out
         else:
             assert min(steps) <= after
             assert after < max(steps) or case == "rollback"  # one tower alone freezes

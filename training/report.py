@@ -243,7 +243,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         towers = ", ".join(f"{tower} {percent(share)}" for tower, share in shares.items())
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
-    if summary["frozen_share"] == 0 and not summary["undecided"]:
+    if summary["frozen_share"] == 0 and summary["stop_reason"] == END_REASONS[0] and not summary["undecided"]:
         lines.append("                      still learning at the end: nothing to save")
     lines += [f"{'':<22}{line}" for line in summary["undecided"]]
     if summary["rollback_time_s"]:
