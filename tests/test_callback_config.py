@@ -194,3 +194,25 @@ def test_a_tau_is_named_by_the_setting_that_holds_it():
     of_two, of_one = (kind(taus={"audio": "auto"}) for kind in (VLMGradEarlyStoppingConfig, GradEarlyStoppingConfig))
     assert [config.tau_name("audio") for config in (of_two, of_one)] == ["taus", "taus"]
     assert [config.tau_name("language") for config in (of_two, of_one)] == ["language_tau", "tau"]
+
+
+def test_presets_are_the_papers_tables():
+    table_9 = {
+        "qwen3-14b": (6.387926, 0.025181), "phi4-14b": (3.512882, 0.025181), "qwen3-0.6b": (1.804456, 0.001183),
+        "llama-3.1-8b": (2.404167, 0.021637), "mistral-7b": (2.726866, 0.029591),
+    }  # fmt: skip
+    expected = {
+        f"{model}/{method}": (tau, tau, 0.55, 1)
+        for model, taus in table_9.items()
+        for method, tau in zip(("full", "lora"), taus, strict=True)
+    } | {
+        "qwen2.5-vl-7b/lora": (3.3, 33.0, 0.30, 1), "qwen2.5-vl-7b/full-4bit": (0.13, 0.09, 0.30, 1),
+        "nanovlm": (0.30, 6.00, 0.28, 20), "nanovlm-alt": (6.30, 3.90, 0.28, 20),
+    }  # fmt: skip
+    assert len(grades.presets) == len(expected)
+    for name, config in grades.presets.items():
+        assert (config.vision_tau, config.language_tau, config.alpha, config.compute_interval) == expected[name]
+        assert config.metric == "weight_change"
+        assert not config.problems()
+    with pytest.raises(KeyError, match=r"qwen3-0\.6b/lora"):
+        grades.presets["qwen3-0.6b"]

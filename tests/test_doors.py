@@ -95,6 +95,8 @@ def test_code_keeps_to_its_sizes():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.FunctionDef):
                     assert node.end_lineno - node.lineno < 60, f"{path.name} {node.name}"
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) < 400, path.name
 
 
 def opens_text_unsaid(call: ast.Call) -> bool:

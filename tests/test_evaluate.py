@@ -9,48 +9,15 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tiny.benchmarks import RECORDS, image, records, right
+from tiny.benchmarks import RECORDS, image, opened, records, right, run, saved, table, write_answers
 
-import evaluate
 from eval.answers import match, read_answers
-from eval.benchmarks import open_benchmark
-from eval.compare import compare, read_evaluation, verdict
 from eval.own_rows import open_own_rows
 from eval.prompts import styled
 from eval.results import score
 from eval.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def table(task, count=8):
-    """A Dataset with real image columns."""
-    rows = records(task, count)
-    made = datasets.Dataset.from_list(rows)
-    for column in TASKS[task].images:
-        if column in made.column_names:
-            of_list = isinstance(rows[0][column], list)
-            made = made.cast_column(column, datasets.List(datasets.Image()) if of_list else datasets.Image())
-    return made
-
-
-def saved(folder, task, count=8):
-    """The records as save_to_disk writes them, in a folder of the task's name."""
-    datasets.DatasetDict({TASKS[task].split: table(task, count)}).save_to_disk(folder / task)
-    return folder
-
-
-def opened(folder, task, **options):
-    return open_benchmark(TASKS[task], folder, options.pop("limit", None), options.pop("style", "lmms-eval"), **options)
-
-
-def run(*arguments):
-    evaluate.main(evaluate.parse_arguments([str(one) for one in arguments]))
-
-
-def write_answers(path, pairs):
-    path.write_text("".join(json.dumps({"id": one, "answer": answer}) + "\n" for one, answer in pairs))
-    return path
 
 
 @pytest.mark.parametrize("task", RECORDS)
@@ -309,54 +276,6 @@ def test_a_bad_line_of_answers_is_named(tmp_path, text, words):
     with pytest.raises(ValueError, match="--answers") as error:
         read_answers(tmp_path / "a.jsonl", ["mmstar", "pope"] if "task" in words else ["mmstar"])
     assert words in str(error.value)
-
-
-def test_two_evaluations_compared(tmp_path, capsys):
-    data = tmp_path / "data"
-    for task in ("mmstar", "pope"):
-        saved(data, task, 60)
-    for name, skill in (("a", 15), ("b", 45)):
-        rows = []
-        for task in ("mmstar", "pope"):
-            for number, one in enumerate(opened(data, task).questions):
-                answer = right(one.item.truth) if number < skill else "xyz"
-                rows.append(json.dumps({"task": task, "id": one.id, "answer": answer}))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-        run(
-            "--tasks",
-            "mmstar,pope",
-            "--data_root",
-            data,
-            "--answers",
-            tmp_path / f"{name}.jsonl",
-            "--output",
-            tmp_path / name,
-        )
-    found = compare(read_evaluation(tmp_path / "a"), read_evaluation(tmp_path / "b"))
-    one = found["mmstar"]["rules"]["nanoVLM v0.1"]["accuracy"]
-    assert (one["difference"], one["test"]) == (0.5, "McNemar, exact")
-    assert one["p"] == pytest.approx(2 / 2**30)
-    assert verdict(one) == "B is better"
-    assert found["pope"]["images"] == 15
-    f1 = found["pope"]["rules"]["lmms-eval"]["f1"]
-    assert f1["test"] == "paired bootstrap"
-    capsys.readouterr()
-    run("--compare", tmp_path / "a", tmp_path / "a")
-    assert "no difference shown" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"holds no results.json"):
-        read_evaluation(data)
-
-
-def test_other_truths_cannot_be_compared(tmp_path):
-    folders = []
-    for name in ("a", "b"):
-        rows = [{"question": "what?", "answer": f"cat {name}", "id": 1}]
-        (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
-        answers = write_answers(tmp_path / "answers.jsonl", [(1, "cat")])
-        run("--tasks", tmp_path / "rows.jsonl", "--answers", answers, "--output", tmp_path / name)
-        folders.append(read_evaluation(tmp_path / name))
-    with pytest.raises(ValueError, match="1 questions have another truth, as 1"):
-        compare(*folders)
 
 
 def test_ones_own_rows(tmp_path, capsys):

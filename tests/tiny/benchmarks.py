@@ -1,8 +1,14 @@
 """A few made-up records in the columns of each benchmark, with the answer that is right by every rule."""
 
 import io
+import json
 
+import datasets
 from PIL import Image
+
+import evaluate
+from eval.benchmarks import open_benchmark
+from eval.tasks import TASKS
 
 
 def image(number: int) -> dict:
@@ -126,3 +132,33 @@ def records(task: str, count: int = 8) -> list[dict]:
 def right(truth: dict) -> str:
     """The right answer of a question, from its truth."""
     return truth["answer"] if "answer" in truth else truth["answers"][0]
+
+
+def table(task, count=8):
+    """A Dataset with real image columns."""
+    rows = records(task, count)
+    made = datasets.Dataset.from_list(rows)
+    for column in TASKS[task].images:
+        if column in made.column_names:
+            of_list = isinstance(rows[0][column], list)
+            made = made.cast_column(column, datasets.List(datasets.Image()) if of_list else datasets.Image())
+    return made
+
+
+def saved(folder, task, count=8):
+    """The records as save_to_disk writes them, in a folder of the task's name."""
+    datasets.DatasetDict({TASKS[task].split: table(task, count)}).save_to_disk(folder / task)
+    return folder
+
+
+def opened(folder, task, **options):
+    return open_benchmark(TASKS[task], folder, options.pop("limit", None), options.pop("style", "lmms-eval"), **options)
+
+
+def run(*arguments):
+    evaluate.main(evaluate.parse_arguments([str(one) for one in arguments]))
+
+
+def write_answers(path, pairs):
+    path.write_text("".join(json.dumps({"id": one, "answer": answer}) + "\n" for one, answer in pairs))
+    return path
