@@ -93,7 +93,7 @@ class VLMConfig(Checked):
     )
     lm_tokenizer: str | None = doc("hub id, local folder or easy-vqa (embedded); by default lm_model_type's", None)
     lm_chat_template: str = doc("Jinja chat template", CHATML)
-    lm_eos_token_id: int | None = doc("generation stops at this token; by default that which ends an answer", None)
+    lm_eos_token_id: int | None = doc("where model.generate(...) stops; training writes the tokenizer's here", None)
 
     mp_type: str = doc(
         "pixel_shuffle; linear or mlp (GELU), an image token for each patch; molmo: attention pooling of windows, then "
