@@ -24,6 +24,8 @@ Mask: TypeAlias = Union[torch.Tensor, "BlockMask", None]
 
 # Longest sequence for which plain_attention is used: its scores take T * S memory, those of SDPA's kernels do not.
 MAX_PLAIN_LENGTH = 512
+# SDPA's kernels for CUDA take no more rows (pytorch issue 142228), and Molmo's pooling has a row for each window.
+MAX_ROWS = 65535
 # FlexAttention skips whole blocks of this many queries and keys where a document ends.
 FLEX_BLOCK = 128
 
@@ -44,6 +46,13 @@ def attention(
         # Not compiled, it would store the scores of all pairs of positions. A compiled block compiles it along.
         within_documents = attend_flex if torch.compiler.is_compiling() else compiled_attend_flex()
         return within_documents(q, k, v, mask)
+    if len(q) > MAX_ROWS:
+        if mask is not None:
+            mask = mask.expand(len(q), -1, -1, -1)
+        parts = [slice(start, start + MAX_ROWS) for start in range(0, len(q), MAX_ROWS)]
+        masks = [None if mask is None else mask[part] for part in parts]
+        found = [attention(q[p], k[p], v[p], m, causal, dropout) for p, m in zip(parts, masks, strict=True)]
+        return torch.cat(found)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and dropout == 0 and k.shape[2] <= MAX_PLAIN_LENGTH:
         return plain_attention(q, k, v, mask, causal)
     if expands_heads(q, k, mask):

@@ -38,6 +38,19 @@ def test_bfloat16_on_the_cpu_takes_the_plain_path_and_stays_near_float32(monkeyp
     torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.03)
 
 
+@pytest.mark.parametrize("masked", [None, 1, 5])
+def test_more_rows_than_a_kernel_takes_are_attended_in_parts(monkeypatch, masked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(5, 4, 3, 8), torch.randn(5, 2, 6, 8), torch.randn(5, 2, 6, 8)
+    mask = None if masked is None else torch.rand(masked, 1, 3, 6) < 0.7
+    expected = attention(q, k, v, mask, causal=False, dropout=0.0)
+    rows, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **b: rows.append(len(q)) or real(q, *a, **b))
+    monkeypatch.setattr("models.attention.MAX_ROWS", 2)
+    torch.testing.assert_close(attention(q, k, v, mask, causal=False, dropout=0.0), expected, equal_nan=True)
+    assert rows == [2, 2, 1]
+
+
 # On CUDA: what SDPA is asked for decides which kernel it takes (docs/performance.md). Fake tensors have no memory.
 @pytest.mark.parametrize(
     ("dtype", "masked", "grouped"),
