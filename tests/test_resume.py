@@ -121,7 +121,9 @@ def test_a_run_that_goes_on_is_the_run_that_never_ended(run, tmp_path, case, cap
         if case == "cooldown":  # in which what converged last trains on: both towers
             assert not events
             assert json.loads((whole / "summary.json").read_text())["stop_reason"] == "converged"
-            assert "still learning" not in capsys.readouterr().out
+            said = capsys.readouterr().out
+            assert "still learning" not in said
+            assert "all had converged at step" in said
         else:
             assert min(steps) <= after
             assert after < max(steps) or case == "rollback"  # one tower alone freezes

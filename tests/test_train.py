@@ -261,6 +261,27 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert max(factors) == 1.0
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("converged", [500, 950])
+def test_the_rate_never_rises_when_a_run_cools_down(schedule, converged):
+    """Not even where the schedule was falling already; at the end of the cooldown it is as low as either says."""
+    flags = [
+        "--max_training_steps",
+        "1000",
+        "--lr_schedule",
+        schedule,
+        "--min_lr_ratio",
+        "0",
+        "--cooldown_ratio",
+        "0.2",
+    ]
+    cfg = parse_arguments(flags).train
+    factors = [lr_factor(step, cfg, None if step <= converged else converged) for step in range(31, 1001)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] == 0 or (schedule, converged) == ("constant", 950)  # whose cooldown the end cuts short
+    assert factors[converged - 31] == lr_factor(converged, cfg)
+
+
 def test_each_part_has_its_own_peak_learning_rate():
     settings = parse_arguments([f"--{k}={v}" for k, v in TINY.items()] + ["--lr_mp=0.3", "--lr_vision_backbone=0"])
     model = VisionLanguageModel(settings.vlm)

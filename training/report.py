@@ -16,6 +16,7 @@ from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME, undecided
+from grades.towers import CONNECTOR, TOWERS
 from models.attention import has_compiler
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
@@ -31,6 +32,8 @@ from training.resume import RunStart
 from training.state import END_REASONS, LoopState
 from training.task_numbers import main_numbers
 from training.trackers import make_tracker
+
+SHARES_OF = (*TOWERS, CONNECTOR)  # whose frozen shares the summary has
 
 
 def announce(settings: Settings) -> None:
@@ -210,9 +213,8 @@ def make_summary(
         },
         "question_only_exact_match": question_only,
         "frozen_share": monitor.frozen_share() if monitor else None,
-        "frozen_share_vision": monitor.frozen_share("vision") if monitor else None,
-        "frozen_share_language": monitor.frozen_share("language") if monitor else None,
-        "frozen_share_connector": monitor.frozen_share("connector") if monitor else None,
+        **{f"frozen_share_{tower}": monitor.frozen_share(tower) if monitor else None for tower in SHARES_OF},
+        "converged_step": monitor.converged_step if monitor else None,  # after which its cooldown began
         "undecided": undecided(monitor.history()) if monitor else [],
         "freed_bytes": monitor.freed_bytes if monitor else None,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -237,14 +239,16 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         unseen = percent(summary["question_only_exact_match"])
         lines.append(f"text-only baseline    {unseen} (most frequent answer to each question)")
     if summary["frozen_share"] is not None:
-        shares = {tower: summary[f"frozen_share_{tower}"] for tower in ("vision", "language", "connector")}
+        shares = {tower: summary[f"frozen_share_{tower}"] for tower in SHARES_OF}
         if shares["connector"] is None:  # not watched
             del shares["connector"]
         towers = ", ".join(f"{tower} {percent(share)}" for tower, share in shares.items())
         freed = summary["freed_bytes"] / 2**20
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
-    if summary["frozen_share"] == 0 and summary["stop_reason"] == END_REASONS[0] and not summary["undecided"]:
-        lines.append("                      still learning at the end: nothing to save")
+    if summary["converged_step"] is not None:
+        lines.append(f"{'':<22}all had converged at step {summary['converged_step']:,}: the cooldown began")
+    elif summary["frozen_share"] == 0 and summary["stop_reason"] == "max_training_steps" and not summary["undecided"]:
+        lines.append(f"{'':<22}still learning at the end: nothing to save")
     lines += [f"{'':<22}{line}" for line in summary["undecided"]]
     if summary["rollback_time_s"]:
         share = percent(summary["rollback_time_s"] / summary["total_time_s"])

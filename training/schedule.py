@@ -17,21 +17,26 @@ def lr_factor(
 ) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 1: linear warm-up, then the schedule.
 
-    cooldown_start: the step after which the run converged and cools down, whatever its schedule says.
-    warmup_ratio: in place of cfg's.
+    cooldown_start: the step after which the run converged and cools down; the rate never rises, as a schedule may be
+    lower already. warmup_ratio: in place of cfg's.
     """
     total = cfg.max_training_steps
     warmup = int((cfg.warmup_ratio if warmup_ratio is None else warmup_ratio) * total)
     if step <= warmup:
         return step / warmup
-    if cooldown_start is not None:
-        return _cooled((step - cooldown_start) / cooldown_steps(cfg, cooldown_start), cfg)
+    planned = _planned((step - warmup) / max(1, total - warmup), step, cfg)
+    if cooldown_start is None:
+        return planned
+    return min(planned, _cooled((step - cooldown_start) / cooldown_steps(cfg, cooldown_start), cfg))
+
+
+def _planned(progress: float, step: int, cfg: TrainConfig) -> float:
+    """The factor of the schedule. progress: the share of the steps after the warm-up."""
     if cfg.lr_schedule == "constant":
         return 1.0
     if cfg.lr_schedule == "wsd":
-        length = cooldown_steps(cfg, total)
-        return _cooled((step - (total - length)) / length, cfg)
-    progress = (step - warmup) / max(1, total - warmup)
+        length = cooldown_steps(cfg, cfg.max_training_steps)
+        return _cooled((step - (cfg.max_training_steps - length)) / length, cfg)
     remaining = 1 - progress if cfg.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * remaining
 
