@@ -157,11 +157,11 @@ def watch(
     if not cfg.enable_grades:
         return None
 
-    def held_out_losses(same_vision: bool) -> list[tuple[float, int]]:
-        """For the metric rollback. same_vision: the vision tower is as at the last call, whose features serve again."""
+    def held_out_losses(same_vision: bool, begin: float, end: float) -> list[tuple[float, int]]:
+        """For the metric rollback; see grades.rollback.Evaluate."""
         with meter.clock("rollback"):
-            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision))
-            meter.flops.add_forward(evaluator.held_out or ())
+            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision, begin, end))
+            meter.flops.add_forward(evaluator.measured)
         return losses
 
     return GradESMonitor(

@@ -1,8 +1,10 @@
 """Running a model over evaluation batches: mean loss, and greedy answers to questions."""
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +17,7 @@ from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
+PARTS = 4  # into which at least the rows of row_losses are divided
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 
@@ -32,8 +35,9 @@ class Evaluator:
     device: torch.device
     autocast: Autocast
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
-    held_out: list[dict] | None = None  # the batches of row_losses, once they are made
-    features: list[torch.Tensor | None] | None = None  # of the images of each of them, as of the latest call
+    held_out: list[dict] = field(default_factory=list)  # the batches of row_losses, once they are made
+    features: list[torch.Tensor | None] = field(default_factory=list)  # of the images of each, as of its latest call
+    measured: list[dict] = field(default_factory=list)  # those of them that the latest call took
 
     def loss(self) -> float | None:
         """Mean loss over the label tokens of the validation rows, in nats; None where there is none."""
@@ -54,18 +58,25 @@ class Evaluator:
             pairs += self._answered(prompts)
         return {"val/loss": total.item() / labels if labels else None} | _named("val", score(pairs))
 
-    def row_losses(self, rows: int, same_vision: bool = False) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows.
+    def row_losses(
+        self, rows: int, same_vision: bool = False, begin: float = 0.0, end: float = 1.0
+    ) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows, of the
+        batches from share `begin` to share `end` of them.
 
         The draws are those of training (turns_per_image, its weights, mirroring) and the same at each call.
-        same_vision: the vision tower's weights are those of the call before, whose features then serve again.
+        same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
         """
-        if self.held_out is None:
+        if not self.held_out:
             collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
-            self.held_out = list(eval_batches(self.data.drawn_validation_rows(), collator, self.cfg, first=rows))
-        known = self.features if same_vision else None
-        losses, self.features = row_losses(self.model, self.held_out, self.device, self.autocast, known)
-        for batch, features in zip(self.held_out, self.features, strict=True):
+            cfg = dataclasses.replace(self.cfg, eval_batch_size=min(self.cfg.eval_batch_size, math.ceil(rows / PARTS)))
+            self.held_out = list(eval_batches(self.data.drawn_validation_rows(), collator, cfg, first=rows))
+            self.features = [None] * len(self.held_out)
+        part = slice(math.ceil(begin * len(self.held_out)), math.ceil(end * len(self.held_out)))
+        self.measured = self.held_out[part]
+        known = self.features[part] if same_vision else None
+        losses, self.features[part] = row_losses(self.model, self.measured, self.device, self.autocast, known)
+        for batch, features in zip(self.measured, self.features[part], strict=True):
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
             batch["cached_images"] = len(features) if same_vision and features is not None else 0
         return losses

@@ -118,7 +118,8 @@ class GradESConfig(Checked):
     freeze_order: str = doc(
         "any: whatever has converged freezes; front: only once all that lies before it is frozen; together: only when "
         "all that may freeze has converged, so that the run ends and nothing freezes before; the metric rollback then "
-        "does not measure the vision tower while the language tower still gains",
+        "does not measure the vision tower while the language tower still gains, and a quarter of the rows where that "
+        "leaves no doubt",
         "any",
         choices=("any", "front", "together"),
     )

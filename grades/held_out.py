@@ -1,6 +1,8 @@
 """For the metric rollback under transformers.Trainer: averaged weights, and losses on rows of its eval_dataset."""
 
+import itertools
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,25 +27,28 @@ class HeldOut:
         self.averages = AveragedWeights(trainer.model.parameters(), OwnState(), config.average_weights)
         self.batches: list[Any] | None = None  # on the CPU
 
-    def losses(self, same_vision: bool) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each row, in the same order on all ranks. Draws no random number."""
-        model, found = self.trainer.model, []
+    def losses(self, same_vision: bool = False, begin: float = 0.0, end: float = 1.0) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each row of this share of the batches (see grades.rollback.Evaluate),
+        in the same order on all ranks. Draws no random number."""
+        model, sample, found = self.trainer.model, self._sample(), []
         was_training = model.training
         model.eval()
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                for batch in self._sample():
+                for batch in sample[math.ceil(begin * len(sample)) : math.ceil(end * len(sample))]:
                     inputs = self.trainer._prepare_inputs(batch)
                     with self.trainer.compute_loss_context_manager():
                         logits = model(**inputs).logits
-                    found += row_losses(logits, inputs["labels"], getattr(model.config, "is_encoder_decoder", False))
+                    is_aligned = getattr(model.config, "is_encoder_decoder", False)
+                    found.append(row_losses(logits, inputs["labels"], is_aligned))
         finally:
             model.train(was_training)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             everyone: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, found)
-            found = [row for rows in everyone for row in rows]
-        return found
+            # Batch by batch, so that shares of the sample stand one after the other as they do in the whole.
+            found = [rows for batches in itertools.zip_longest(*everyone, fillvalue=()) for rows in batches]
+        return [row for rows in found for row in rows]
 
     def _sample(self) -> list[Any]:
         """The first batches of the eval_dataset, with at least `rows` rows on all ranks together."""
@@ -59,9 +64,9 @@ class HeldOut:
 
     def take_better(self) -> None:
         """Leave the model with the averaged weights if their loss on the sample is lower, else with the last ones."""
-        last, _ = mean_and_error(self.losses(False))
+        last, _ = mean_and_error(self.losses())
         self.averages.swap()
-        averaged, _ = mean_and_error(self.losses(False))
+        averaged, _ = mean_and_error(self.losses())
         if not averaged <= last:
             self.averages.swap()
         taken = "averaged" if averaged <= last else "last"

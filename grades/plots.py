@@ -15,6 +15,7 @@ COLORS = {
 OTHER_COLOR = "#56B4E9"  # of any other tower
 TASK_COLORS = ("black", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 NOT_FROZEN = "#E6E6E6"
+SAMPLE = "averaged weights, on the sample of the gains"
 UNITS = {
     "weight_change": "L1 weight change since last check",
     "gradient_change": "L1 gradient change since last step",
@@ -73,8 +74,11 @@ def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
         label: [(known["step"], known[key]) for known in validation if known.get(key) is not None]
         for key, label in names.items()
     }
-    sampled = [(check["step"], check["loss"]) for check in history["checks"] if "loss" in check]
-    found["averaged weights, on the sample of the gains"] = sampled
+    sampled = [check for check in history["checks"] if "loss" in check]
+    whole = max((check.get("rows", 0) for check in sampled), default=0)
+    for label, is_whole in ((SAMPLE, True), (f"{SAMPLE}, its first rows", False)):
+        checks = [check for check in sampled if (check.get("rows", 0) == whole) == is_whole]
+        found[label] = [(check["step"], check["loss"]) for check in checks]
     return {label: points for label, points in found.items() if points} if found["averaged weights"] else {}
 
 
@@ -109,9 +113,14 @@ def _draw_tasks(axis: Any, history: dict[str, Any], tasks: dict[str, list[tuple[
 
 
 def _draw_losses(axis: Any, history: dict[str, Any], losses: dict[str, list[tuple[int, float]]]) -> None:
-    for (label, points), style in zip(losses.items(), ("-", "-", ":"), strict=False):
+    for label, points in losses.items():
         color = "0.6" if label == "last weights" else "black"
-        axis.plot(*zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3, label=label)
+        style = (":" if label == SAMPLE else "") if label.startswith(SAMPLE) else "-"
+        fill = "white" if label.startswith(SAMPLE) else color
+        axis.plot(
+            *zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3, markerfacecolor=fill,
+            label=label,
+        )  # fmt: skip
     if history["stopped_early"]:
         axis.axvline(history["last_step"], color="black", linestyle=":", label=f"end, step {history['last_step']:,}")
     axis.set_yscale("log")

@@ -21,13 +21,17 @@ from grades.towers import CONNECTOR, Towers
 
 PER_STEPS = 100  # a gain is told per this many steps
 CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
+SCREEN = 0.25  # of the held-out rows, on which a gain may show already that it is above its limit
+SCREEN_CERTAINTY = 3.0  # standard errors by which it must be; then the other rows are not evaluated
+SCREEN_ROWS = 16  # of fewer the standard error is not known well enough
 RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since a freeze to thaw it
 SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
 
 Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
-# Gives the losses of a fixed sample of held-out rows under the model's present weights. Its argument: whether the
-# vision tower's weights are those of the call before, so that the features of the images need not be computed again.
-Evaluate = Callable[[bool], Losses]
+# Gives the losses of a fixed sample of held-out rows under the model's present weights. Its arguments: whether the
+# vision tower's weights are those of the latest call for these rows, whose image features then serve again; and from
+# which share of the sample to which, in [0, 1]: what (0, x) and (x, 1) give together is what (0, 1) gives.
+Evaluate = Callable[[bool, float, float], Losses]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Rollback(Metric):
     """The gain of a component's part since the previous check, plus its standard error, in nats per 100 steps.
 
     The standard error is that over rows: nothing counts as converged on noise. At a check the loss is evaluated once,
-    and once more for each part in which something trains; with `limits`, parts are measured until one is above its own.
+    and once more for each part in which something trains; with `limits`, parts are measured until one is above its own,
+    and the first of them on a share of the rows, SCREEN, where that leaves no doubt.
     """
 
     first_check = 2
@@ -67,7 +72,7 @@ class Rollback(Metric):
         self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
         self.scale, self.level, self.limits = PER_STEPS / interval, parts, dict(limits or {})
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
-        self.losses: Losses = ()  # at the last check, under the averaged weights
+        self.losses: Losses = ()  # at the last check, under the averaged weights, of the rows that it needed
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
         self.vision_moves = True  # since the evaluation before
 
@@ -82,10 +87,10 @@ class Rollback(Metric):
             self._remember()
             return dict.fromkeys((component.name for component in components), None)
         with self.averages.applied():
-            self.losses = list(self.evaluate(not self.vision_moves))
             known.sort(key=lambda part: part.tower == "vision")  # until then the images' features are the same
+            self.losses, first = self._screen(known[0])
             for part in known:
-                gain, error = paired_difference(self.losses, self._put_back(part))
+                gain, error = paired_difference(self.losses, first if part is known[0] else self._put_back(part))
                 self.gains[part.name] = gain, error
                 bound = max(SMALLEST, self.scale * (gain + CERTAINTY * error))
                 for name in part.components:
@@ -96,12 +101,27 @@ class Rollback(Metric):
         self._remember()
         return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}
 
+    def _screen(self, part: Part) -> tuple[Losses, Losses]:
+        """The losses now and with the part put back: of the first rows alone where its gain is above its limit there
+        beyond doubt, so that nothing can freeze at this check; else of all rows."""
+        same, limit = not self.vision_moves, self.limits.get(part.name)
+        if limit is None or self.at_freeze:  # with something frozen all rows tell whether the loss has risen since
+            return self.evaluate(same, 0.0, 1.0), self._put_back(part)
+        now, back = list(self.evaluate(same, 0.0, SCREEN)), list(self._put_back(part, 0.0, SCREEN))
+        gain, error = paired_difference(now, back)
+        if len(now) >= SCREEN_ROWS and self.scale * (gain - SCREEN_CERTAINTY * error) > limit:
+            return now, back
+        now += self.evaluate(same, SCREEN, 1.0)
+        return now, back + list(self._put_back(part, SCREEN, 1.0))
+
     def details(self) -> dict[str, Any]:
-        """For the history: the mean loss in nats, and (gain, standard error) of each part in nats per 100 steps."""
+        """For the history: the mean loss in nats and of how many rows, and (gain, standard error) of each part in nats
+        per 100 steps."""
         if not self.losses:
             return {}
         loss, _ = mean_and_error(self.losses)
-        return {"loss": loss, "gains": {k: [self.scale * value for value in pair] for k, pair in self.gains.items()}}
+        gains = {part: [self.scale * value for value in pair] for part, pair in self.gains.items()}
+        return {"loss": loss, "rows": len(self.losses), "gains": gains}
 
     def risen(self) -> list[str]:
         """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""
@@ -126,12 +146,12 @@ class Rollback(Metric):
     def _averaged(self, part: Part) -> list[nn.Parameter]:
         return [p for p in part.parameters if AVERAGE in self.averages.state.get(p, ())]
 
-    def _put_back(self, part: Part) -> Losses:
-        """The losses with the part at its older average."""
+    def _put_back(self, part: Part, begin: float = 0.0, end: float = 1.0) -> Losses:
+        """The losses of this share of the rows with the part at its older average."""
         parameters = self._averaged(part)
         for parameter in parameters:
             exchange(parameter, self.averages.state[parameter][OLDER])
-        losses = list(self.evaluate(part.tower != "vision"))
+        losses = self.evaluate(part.tower != "vision", begin, end)
         for parameter in parameters:
             exchange(parameter, self.averages.state[parameter][OLDER])
         return losses

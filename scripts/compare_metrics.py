@@ -53,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
     parser = runs.make_parser(__doc__.splitlines()[0], prefix="metrics", seeds=3, recipe=runs.PAPER_RECIPE)
     parser.add_argument("--saved", type=float, default=0.12, help="share of Full's FLOPs to save (default: 0.12)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="metrics to run (default: all)")
     arguments = runs.read_arguments(parser, argv)
     if not 0 < arguments.saved < 1 - arguments.recipe.grades.alpha:
         parser.error(f"--saved {arguments.saved}: must be > 0 and less than 1 - alpha {arguments.recipe.grades.alpha}")
@@ -61,17 +62,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     """A run per metric that freezes nothing, then seed by seed the metrics and the references."""
+    rows = [row for row in ROWS if row in arguments.rows]
     specs, watching = [], {row: ("--enable_grades", *FLAGS[row].split()) for row in ROWS}
-    for row in dict.fromkeys(CURVES.values()):
+    for row in dict.fromkeys(CURVES[row] for row in rows):
         flags = (*arguments.extra, *watching[row], *NO_FREEZE, "--seed", str(CALIBRATION_SEED))
         specs.append(RunSpec(f"curves_{row}", f"curves of {LABELS[row]}", CALIBRATION_SEED, flags))
     for seed in range(arguments.seeds):
         common = (*arguments.extra, "--seed", str(seed))
         specs.append(RunSpec("full", LABELS["full"], seed, common))
-        for row in ROWS:
+        for row in rows:
             late = functools.partial(tau_flags, row, arguments.saved)
             specs.append(RunSpec(row, LABELS[row], seed, common + watching[row], (curves(row),), late, "the taus"))
-        for row in REPLAYED:
+        for row in [row for row in REPLAYED if row in rows]:
             name, need = f"random_{row}", f"{row}_seed{seed}"
             flags = (*common, "--enable_grades", "--replay_seed", str(seed))
             replay = functools.partial(Runs.replay_flags, name=need)
@@ -181,7 +183,7 @@ def tables(made: Runs, arguments: argparse.Namespace) -> tuple[str, dict]:
     found = measured(made)
     text = "Mean ± standard deviation (min..max) over the seeds. Saved: share of the weight updates not made.\n\n"
     text += made.table({LABELS[row]: values for row, values in found.items()}, COLUMNS)
-    ready = [row for row in ROWS if curves(row) in made.results]
+    ready = [row for row in ROWS if row in arguments.rows and curves(row) in made.results]
     taus = ([LABELS[row], *tau_flags(row, arguments.saved, made)[1::2]] for row in ready)
     lines = ([label, *(f"{float(tau):.4g}" for tau in both)] for label, *both in taus)
     return f"{text}\n{runs.markdown_table(['metric', 'vision_tau', 'language_tau'], lines)}", {"rows": found}
@@ -200,6 +202,8 @@ def picture(made: Runs, arguments: argparse.Namespace) -> Figure:
 def draw_curves(axis: Axes, made: Runs, tower: str) -> None:
     """The median over the tower's matrices of each metric's share of the matrix's own peak."""
     for row in METRICS:  # the relative one has the same curve as weight_change
+        if curves(row) not in made.results:
+            continue
         history = made.history(curves(row))
         series = [[check["values"][i] for check in history["checks"]] for i in columns_of(history, tower)]
         peaks = [max(v for v in values if v is not None) for values in series]

@@ -99,7 +99,7 @@ def really_held(settings, model) -> dict[str, int]:
     optimizer, batch = setup.make_optimizer(model, settings.train), full_batch(settings, CPU)
     grades = dataclasses.replace(settings.grades, freeze_vision=False, freeze_language=False)
     averages = AveragedWeights(model.parameters(), optimizer, settings.train.average_weights or 0.9)
-    evaluate = lambda same_vision: [(1.0, 1), (2.0, 1)]  # noqa: E731
+    evaluate = lambda *share: [(1.0, 1), (2.0, 1)]  # noqa: E731
     monitor = GradESMonitor(grades, model, optimizer, 10, log=lambda line: None, averages=averages, evaluate=evaluate)
     autocast = setup.autocast(CPU, settings.train.dtype)
     known, block_inputs = [*model.parameters(), *filter(torch.is_tensor, batch.values())], {}

@@ -326,6 +326,20 @@ def test_metrics_are_compared_at_equal_flops(start):
     assert (out / "metrics.png").stat().st_size > 10_000
 
 
+def test_some_metrics_alone(start):
+    def history(frozen: bool) -> dict:
+        return history_of(4, 6, 8) | {"events": []}
+
+    trainer, flags = Trainer(history=history), ("--seeds", "1", "--rows", "gradient_rms", "front", "--", *MODEL)
+    code, commands, out = start(compare_metrics, *flags, trainer=trainer)
+    curves = [f"curves_{metric}_seed100" for metric in ("weight_change", "gradient_rms")]
+    assert (code, list(commands)) == (
+        0,
+        [*curves, "full_seed0", "front_seed0", "gradient_rms_seed0", "random_gradient_rms_seed0"],
+    )
+    assert (out / "metrics.png").is_file()
+
+
 def test_the_tau_that_saves_a_share_of_the_updates():
     """Two matrices of one element, measured at steps 1 to 4 of 4, the first of which is grace."""
     components = [{"name": name, "tower": "vision", "layer": 0, "elements": 1} for name in "ab"]

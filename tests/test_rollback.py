@@ -10,14 +10,22 @@ from tiny.grades import Loop, batch, make_model, make_optimizer, same_weights
 from grades import GradESConfig, GradESMonitor, policy
 from grades.averaging import AVERAGE, AveragedWeights
 from grades.components import tower_of
+from grades.plots import convergence
 from grades.rollback import find_parts, mean_and_error, paired_difference
 
 STEPS = 12
 
 
-def row_losses(model, rows=range(100, 106)):
+ROWS = range(100, 106)
+
+
+def row_losses(model, begin=0.0, end=1.0):
     with torch.no_grad():
-        return [(float(model(**batch(row))[1]) * 20, 20) for row in rows]
+        return [(float(model(**batch(row))[1]) * 20, 20) for row in cut(ROWS, begin, end)]
+
+
+def cut(rows, begin, end):
+    return rows[round(begin * len(rows)) : round(end * len(rows))]
 
 
 def loop(config: dict, evaluate=None, **others) -> Loop:
@@ -29,7 +37,7 @@ def loop(config: dict, evaluate=None, **others) -> Loop:
     given = {"metric": "rollback", "compute_interval": 3, "alpha": 0.0} | config
     made.monitor = GradESMonitor(
         GradESConfig(**given), model, optimizer, STEPS, made.lines.append, averages=averages,
-        evaluate=evaluate or (lambda same_vision: row_losses(model)), **others,
+        evaluate=evaluate or (lambda same_vision, *share: row_losses(model, *share)), **others,
     )  # fmt: skip
     made.averages, made.averaged = averages, {}
     after_step = made.monitor.after_step
@@ -89,7 +97,7 @@ def test_nothing_freezes_on_noise():
     """Gains of zero whose error is above tau."""
     calls = [0]
 
-    def noisy(same_vision):
+    def noisy(*share):
         calls.append(1)
         height = 2 * (len(calls) % 3)  # never the same for two evaluations of one check
         return [(20.0 + height, 20), (20.0 - height, 20)]
@@ -98,7 +106,7 @@ def test_nothing_freezes_on_noise():
     gains = [check["gains"]["vision"] for check in run.monitor.checks[1:]]
     assert all(gain == pytest.approx(0) and error > 0.5 for gain, error in gains)
     assert not run.monitor.frozen
-    still = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=lambda same_vision: [(20.0, 20), (21.0, 20)]).run()
+    still = loop({"vision_tau": 0.5, "language_tau": 0.5}, evaluate=lambda *share: [(20.0, 20), (21.0, 20)]).run()
     assert still.step == 6  # the first check with a gain; everything is frozen, and the run ends
     assert still.monitor.enough_frozen()
 
@@ -123,11 +131,50 @@ def test_together_the_vision_tower_is_measured_only_where_it_decides():
     assert parts(**never, freeze_order="together", freeze_language=False)[1] == ["language", "vision"]
 
 
+def test_a_gain_far_above_its_limit_is_measured_on_a_share_of_the_rows():
+    """Whatever its size, the run ends as if all rows had been evaluated at each check."""
+    heights, asked = {}, []
+
+    def losses(same_vision, begin, end):
+        asked.append((begin, end))
+        height = heights["now"] + (heights["gain"] if len(asked) % 2 == 0 else 0.0)  # the second of a check: put back
+        return [(20 * (height + i % 4 / 100), 20) for i in cut(range(80), begin, end)]
+
+    def shares(gain, **config):
+        heights.update(now=1.0, gain=gain)
+        asked.clear()
+        run = loop({"language_tau": 0.5, "vision_tau": 1e9, "freeze_order": "together"} | config, evaluate=losses)
+        run.run()
+        return asked, run.monitor.checks[1], run.step
+
+    first, others = [(0.0, 0.25)] * 2, [(0.25, 1.0)] * 2
+    assert shares(1.0)[0] == first * 3
+    assert [shares(1.0)[1][key] for key in ("rows", "loss")] == [20, pytest.approx(1.015)]
+    asked_of, check, step = shares(0.0)
+    assert (asked_of[:4], check["rows"], step) == (first + others, 80, 6)
+    assert set(shares(1.0, freeze_order="any")[0]) == {(0.0, 1.0)}
+
+
+def test_the_picture_tells_losses_of_fewer_rows_apart():
+    history = loop(NEVER).run().monitor.history()
+    history["validation"] = [{"step": 3, "loss": 2.0, "loss_averaged": 1.0}]
+    for check, rows in zip(history["checks"][1:], (2, 6, 6), strict=True):
+        check["rows"] = rows
+    lines = {line.get_label(): list(line.get_xdata()) for line in convergence(history).axes[0].get_lines()}
+    sample = "averaged weights, on the sample of the gains"
+    assert lines == {"last weights": [3], "averaged weights": [3], sample: [9, 12], f"{sample}, its first rows": [6]}
+
+
+def test_few_rows_are_all_measured():
+    run = loop({"language_tau": 1e-9, "vision_tau": 1e-9, "freeze_order": "together"}).run()
+    assert [check.get("rows") for check in run.monitor.checks] == [None, 6, 6, 6]
+
+
 def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
     height = [0.0]
     run = loop(
         {"vision_tau": 1e9, "language_tau": 1e-12},
-        evaluate=lambda same_vision: [(20.0 + height[0] + i / 10 * height[0], 20) for i in range(9)],
+        evaluate=lambda *share: [(20.0 + height[0] + i / 10 * height[0], 20) for i in range(9)],
     )
     run.on_step = lambda step: height.__setitem__(0, 5.0 if step == 8 else 0.0 if step == 9 else height[0])
     run.run()
