@@ -45,7 +45,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lm_tokenizer", help="as in train.py, for a checkpoint without a tokenizer of its own")
     parser.add_argument("--answers", type=Path, help='score these answers: .jsonl of {"id": ..., "answer": ...}')
     parser.add_argument(
-        "--missing", choices=("error", "wrong", "skip"), default="error", help="questions without answer"
+        "--missing",
+        choices=("error", "wrong", "skip"),
+        default="error",
+        help="questions without answer, or that cannot be asked",
     )
     parser.add_argument("--output", type=Path, help="folder for results.json, answers.jsonl, answers.html ...")
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
@@ -124,7 +127,7 @@ def evaluate(given: argparse.Namespace) -> None:
     answers = read_answers(given.answers, [one.task.name for one in benchmarks])
     scored = []
     for one in benchmarks:
-        rows, summary = score(one, match(answers[one.task.name], one, given.missing, bool(given.limit)))
+        rows, summary = score(one, match(answers[one.task.name], one, given.missing))
         before = earlier.get("tasks", {}).get(one.task.name, {})
         scored.append((one.task, rows, summary | {"decoding": before.get("decoding")}))
     finish(given, {"model": earlier.get("model"), "answers": str(given.answers)}, scored, benchmarks)
@@ -162,7 +165,7 @@ def ask(given: argparse.Namespace) -> None:
         asking.answer(one, model)
     parallel.gather(None)  # until all have answered
     if parallel.is_main:
-        scored = [part for one in benchmarks for part in scored_answers(asking, one, model)]
+        scored = [part for one in benchmarks for part in scored_answers(asking, one, model, given.missing)]
         finish(given, {"model": model}, scored, benchmarks)
         asking.forget()
 

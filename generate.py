@@ -186,6 +186,8 @@ def ask_once(given: argparse.Namespace, asker: Asker) -> None:
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
     question = asker.reader.conversation([spoken], shown)
+    if problem := asker.reader.too_long(question, given.max_new_tokens):
+        raise ValueError(f"--prompt: {problem}")
     question = replace(question, prompts=question.prompts * given.generations)
     for answer in asker.answer([question], given.max_new_tokens, given.stop, **sampling_of(given)):
         print(answer)

@@ -237,7 +237,7 @@ def _choice(record: Record) -> Found:
     letters, choices = _choices(record)
     number = _chosen(record, letters, choices)
     lines = [question or "", *(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))]
-    turn = _turn("\n".join(lines), None, source_of(record.get("source")))
+    turn = _turn("\n".join(lines), None, source_of(record.get("source"))) | {"letters": letters}
     return [_answered(turn, [] if number is None else [letters[number], choices[number]])], None, []
 
 

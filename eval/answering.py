@@ -6,11 +6,12 @@ import hashlib
 import json
 import shutil
 import string
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -48,9 +49,13 @@ class Answering:
     def __post_init__(self) -> None:
         self.batches = Batches(self.batch_size, self.asker.device)
 
+    def tokens(self, benchmark: Benchmark) -> int:
+        """Of the longest answer."""
+        return self.max_new_tokens or benchmark.task.max_new_tokens
+
     def decoding(self, benchmark: Benchmark) -> dict[str, Any]:
         """How the answers are decoded, for the results."""
-        tokens = self.max_new_tokens or benchmark.task.max_new_tokens
+        tokens = self.tokens(benchmark)
         stop = {"stop": list(benchmark.task.stop)} if benchmark.task.stop else {}
         return {"greedy": True, "max_new_tokens": tokens, **stop, "without_image": self.without_image}
 
@@ -65,7 +70,7 @@ class Answering:
         model: as `describe_model` says. Raises ValueError where --output has answers of other settings; OSError.
         """
         path, settings = self._path(benchmark, self.rank), self.settings(benchmark, model)
-        known, _ = read_progress(self.paths(benchmark), settings)
+        known = read_progress(self.paths(benchmark), settings).answers
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_broken_line(path)
         if not path.exists():
@@ -86,7 +91,7 @@ class Answering:
         return benchmark.questions[self.rank :: self.world_size]
 
     def answers_to(self, benchmark: Benchmark, questions: Sequence[Question]) -> Iterator[list[dict]]:
-        """{"id", "answer"} of each of the questions, batch by batch. Raises ValueError where one cannot be asked."""
+        """{"id", "answer"} of each of the questions, {"id", "error"} of one that cannot be asked, batch by batch."""
         for group in self.batches.sorted_by_length(self._read(benchmark, questions)):
             for _, answers in self.batches.run(group, partial(self._ask, benchmark)):
                 yield answers
@@ -104,27 +109,29 @@ class Answering:
         """Of all ranks, also of an earlier run with another number of them."""
         return sorted(self._path(benchmark, 0).parent.glob(f"{benchmark.task.name}-[0-9]*.jsonl"))
 
-    def _read(self, benchmark: Benchmark, left: Sequence[Question]) -> Iterator[tuple[Question, Questions]]:
+    def _read(self, benchmark: Benchmark, left: Sequence[Question]) -> Iterator[tuple[Question, Questions | str]]:
         """The questions with their images decoded, by worker processes while the model answers."""
-        prompts = Prompts(self.asker.reader, benchmark, left, self.without_image)
+        prompts = self.prompts(benchmark, left)
         options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
         options |= {"worker_init_fn": init_worker, "generator": torch.Generator()}  # see data.loader.train_batches
         if self.workers:
             torch.multiprocessing.set_sharing_strategy("file_system")
-        for question, read in zip(left, DataLoader(prompts, **options), strict=True):
-            if isinstance(read, str):
-                raise ValueError(f"{benchmark.task.name}, question {question.id}: {read}")
-            yield question, read
+        yield from zip(left, DataLoader(prompts, **options), strict=True)
 
-    def _ask(self, benchmark: Benchmark, batch: list[tuple[Question, Questions]]) -> list[dict]:
-        """{"id", "answer"} of each."""
-        tokens = self.max_new_tokens or benchmark.task.max_new_tokens
-        texts = self.asker.answer([questions for _, questions in batch], tokens, benchmark.task.stop)
-        chosen = self._likeliest(batch) if self.likelihood else {}
-        return [
-            {"id": question.id, "answer": text} | chosen.get(question.id, {})
-            for (question, _), text in zip(batch, texts, strict=True)
-        ]
+    def prompts(self, benchmark: Benchmark, questions: Sequence[Question]) -> Prompts:
+        """The questions as the model gets them."""
+        return Prompts(self.asker.reader, benchmark, questions, self.without_image, self.tokens(benchmark))
+
+    def _ask(self, benchmark: Benchmark, batch: list[tuple[Question, Questions | str]]) -> list[dict]:
+        """What answers_to gives of each."""
+        found = [{"id": question.id, "error": why} for question, why in batch if isinstance(why, str)]
+        asked = [(question, one) for question, one in batch if isinstance(one, Questions)]
+        if not asked:
+            return found
+        texts = self.asker.answer([one for _, one in asked], self.tokens(benchmark), benchmark.task.stop)
+        chosen = self._likeliest(asked) if self.likelihood else {}
+        answers = zip(asked, texts, strict=True)
+        return [*({"id": one.id, "answer": text} | chosen.get(one.id, {}) for (one, _), text in answers), *found]
 
     def _likeliest(self, batch: list[tuple[Question, Questions]]) -> dict[str, dict[str, str]]:
         """Of those with lettered choices."""
@@ -145,15 +152,28 @@ def describe_model(asker: Asker, name: str) -> dict[str, Any]:
 
 
 def scored_answers(
-    asking: Answering, benchmark: Benchmark, model: Mapping[str, Any]
+    asking: Answering, benchmark: Benchmark, model: Mapping[str, Any], missing: str = "error"
 ) -> list[tuple[Task, list[dict], dict[str, Any]]]:
     """(task, rows of answers.jsonl, its part of results.json) of the answers, and of the likeliest choices.
 
-    Raises ValueError where a question has no answer.
+    missing: as eval.answers.match takes it, of questions that could not be asked. Raises ValueError with "error" where
+    there are any.
     """
-    answers, likeliest = read_progress(asking.paths(benchmark), asking.settings(benchmark, model))
+    answers, likeliest, errors = read_progress(asking.paths(benchmark), asking.settings(benchmark, model))
+    if errors:
+        first, why = next(iter(errors.items()))
+        number = f"{len(errors)} of {len(benchmark.questions)} questions"
+        problem = f"{benchmark.task.name}: {number} could not be asked; the first, {first}: {why}"
+        if missing == "error":
+            raise ValueError(
+                f"{problem}; the other answers are kept: the same command with --missing wrong counts these as wrong, "
+                "with --missing skip it leaves them out"
+            )
+        print(problem, file=sys.stderr)
+    if missing == "wrong":
+        likeliest |= {one.id: "" for one in benchmark.questions if one.id in errors and likeliest and letters_of(one)}
     found = []
-    for kind, given in (("", match(answers.items(), benchmark)), (LIKELIHOOD, likeliest)):
+    for kind, given in (("", match(answers.items(), benchmark, missing)), (LIKELIHOOD, likeliest)):
         if not given:
             continue
         name = f"{benchmark.task.name}/{kind}".rstrip("/")
@@ -162,12 +182,14 @@ def scored_answers(
         decoding = asking.decoding(benchmark) | (
             {"greedy": False, LIKELIHOOD: "first token of a letter"} if kind else {}
         )
-        found.append((one.task, rows, summary | {"decoding": decoding}))
+        found.append((one.task, rows, summary | {"decoding": decoding} | ({"not_asked": errors} if errors else {})))
     return found
 
 
-def letters_of(question: Question) -> str:
-    """The letters of its choices, "" where it has none."""
+def letters_of(question: Question) -> Sequence[str]:
+    """The letters of its choices; empty where it has none."""
+    if "letters" in question.item.truth:  # of one's own rows
+        return question.item.truth["letters"]
     letters = string.ascii_uppercase[: question.item.choices or 0]
     return letters if question.item.truth.get("answer") in list(letters) else ""
 
@@ -178,9 +200,16 @@ class Prompts(Dataset):
     In words, as an error of a worker process would arrive with its traceback.
     """
 
-    def __init__(self, reader: Reader, benchmark: Benchmark, questions: Sequence[Question], without_image: bool):
+    def __init__(
+        self,
+        reader: Reader,
+        benchmark: Benchmark,
+        questions: Sequence[Question],
+        without_image: bool,
+        max_new_tokens: int,
+    ):
         self.reader, self.benchmark, self.questions = reader, benchmark, questions
-        self.without_image = without_image
+        self.without_image, self.max_new_tokens = without_image, max_new_tokens
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -193,19 +222,29 @@ class Prompts(Dataset):
             self.reader.check(f"{question.item.system or ''}\n{question.prompt}")
             if not self.without_image:
                 turn, images = self.benchmark.asked(question)
-            return self.reader.read(turn, images, question.item.system or "", question.answer_prefix, question.id)
+            system, prefix = question.item.system or "", question.answer_prefix
+            read = self.reader.read(turn, images, system, prefix, question.id)
+            return self.reader.too_long(read, self.max_new_tokens) or read
         except (ImageDecodeError, ValueError, OSError) as error:
             return str(error)
 
 
-def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """(question id -> answer, question id -> likeliest choice) of an evaluation that was ended.
+class Progress(NamedTuple):
+    """What is known of an evaluation's questions, by their ids: the answer, the likeliest choice, and why a question
+    could not be asked."""
+
+    answers: dict[str, str]
+    likeliest: dict[str, str]
+    errors: dict[str, str]
+
+
+def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> Progress:
+    """Of an evaluation that was ended.
 
     A last line that breaks off counts as not written: another rank may be writing it. Raises ValueError where the
     settings are others.
     """
-    answers: dict[str, str] = {}
-    likeliest: dict[str, str] = {}
+    found = Progress({}, {}, {})
     for path in paths:
         lines = _whole_lines(path)
         if not lines:
@@ -214,10 +253,12 @@ def read_progress(paths: Sequence[Path], settings: Mapping[str, Any]) -> tuple[d
         check_same_settings(path, before, settings)
         for line in lines[1:]:
             row = json.loads(line)
-            answers[row["id"]] = row["answer"]
-            if LIKELIHOOD in row:
-                likeliest[row["id"]] = row[LIKELIHOOD]
-    return answers, likeliest
+            for known, key in zip(found, ("answer", LIKELIHOOD, "error"), strict=True):
+                if key in row:
+                    known[row["id"]] = row[key]
+    for one in found.errors.keys() & found.answers.keys():  # asked again, when it could be
+        del found.errors[one]
+    return found
 
 
 def _whole_lines(path: Path) -> list[str]:

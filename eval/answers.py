@@ -22,7 +22,8 @@ def read_answers(path: Path, tasks: Sequence[str]) -> dict[str, list[tuple[str, 
     """
     found: dict[str, list[tuple[str, str]]] = {task: [] for task in tasks}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: a JSON text may hold other separators as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except IsADirectoryError:
         raise ValueError(f"--answers {path}: is a folder; it must be a .jsonl file, as answers.jsonl in it") from None
     except FileNotFoundError:
@@ -61,20 +62,18 @@ def _pair(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     return str(row["id"]), row["answer"]
 
 
-def match(
-    given: Iterable[tuple[str, str]], benchmark: Benchmark, missing: str = "error", is_part: bool = False
-) -> dict[str, str]:
+def match(given: Iterable[tuple[str, str]], benchmark: Benchmark, missing: str = "error") -> dict[str, str]:
     """Id -> answer, for ids of the benchmark.
 
     missing, for questions without an answer: "error"; "wrong", an empty answer; or "skip", which leaves them out.
-    is_part: the benchmark is the first of its questions, so that answers to others may be there; they are left out.
+    Where the benchmark is a part of its questions, answers to others may be there; they are left out.
     Raises ValueError that names the ids that are missing, there twice or unknown.
     """
     name, ids = benchmark.task.name, [question.id for question in benchmark.questions]
     by_number = {f"#{question.number}": question.id for question in benchmark.questions}
     known = set(ids)
     pairs = [(one if one in known else by_number.get(one, one), answer) for one, answer in given]
-    if is_part and known & {one for one, _ in pairs}:
+    if benchmark.is_part and known & {one for one, _ in pairs}:
         pairs = [(one, answer) for one, answer in pairs if one in known]
     counts = Counter(one for one, _ in pairs)
     problems = []

@@ -123,6 +123,16 @@ class Reader:
         windows = pool_index([grid for one in shown for grid in one.grids], self.processor.cfg)
         return Questions(tiles, [prompt], [""], [None], "", pool_index=windows)
 
+    def too_long(self, question: Questions, max_new_tokens: int) -> str | None:
+        """What is wrong where the question and the longest answer are more tokens than the model has positions."""
+        room, length = self.processor.cfg.lm_max_position_embeddings, len(question.prompts[0])
+        if length + max_new_tokens <= room:
+            return None
+        return (
+            f"{length} tokens of conversation and --max_new_tokens {max_new_tokens} are more than the model's {room} "
+            "positions"
+        )
+
     def ids(self, text: str) -> list[int]:
         """Of a text that follows another one's ids."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -144,16 +154,6 @@ class ModelAsker:
         self.reader = Reader(tokenizer, ImageProcessor(model.cfg), max_video_frames)
         self.collator = PromptCollator(tokenizer.pad_token_id, model.cfg)
         self.speed = Speed()  # of all answers so far
-
-    def too_long(self, question: Questions, max_new_tokens: int) -> str | None:
-        """What is wrong where the question and the longest answer are more tokens than the model has positions."""
-        room, length = self.model.cfg.lm_max_position_embeddings, len(question.prompts[0]) + max_new_tokens
-        if length <= room:
-            return None
-        return (
-            f"{length} tokens of conversation and --max_new_tokens {max_new_tokens} are more than the model's {room} "
-            "positions"
-        )
 
     def answer(
         self, questions: Sequence[Questions], max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any

@@ -34,6 +34,7 @@ class Benchmark:
     image_fingerprint: str | None = None
     image_table: Table | None = None
     image_numbers: dict[str, int] = field(default_factory=dict)
+    is_part: bool = False  # the first of the questions, or some that were drawn
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +115,7 @@ def open_benchmark(
             f"{table.source}: {task.name} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}; there "
             f"are {', '.join(there) or 'none'}"
         )
-    benchmark = Benchmark(task, [], table, task.split, style)
+    benchmark = Benchmark(task, [], table, task.split, style, is_part=limit is not None or count is not None)
     digests = hashlib.sha256()
     hashes, has_images = not (task.cluster and task.cluster in there), False
     wanted = {*there} - (set() if hashes else set(task.images))

@@ -63,7 +63,7 @@ class Chat:
         content, new = self.asker.reader.spoken(text, self.waiting)
         contents, shown = [*self.contents, content], [*self.pictures, *new]
         question = self.asker.reader.conversation(contents, shown)
-        if problem := self.asker.too_long(question, self.max_new_tokens):
+        if problem := self.asker.reader.too_long(question, self.max_new_tokens):
             raise ValueError(f"{problem}; /reset begins a new conversation")
         answer = self._answer(question)
         if answer is None:

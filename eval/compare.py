@@ -31,7 +31,8 @@ def read_evaluation(folder: Path) -> Evaluation:
             raise FileNotFoundError(f"--compare {folder}: holds no {name}; it must be an --output of evaluate.py")
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a JSON text may hold other separators as they are.
+        lines = (folder / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         rows: dict[str, dict[str, dict]] = {name: {} for name in results["tasks"]}
         for row in map(json.loads, filter(str.strip, lines)):
             rows[row["task"]][row["id"]] = row
@@ -72,7 +73,7 @@ def _compare_task(name: str, first: Evaluation, second: Evaluation) -> dict[str,
             notes.append(f"{what} differ: {values[0]} and {values[1]}")
     pairs = [one[row_id] for row_id in ids], [other[row_id] for row_id in ids]
     clusters = [row["cluster"] for row in pairs[0]]
-    task = TASKS.get(name) or own_task(name)
+    task = TASKS.get(name.split("/")[0]) or own_task(name)  # of mmstar/likelihood: mmstar
     rules = [rule for rule in summaries[0]["rules"] if rule in summaries[1]["rules"]]
     return {
         "rows": len(ids),

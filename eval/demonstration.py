@@ -58,7 +58,7 @@ def show_answer(
         raise ValueError(f"{error.kind}: {error}") from None
     spoken, shown = asker.reader.spoken(text, processed)
     question = asker.reader.conversation([spoken], shown)
-    if problem := asker.too_long(question, max_new_tokens):
+    if problem := asker.reader.too_long(question, max_new_tokens):
         raise ValueError(problem)
     prompt = question.prompts[0]
     counted = f"{prompt.count(asker.model.cfg.image_token_id)} image tokens of {len(prompt)} in the prompt"

@@ -127,14 +127,14 @@ def _named(found: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]
 
 def _samples(rows: Sequence[dict], task: str) -> list[dict[str, Any]]:
     """What lmms-eval writes as <time>_samples_<task>.jsonl."""
-    of_task = (row for row in rows if row["task"] == task)
     return [
         {
-            "doc_id": number,
+            "doc_id": row["number"],
             "target": json.dumps(row["truth"], ensure_ascii=False),
             "filtered_resps": [row["answer"]],
             "input": row["prompt"] or row["question"],
             "doc_hash": hashlib.sha256(row["id"].encode()).hexdigest(),
         }
-        for number, row in enumerate(of_task)
+        for row in rows
+        if row["task"] == task
     ]

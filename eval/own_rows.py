@@ -47,7 +47,6 @@ POINT_RULES = (
 POINT_FORMATS = (
     "points", "pixmo-points", "pixmo-count", "CoSyn-point", "multi-image points", "video points", "video tracks"
 )  # fmt: skip
-LETTER_LINE = re.compile(r"^(\w{1,3})\. ", re.MULTILINE)  # as data.conversations writes choices below a question
 MAX_NEW_TOKENS = 50
 POINT_TOKENS = 400  # about 40 points, where each digit is a token
 ID_KEYS, CLUSTER_KEYS = ("id", "question_id"), ("cluster",)
@@ -116,6 +115,7 @@ def open_own_rows(
         "",
         "as written",
         rows=rows,
+        is_part=limit is not None or count is not None,
     )
     bad: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -194,8 +194,8 @@ def _questions(row: Row, row_id: str, number: int, answered: bool, cluster: str 
     found = []
     for place, turn in enumerate(turns):
         truth: dict[str, Any] = {"answers": list(turn.get("answers") or [turn["assistant"]])}
-        if row.get("format") == "multiple choice":
-            truth["letters"] = LETTER_LINE.findall(turn["user"])
+        if "letters" in turn:
+            truth["letters"] = turn["letters"]
         groups = {"source": str(turn["source"])} if turn.get("source") else {}
         item = Item(
             turn["user"], turn["user"], truth, groups, len(truth.get("letters", ())) or None, system=row.get("system")

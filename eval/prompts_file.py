@@ -152,10 +152,11 @@ class PromptsFile:
 
     def _read(self, left: Sequence[Question]) -> Iterator[tuple[Question, Questions | str]]:
         """The questions with their images decoded, by worker processes while the model answers."""
+        prompts = ReadPrompts(self.asker.reader, self.rows, left, self.max_new_tokens)
         options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": self.workers}
         if self.workers:
             torch.multiprocessing.set_sharing_strategy("file_system")
-        yield from zip(left, DataLoader(ReadPrompts(self.asker.reader, self.rows, left), **options), strict=True)
+        yield from zip(left, DataLoader(prompts, **options), strict=True)
 
     def _ask(self, batch: Sequence[tuple[Question, Questions | str]]) -> list[dict[str, Any]]:
         """The line of each question."""
@@ -199,8 +200,9 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
 class ReadPrompts(Dataset):
     """What the model gets for each of some questions, or in words why it cannot be asked."""
 
-    def __init__(self, reader: Reader, rows: OwnRows, questions: Sequence[Question]):
+    def __init__(self, reader: Reader, rows: OwnRows, questions: Sequence[Question], max_new_tokens: int):
         self.reader, self.rows, self.questions = reader, rows, questions
+        self.max_new_tokens = max_new_tokens
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -210,7 +212,8 @@ class ReadPrompts(Dataset):
         system = question.item.system or ""
         try:
             self.reader.check("\n".join([system, question.prompt]))
-            return self.reader.read(*self.rows.asked(question), system, id=question.id)
+            read = self.reader.read(*self.rows.asked(question), system, id=question.id)
+            return self.reader.too_long(read, self.max_new_tokens) or read
         except ImageDecodeError as error:
             return f"{error.kind}: {error}"
         except ValueError as error:

@@ -35,7 +35,8 @@ def score(benchmark: Benchmark, answers: Mapping[str, str]) -> tuple[list[dict],
 
 def _row(benchmark: Benchmark, question: Question, answer: str) -> dict[str, Any]:
     """A row without scores; its prompt is None where it is not known."""
-    row: dict[str, Any] = {"task": benchmark.task.name, "id": question.id, "question": question.item.question}
+    row: dict[str, Any] = {"task": benchmark.task.name, "id": question.id, "number": question.number}
+    row["question"] = question.item.question
     row["prompt"] = question.prompt if benchmark.prompt_style else None
     if benchmark.prompt_style and question.answer_prefix:
         row["answer_prefix"] = question.answer_prefix

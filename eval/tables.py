@@ -112,8 +112,8 @@ def files_of_split(folder: Path, config: str | None, split: str) -> list[Path]:
     """The files whose name, or whose folder's name, is that of the split or begins with it; all where the one file says
     nothing of a split. Parquet files, or else JSON. Raises ValueError, FileNotFoundError."""
     files = [file for file in sorted(folder.rglob("*")) if file_type(file) in (".parquet", *TYPES) and file.is_file()]
-    if config and (of_config := [file for file in files if config in file.relative_to(folder).parts[:-1]]):
-        files = of_config
+    if config:
+        files = _files_of_config(files, folder, config, split)
     parquet = [file for file in files if file.suffix == ".parquet"]
     files = parquet or [file for file in files if file_type(file) in TYPES]
     if not files:
@@ -126,6 +126,17 @@ def files_of_split(folder: Path, config: str | None, split: str) -> list[Path]:
         raise ValueError(f"--data_root {folder}: no file of the split {split}; there are {', '.join(there)}")
     _check_shards(of_split, folder)
     return of_split
+
+
+def _files_of_config(files: Sequence[Path], folder: Path, config: str, split: str) -> list[Path]:
+    """Those in a folder of that name, or else those in no folder of another one: its questions would be others."""
+    places = {file: file.relative_to(folder).parts[:-1] for file in files}
+    of_config = [file for file in files if config in places[file]]
+    of_none = [file for file in files if folder.name == config or not {*places[file]} - {"data", split}]
+    if files and not of_config and not of_none:
+        there = ", ".join(sorted({places[file][0] for file in files}))
+        raise FileNotFoundError(f"--data_root {folder}: no folder {config}; there are {there}")
+    return of_config or of_none
 
 
 def _split_of(file: Path) -> str:

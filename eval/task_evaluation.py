@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval.answering import Answering, Prompts
+from eval.answering import Answering
 from eval.asking import ModelAsker
 from eval.benchmarks import Benchmark
 from eval.evaluation import Evaluator, evaluating
@@ -81,7 +81,7 @@ class TaskEvaluator:
     def __post_init__(self) -> None:
         """Raises ValueError where the first question of a benchmark cannot be asked."""
         for one in self.benchmarks:
-            first = Prompts(self.answering.asker.reader, one, one.questions[:1], without_image=False)[0]
+            first = self.answering.prompts(one, one.questions[:1])[0]
             if isinstance(first, str):
                 raise ValueError(f"--eval_tasks {one.task.name}: question {one.questions[0].id}: {first}")
 
@@ -94,8 +94,11 @@ class TaskEvaluator:
         found: dict[str, str] = {}
         try:
             for batch in self.until(self.answering.answers_to(benchmark, self.answering.mine(benchmark))):
-                found |= {one["id"]: one["answer"] for one in batch}
-        except ValueError as error:  # one bad picture must not end the run
+                for one in batch:
+                    if "error" in one:  # one bad picture must not end the run
+                        return f"{benchmark.task.name}, question {one['id']}: {one['error']}"
+                    found[one["id"]] = one["answer"]
+        except ValueError as error:  # nor must one that does not fit into memory
             return str(error)
         return found
 

@@ -177,7 +177,7 @@ class Rivals:
         self.asker = Asker(folder / "checkpoint", device, self.autocast)
         self.theirs = their_model(nanovlm, self.asker.model.cfg).eval()
         self.benchmark: Benchmark = open_benchmark(TASKS[TASK], folder / "data", limit, "lmms-eval", True)
-        self.prompts = Prompts(self.asker.reader, self.benchmark, self.benchmark.questions, False)
+        self.prompts = Prompts(self.asker.reader, self.benchmark, self.benchmark.questions, False, NEW_TOKENS)
         self.size = settings.train.eval_batch_size
 
     def batches(self, numbers: Iterable[int]) -> Iterator[list[Questions]]:

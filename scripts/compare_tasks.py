@@ -144,7 +144,9 @@ def ends(made: Runs, arguments: argparse.Namespace) -> tuple[list[dict], int]:
 def tables(made: Runs, arguments: argparse.Namespace) -> tuple[str, dict]:
     """The text of tasks.md, and what results.json says of each run."""
     found, single = ends(made, arguments)
-    header = ["task", "ends by gain", "exact match (%)", f"at {single:,} steps", "at full length"]
+    nearest = ", ".join(f"{step:,}" for step in sorted({run["single"] for run in found}))
+    at_single = f"at {nearest} steps, the evaluation nearest to {single:,}"
+    header = ["task", "ends by gain", "exact match (%)", at_single, "at full length"]
     lines = []
     for task, label in TASKS.items():
         if mine := [run for run in found if run["task"] == task]:

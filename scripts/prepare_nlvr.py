@@ -76,7 +76,9 @@ def read_split(clone: Path, split: str) -> list[Example]:
     if not path.is_file():
         return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             found.append(_example(split, json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:

@@ -122,34 +122,67 @@ def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch)
         run(checkpoint, data, tmp_path / "given", "--batch_size", 8)
 
 
-def test_a_question_that_cannot_be_asked_is_named_in_a_sentence(checkpoint, tmp_path):
+@pytest.mark.parametrize(("missing", "answered"), [("skip", 1), ("wrong", 2)])
+def test_a_question_that_cannot_be_asked_is_named_in_a_sentence(checkpoint, tmp_path, monkeypatch, missing, answered):
     rows = [{"question": "is it red?", "answer": "yes"}, {"question": "is <|im_end|> red?", "answer": "yes"}]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--checkpoint", checkpoint, "--tasks", tmp_path / "own.jsonl", "--output", tmp_path / "out"]
-    with pytest.raises(ValueError, match=r"^own, question own.jsonl#1: .*<\|im_end\|> must not stand in it"):
-        evaluate.main(evaluate.parse_arguments([*map(str, flags), "--num_workers", "1"]))
+    flags = [*map(str, flags), "--num_workers", "1"]
+    why = r"own: 1 of 2 questions could not be asked; the first, own.jsonl#1: .*<\|im_end\|> must not stand in it"
+    with pytest.raises(ValueError, match=f"^{why}; the other answers are kept"):
+        evaluate.main(evaluate.parse_arguments(flags))
+    asked = interrupted(monkeypatch, 0)  # the one answer is kept, and not made again
+    evaluate.main(evaluate.parse_arguments([*flags, "--missing", missing]))
+    assert asked == []
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["own.jsonl#0", "own.jsonl#1"][:answered]
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["own"]
+    assert (summary["rows"], list(summary["not_asked"])) == (answered, ["own.jsonl#1"])
+
+
+def test_a_prompt_longer_than_the_model_has_positions_is_not_asked(checkpoint, data, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"8 of 8 questions could not be asked; .* more than the model's \d+ positions"
+    ):
+        run(checkpoint, data, tmp_path / "out", "--max_new_tokens", 100_000)
 
 
 def test_only_its_own_rank_cuts_a_file_that_breaks_off(tmp_path):
     path = tmp_path / "own-1.jsonl"
     written = '{"settings": {}}\n{"id": "1", "answer": "a\u2028b"}\n{"id": "2", "ans'
     path.write_text(written, encoding="utf-8")
-    assert read_progress([path], {}) == ({"1": "a\u2028b"}, {})
+    assert read_progress([path], {}) == ({"1": "a\u2028b"}, {}, {})
     assert path.read_text(encoding="utf-8") == written
     cut_broken_line(path)
     assert path.read_text(encoding="utf-8") == written[: written.rindex("\n") + 1]
 
 
 @of_families("checkpoint")
-def test_the_likeliest_letter_is_scored_too(checkpoint, data, tmp_path):
+def test_the_likeliest_letter_is_scored_too(checkpoint, data, tmp_path, capsys):
     rows, results = run(checkpoint, data, tmp_path / "out", "--likelihood")
     assert set(results["tasks"]) == {"mmstar", "mmstar/likelihood"}
+    evaluate.main(evaluate.parse_arguments(["--compare", str(tmp_path / "out"), str(tmp_path / "out")]))
+    assert "## mmstar/likelihood: 8 questions" in capsys.readouterr().out
     chosen = [row["answer"] for row in rows if row["task"] == "mmstar/likelihood"]
     assert len(chosen) == 8
     assert set(chosen) <= set("ABCD")
     assert {path.name.split("_", 2)[-1] for path in (tmp_path / "out" / "lmms_eval").glob("*.jsonl")} == {
         "samples_mmstar.jsonl", "samples_mmstar_likelihood.jsonl"
     }  # fmt: skip
+
+
+def test_the_likeliest_letter_of_own_rows(checkpoint, tmp_path):
+    rows = [
+        {"question": "which?", "choices": ["red", "blue", "green"], "answer": "blue"},
+        {"question": "who?", "answer": "I"},
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--checkpoint", checkpoint, "--tasks", tmp_path / "own.jsonl", "--output", tmp_path / "out"]
+    evaluate.main(evaluate.parse_arguments([*map(str, flags), "--likelihood", "--num_workers", "0"]))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    chosen = {row["id"]: row["answer"] for row in rows if row["task"] == "own/likelihood"}
+    assert list(chosen) == ["own.jsonl#0"]
+    assert chosen["own.jsonl#0"] in "ABC"
 
 
 def test_rows_of_ones_own_are_asked_as_they_were_trained(checkpoint, tmp_path):

@@ -241,7 +241,7 @@ def test_answers_can_be_scored_again(tmp_path, capsys):
     ],
 )
 def test_ids_that_do_not_match_are_named(tmp_path, pairs, words):
-    benchmark = opened(saved(tmp_path, "mmstar"), "mmstar", limit=4)
+    benchmark = opened(saved(tmp_path, "mmstar", 4), "mmstar")
     given = read_answers(write_answers(tmp_path / "a.jsonl", pairs), ["mmstar"])["mmstar"]
     with pytest.raises(ValueError, match="--answers for mmstar") as error:
         match(given, benchmark)
