@@ -157,10 +157,10 @@ def watch(
     if not cfg.enable_grades:
         return None
 
-    def held_out_losses(same_vision: bool, begin: float, end: float) -> list[tuple[float, int]]:
+    def held_out_losses(same_vision: bool, first: bool) -> list[tuple[float, int]]:
         """For the metric rollback; see grades.rollback.Evaluate."""
         with meter.clock("rollback"):
-            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision, begin, end))
+            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision, first))
             meter.flops.add_forward(evaluator.measured)
         return losses
 

@@ -17,7 +17,7 @@ from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
-PARTS = 4  # into which at least the rows of row_losses are divided
+BATCHES = 16  # into which at least the rows of row_losses are divided, so that every fourth stands for all
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 
@@ -58,25 +58,25 @@ class Evaluator:
             pairs += self._answered(prompts)
         return {"val/loss": total.item() / labels if labels else None} | _named("val", score(pairs))
 
-    def row_losses(
-        self, rows: int, same_vision: bool = False, begin: float = 0.0, end: float = 1.0
-    ) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows, of the
-        batches from share `begin` to share `end` of them.
+    def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows.
 
         The draws are those of training (turns_per_image, its weights, mirroring) and the same at each call.
         same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
+        first: every fourth batch alone; False: all others.
         """
         if not self.held_out:
             collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
-            cfg = dataclasses.replace(self.cfg, eval_batch_size=min(self.cfg.eval_batch_size, math.ceil(rows / PARTS)))
+            size = min(self.cfg.eval_batch_size, math.ceil(rows / BATCHES))
+            cfg = dataclasses.replace(self.cfg, eval_batch_size=size)
             self.held_out = list(eval_batches(self.data.drawn_validation_rows(), collator, cfg, first=rows))
             self.features = [None] * len(self.held_out)
-        part = slice(math.ceil(begin * len(self.held_out)), math.ceil(end * len(self.held_out)))
-        self.measured = self.held_out[part]
-        known = self.features[part] if same_vision else None
-        losses, self.features[part] = row_losses(self.model, self.measured, self.device, self.autocast, known)
-        for batch, features in zip(self.measured, self.features[part], strict=True):
+        numbers = [i for i in range(len(self.held_out)) if first is None or (i % 4 == 0) == first]
+        self.measured = [self.held_out[i] for i in numbers]
+        known = [self.features[i] for i in numbers] if same_vision else None
+        losses, used = row_losses(self.model, self.measured, self.device, self.autocast, known)
+        for i, batch, features in zip(numbers, self.measured, used, strict=True):
+            self.features[i] = features
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
             batch["cached_images"] = len(features) if same_vision and features is not None else 0
         return losses

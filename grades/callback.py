@@ -178,7 +178,7 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
         """Write the monitor's state, tensors included, and the history so far into the checkpoint."""
         run_folder = self.trainer._get_output_dir(trial=self.trainer._trial)
         folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if state.is_world_process_zero or self._is_sharded:
+        if args.should_save or self._is_sharded:  # with save_on_each_node the first process of each
             folder.mkdir(parents=True, exist_ok=True)
             with written_beside(self._state_path(args, folder)) as path:
                 averages = {} if self.held_out is None else {"averages": self.held_out.state_dict()}

@@ -5,13 +5,13 @@ Needs neither torch nor transformers.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, ClassVar
 
 from grades.config import AUTO, GradESConfig
-from grades.fields import doc, suggestion
+from grades.fields import Relation, doc, suggestion
 
 NO_EFFECT = {
     "auto_detect_mode": "LoRA, DoRA and full fine-tuning are always detected",
@@ -101,6 +101,13 @@ class VLMGradEarlyStoppingConfig(GradESConfig):
         if name == "output_dir" and isinstance(value, PathLike):
             return str(value)
         return super().read(name, value)
+
+    def relations(self) -> Iterable[Relation]:
+        stops = self.on_converged == "stop"
+        return [
+            *super().relations(),
+            (stops, "on_converged", "stop: the learning rate is that of the trainer's schedule"),
+        ]
 
     def without_effect(self) -> list[str]:
         """The options that differ from their default and do nothing, each with the reason."""

@@ -44,6 +44,11 @@ class Component:
     parameters: tuple[nn.Parameter, ...]  # what freezes: the weights and, where there is one, the bias
 
     @property
+    def stack(self) -> str:
+        """The path of the list of blocks that it belongs to, see `stack_of`."""
+        return stack_of(self.name)
+
+    @property
     def elements(self) -> int:
         """The number of elements that are measured."""
         return sum(weight.numel() for weight in self.weights)
@@ -100,6 +105,12 @@ def block_of(name: str) -> tuple[str, str]:
     """(path of the block, the rest of the name) of a component; the path is empty for one in no block."""
     block = BLOCK.search(name)
     return (name[: block.end()], name[block.end() + 1 :]) if block else ("", name)
+
+
+def stack_of(name: str) -> str:
+    """The path of a component's list of blocks: "model.encoder.layers"; empty for one in no block."""
+    block = BLOCK.search(name)
+    return name[: block.start(1)].rstrip("._") if block else ""
 
 
 # Name, what is measured, what else freezes with it.
@@ -163,10 +174,17 @@ def _is_trainable(parameter: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
 
 
 def _tell_kinds_apart(components: list[Component]) -> list[Component]:
-    """Where a block has several matrices of one kind (GPT-2: attn.c_proj, mlp.c_proj), the kind is the path in it."""
+    """Where a block has several matrices of one kind (GPT-2: attn.c_proj, mlp.c_proj), the kind is the path in it; with
+    several stacks of blocks in a tower (an encoder and a decoder), that of the stack before it."""
+    told = [replace(c, kind=block_of(c.name)[1]) if shared else c for c, shared in _shared(components)]
+    return [replace(c, kind=f"{c.stack}.{block_of(c.name)[1]}") if shared else c for c, shared in _shared(told)]
+
+
+def _shared(components: list[Component]) -> list[tuple[Component, bool]]:
+    """With each component whether in some layer of its tower several have its kind."""
     counts = Counter((c.tower, c.layer, c.kind) for c in components)
     shared = {(tower, kind) for (tower, _, kind), count in counts.items() if count > 1}
-    return [replace(c, kind=block_of(c.name)[1]) if (c.tower, c.kind) in shared else c for c in components]
+    return [(c, (c.tower, c.kind) in shared) for c in components]
 
 
 def _linears(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """The settings of GradES and what they may be. Imports nothing heavy, so a wrong flag is reported at once."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, dataclass
 from fnmatch import fnmatchcase
@@ -118,8 +119,8 @@ class GradESConfig(Checked):
     freeze_order: str = doc(
         "any: whatever has converged freezes; front: only once all that lies before it is frozen; together: only when "
         "all that may freeze has converged, so that the run ends and nothing freezes before; the metric rollback then "
-        "does not measure the vision tower while the language tower still gains, and a quarter of the rows where that "
-        "leaves no doubt",
+        "does not measure the vision tower while the language tower still gains, and only a quarter of the rows where "
+        "these leave no doubt",
         "any",
         choices=("any", "front", "together"),
     )
@@ -205,15 +206,19 @@ class GradESConfig(Checked):
             return ROLLBACK_TAU
         return tau
 
-    def rollback_limits(self) -> dict[str, float]:
+    def rollback_limits(self, parts: Iterable[tuple[str, str]]) -> dict[str, float]:
         """With freeze_order together: of each tower that may freeze the gain at which none does, whatever the others'.
 
-        Empty where every part has to be measured.
+        parts: (tower, part) of all components. Empty where every part has to be measured.
         """
-        if self.metric != ROLLBACK or self.freeze_order != "together" or self.rollback_parts != "towers":
+        together = self.metric == ROLLBACK and self.freeze_order == "together" and self.rollback_parts == "towers"
+        if not together or self.replay_history is not None:
             return {}
-        towers = [tower for tower in self.towers if self.may_freeze(tower)]
-        return {tower: min(float(self.tau_of(tower, part)) for part in ("attention", "mlp")) for tower in towers}
+        limits: dict[str, float] = {}
+        for tower, part in parts:
+            if self.may_freeze(tower):
+                limits[tower] = min(limits.get(tower, math.inf), float(self.tau_of(tower, part)))
+        return limits
 
     def relations(self) -> Iterable[Relation]:
         relative, unfreezes = self.tau_mode == "relative", self.unfreeze_factor is not None

@@ -1,17 +1,16 @@
 """For the metric rollback under transformers.Trainer: averaged weights, and losses on rows of its eval_dataset."""
 
-import itertools
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 from grades.averaging import AveragedWeights, OwnState
 from grades.components import clean_name
-from grades.rollback import mean_and_error
+from grades.rollback import FIRST, OTHERS, mean_and_error
 
 logger = logging.getLogger("grades")
 
@@ -25,48 +24,71 @@ class HeldOut:
             raise ValueError("metric rollback: needs the trainer's eval_dataset, rows that it does not train on")
         self.trainer, self.rows = trainer, config.rollback_rows
         self.averages = AveragedWeights(trainer.model.parameters(), OwnState(), config.average_weights)
-        self.batches: list[Any] | None = None  # on the CPU
+        with torch.random.fork_rng(devices=[]):
+            self.batches = self._sample()
+        # Encoder-decoders and masked language models: the logits at t are for the labels at t.
+        masked = any(type(module).__name__.endswith("ForMaskedLM") for module in trainer.model.modules())
+        self.is_aligned = masked or getattr(trainer.model.config, "is_encoder_decoder", False)
 
-    def losses(self, same_vision: bool = False, begin: float = 0.0, end: float = 1.0) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each row of this share of the batches (see grades.rollback.Evaluate),
-        in the same order on all ranks. Draws no random number."""
-        model, sample, found = self.trainer.model, self._sample(), []
+    def losses(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each row of a part of the batches (see grades.rollback.Evaluate), in
+        the same order on all ranks. Draws no random number."""
+        model, found = self.trainer.model, []
         was_training = model.training
         model.eval()
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                for batch in sample[math.ceil(begin * len(sample)) : math.ceil(end * len(sample))]:
+                for batch in [batch for i, batch in enumerate(self.batches) if (i % 4 == 0) == first]:
                     inputs = self.trainer._prepare_inputs(batch)
                     with self.trainer.compute_loss_context_manager():
                         logits = model(**inputs).logits
-                    is_aligned = getattr(model.config, "is_encoder_decoder", False)
-                    found.append(row_losses(logits, inputs["labels"], is_aligned))
+                    found += row_losses(logits, inputs["labels"], self.is_aligned)
         finally:
             model.train(was_training)
+            for module in model.modules():  # FSDP2 keeps some weights whole; what is exchanged later are their shards
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             everyone: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, found)
-            # Batch by batch, so that shares of the sample stand one after the other as they do in the whole.
-            found = [rows for batches in itertools.zip_longest(*everyone, fillvalue=()) for rows in batches]
-        return [row for rows in found for row in rows]
+            found = [row for rows in everyone for row in rows]
+        return found
+
+    def mean_loss(self) -> float:
+        """Of all rows, under the model's present weights."""
+        mean, _ = mean_and_error(self.losses(False, FIRST) + self.losses(False, OTHERS))
+        return mean
 
     def _sample(self) -> list[Any]:
-        """The first batches of the eval_dataset, with at least `rows` rows on all ranks together."""
-        if self.batches is None:
-            self.batches, count = [], 0
-            processes = self.trainer.accelerator.num_processes
-            for batch in self.trainer.get_eval_dataloader():
-                self.batches.append(batch)
-                count += len(batch["labels"]) * processes
-                if count >= self.rows:
-                    break
-        return self.batches
+        """The first batches of the eval_dataset, or of the first one of several, on the CPU: with at least `rows` rows
+        on all ranks together. Raises ValueError where a batch has no label tokens."""
+        from accelerate.utils import send_to_device
+
+        batches, count, labels = [], 0, 0
+        processes, given = self.trainer.accelerator.num_processes, self.trainer.eval_dataset
+        name = next(iter(given)) if isinstance(given, dict) else None
+        for batch in self.trainer.get_eval_dataloader(name):
+            there = batch.get("labels")
+            if there is None or there.dim() != 2:
+                raise ValueError(
+                    f"metric rollback: a batch of eval_dataset has no labels of tokens [rows, tokens], but "
+                    f"{', '.join(batch)}; it compares losses of tokens: take another metric"
+                )
+            batches.append(send_to_device(batch, "cpu"))
+            count, labels = count + len(there) * processes, labels + int((there != -100).sum())
+            if count >= self.rows:
+                break
+        if not labels:
+            raise ValueError(
+                f"metric rollback: the {count} rows of eval_dataset that it would compare have no label but -100"
+            )
+        return batches
 
     def take_better(self) -> None:
         """Leave the model with the averaged weights if their loss on the sample is lower, else with the last ones."""
-        last, _ = mean_and_error(self.losses())
+        last = self.mean_loss()
         self.averages.swap()
-        averaged, _ = mean_and_error(self.losses())
+        averaged = self.mean_loss()
         if not averaged <= last:
             self.averages.swap()
         taken = "averaged" if averaged <= last else "last"

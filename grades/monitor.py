@@ -106,7 +106,7 @@ class GradESMonitor:
             return make_metric(config.metric, config.monitor_sample, optimizer)
         return Rollback(
             model, self.components, averages, evaluate, config.compute_interval, config.rollback_parts,
-            limits=config.rollback_limits(),
+            limits=config.rollback_limits({(c.tower, c.part) for c in self.components}),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -251,7 +251,7 @@ class GradESMonitor:
         if self.config.freeze_order == "together" and len(names) < len(judged):
             return
         if self.config.freeze_order == "front":
-            names = policy.front(names, self.frozen, [(c.name, c.tower, c.layer) for c in self.components])
+            names = policy.front(names, self.frozen, [(c.name, c.tower, c.stack, c.layer) for c in self.components])
         frozen_then = len(set(names) | set(self.frozen))
         last = policy.enough_frozen(frozen_then, self.num_matrices, self.config.max_frozen_ratio)
         if last and self.config.on_converged == "cooldown":
@@ -280,7 +280,7 @@ class GradESMonitor:
     def _thaw(self, step: int) -> None:
         """Let components train again since whose freeze the loss has risen by more than its error."""
         names = [name for name in self.metric.risen() if name in self.frozen]
-        if names:
+        if names and self.config.replay_history is None:
             self.metric.thaw(names)
             self.events += self._train_again(names, {}, step)
             self.log(f"step {step:,}: the loss has risen since {len(names)} matrices froze; they train again")

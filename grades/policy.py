@@ -50,16 +50,23 @@ def converged(values: Mapping[str, float | None], streaks: Mapping[str, int], pa
     return [name for name, value in values.items() if value is not None and streaks[name] >= patience]
 
 
-def front(names: Iterable[str], frozen: Iterable[str], components: Sequence[tuple[str, str, int]]) -> list[str]:
+def front(names: Iterable[str], frozen: Iterable[str], components: Sequence[tuple[str, str, str, int]]) -> list[str]:
     """Those of the names before which everything is frozen: in block order, the vision tower first, language last.
 
-    components: (name, tower, layer) of all, in the order of the model. Matrices of one block freeze in any order.
+    components: (name, tower, stack, layer) of all, in the order of the model; of a tower's stacks of blocks, as encoder
+    and decoder, one comes after the other. Matrices of one block freeze in any order.
     """
     wanted, done = set(names), set(frozen)
     kept: list[str] = []
-    blocks: dict[tuple[str, int], list[str]] = {}
-    for name, tower, layer in sorted(components, key=lambda c: (c[1] == "language", c[1] != "vision", c[2])):
-        blocks.setdefault((tower, layer), []).append(name)
+    blocks: dict[tuple[str, str, int], list[str]] = {}
+    stacks = list(dict.fromkeys(stack for _, _, stack, _ in components))
+
+    def place(component: tuple[str, str, str, int]) -> tuple[bool, bool, int, int]:
+        _, tower, stack, layer = component
+        return tower == "language", tower != "vision", stacks.index(stack), layer
+
+    for name, tower, stack, layer in sorted(components, key=place):
+        blocks.setdefault((tower, stack, layer), []).append(name)
     for block in blocks.values():
         kept += [name for name in block if name in wanted]
         if not all(name in wanted or name in done for name in block):

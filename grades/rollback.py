@@ -17,21 +17,23 @@ import torch.nn as nn
 from grades.averaging import AVERAGE, OLDER, AveragedWeights, exchange
 from grades.components import Component, block_of, clean_name
 from grades.metrics import Metric
-from grades.towers import CONNECTOR, Towers
+from grades.towers import CONNECTOR, VISION, Towers
 
 PER_STEPS = 100  # a gain is told per this many steps
 CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
-SCREEN = 0.25  # of the held-out rows, on which a gain may show already that it is above its limit
-SCREEN_CERTAINTY = 3.0  # standard errors by which it must be; then the other rows are not evaluated
+SCREEN_CERTAINTY = (
+    3.0  # standard errors by which a gain must be above its limit on the first rows to tell without others
+)
 SCREEN_ROWS = 16  # of fewer the standard error is not known well enough
 RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since a freeze to thaw it
 SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
 
 Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
-# Gives the losses of a fixed sample of held-out rows under the model's present weights. Its arguments: whether the
-# vision tower's weights are those of the latest call for these rows, whose image features then serve again; and from
-# which share of the sample to which, in [0, 1]: what (0, x) and (x, 1) give together is what (0, 1) gives.
-Evaluate = Callable[[bool, float, float], Losses]
+# Gives the losses of a part of a fixed sample of held-out rows under the model's present weights. Its arguments:
+# whether the vision tower's weights are those of the latest call for these rows, whose image features then serve again;
+# and which part it is: True the first one, every fourth batch; False the others.
+Evaluate = Callable[[bool, bool], Losses]
+FIRST, OTHERS = True, False
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Rollback(Metric):
 
     The standard error is that over rows: nothing counts as converged on noise. At a check the loss is evaluated once,
     and once more for each part in which something trains; with `limits`, parts are measured until one is above its own,
-    and the first of them on a share of the rows, SCREEN, where that leaves no doubt.
+    and the first of them on a quarter of the rows where that leaves no doubt. What cannot be measured has no value: a
+    part that no update has reached, or of which the losses tell nothing (NaN, no label, no difference at all).
     """
 
     first_check = 2
@@ -74,45 +77,61 @@ class Rollback(Metric):
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
         self.losses: Losses = ()  # at the last check, under the averaged weights, of the rows that it needed
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
-        self.vision_moves = True  # since the evaluation before
+        vision = Towers(model).of
+        self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
+        self.seen: set[bool] = set()  # parts of the rows whose latest evaluation was with the vision tower of now
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
         """None at the first check, which has nothing to put back and evaluates nothing."""
         parts = find_parts(self.model, components, self.level)
-        known = [part for part in parts if all(OLDER in self.averages.state.get(p, ()) for p in self._averaged(part))]
+        known = [part for part in parts if self._can_go_back(part)]
         bounds: dict[str, list[float]] = {}
         self.gains = {}
         if not known:
             self._remember()
             return dict.fromkeys((component.name for component in components), None)
         with self.averages.applied():
-            known.sort(key=lambda part: part.tower == "vision")  # until then the images' features are the same
+            known.sort(key=lambda part: part.tower == VISION)  # until then the images' features are the same
             self.losses, first = self._screen(known[0])
             for part in known:
                 gain, error = paired_difference(self.losses, first if part is known[0] else self._put_back(part))
+                if not math.isfinite(gain + error) or gain == error == 0:
+                    continue
                 self.gains[part.name] = gain, error
                 bound = max(SMALLEST, self.scale * (gain + CERTAINTY * error))
                 for name in part.components:
                     bounds.setdefault(name, []).append(bound)
                 if bound >= self.limits.get(part.name, math.inf):
                     break  # nothing can freeze at this check, and the vision tower is the dear one to measure
-        self.vision_moves = any(part.tower == "vision" for part in parts)
+        if any(parameter.requires_grad for parameter in self.vision):
+            self.seen.clear()
         self._remember()
         return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}
 
     def _screen(self, part: Part) -> tuple[Losses, Losses]:
         """The losses now and with the part put back: of the first rows alone where its gain is above its limit there
         beyond doubt, so that nothing can freeze at this check; else of all rows."""
-        same, limit = not self.vision_moves, self.limits.get(part.name)
+        limit = self.limits.get(part.name)
         if limit is None or self.at_freeze:  # with something frozen all rows tell whether the loss has risen since
-            return self.evaluate(same, 0.0, 1.0), self._put_back(part)
-        now, back = list(self.evaluate(same, 0.0, SCREEN)), list(self._put_back(part, 0.0, SCREEN))
+            return self._evaluate(FIRST, OTHERS), self._put_back(part)
+        now, back = self._evaluate(FIRST), self._put_back(part, FIRST)
         gain, error = paired_difference(now, back)
         if len(now) >= SCREEN_ROWS and self.scale * (gain - SCREEN_CERTAINTY * error) > limit:
             return now, back
-        now += self.evaluate(same, SCREEN, 1.0)
-        return now, back + list(self._put_back(part, SCREEN, 1.0))
+        return [*now, *self._evaluate(OTHERS)], [*back, *self._put_back(part, OTHERS)]
+
+    def _evaluate(self, *parts: bool) -> Losses:
+        """The losses of these parts of the rows."""
+        losses: list[tuple[float, int]] = []
+        for part in parts:
+            losses += self.evaluate(part in self.seen, part)
+            self.seen.add(part)
+        return losses
+
+    def _can_go_back(self, part: Part) -> bool:
+        averaged = self._averaged(part)
+        return bool(averaged) and all(OLDER in self.averages.state[p] for p in averaged)
 
     def details(self) -> dict[str, Any]:
         """For the history: the mean loss in nats and of how many rows, and (gain, standard error) of each part in nats
@@ -125,6 +144,10 @@ class Rollback(Metric):
 
     def risen(self) -> list[str]:
         """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""
+        tokens = [count for _, count in self.losses]
+        for name, before in self.at_freeze.items():
+            if [count for _, count in before] != tokens:  # resumed with other rows: the loss is compared from here on
+                self.at_freeze[name] = self.losses
         rises = {id(before): paired_difference(before, self.losses) for before in self.at_freeze.values()}
         return [
             name
@@ -139,22 +162,28 @@ class Rollback(Metric):
 
     def thaw(self, names: Iterable[str]) -> None:
         """These train again."""
-        self.vision_moves = True
+        self.seen.clear()
         for name in names:
             self.at_freeze.pop(name, None)
 
     def _averaged(self, part: Part) -> list[nn.Parameter]:
         return [p for p in part.parameters if AVERAGE in self.averages.state.get(p, ())]
 
-    def _put_back(self, part: Part, begin: float = 0.0, end: float = 1.0) -> Losses:
-        """The losses of this share of the rows with the part at its older average."""
-        parameters = self._averaged(part)
-        for parameter in parameters:
-            exchange(parameter, self.averages.state[parameter][OLDER])
-        losses = self.evaluate(part.tower != "vision", begin, end)
-        for parameter in parameters:
-            exchange(parameter, self.averages.state[parameter][OLDER])
-        return losses
+    def _put_back(self, part: Part, *rows: bool) -> Losses:
+        """The losses of these parts of the rows, of all where none is named, with the part at its older average."""
+        rows, done = rows or (FIRST, OTHERS), []
+        if part.tower == VISION:
+            self.seen.difference_update(rows)
+        try:
+            for parameter in self._averaged(part):
+                exchange(parameter, self.averages.state[parameter][OLDER])
+                done.append(parameter)
+            return self._evaluate(*rows)
+        finally:  # an error must not leave the older average in place of the average
+            for parameter in done:
+                exchange(parameter, self.averages.state[parameter][OLDER])
+            if part.tower == VISION:
+                self.seen.difference_update(rows)
 
     def _remember(self) -> None:
         """Let the averages of now be the older ones of the next check."""
@@ -169,12 +198,12 @@ class Rollback(Metric):
         return {
             "losses": list(self.losses),
             "at_freeze": dict(self.at_freeze),
-            "vision_moves": self.vision_moves,
+            "seen": sorted(self.seen),
         }
 
     def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
         self.losses, self.at_freeze = state["losses"], dict(state["at_freeze"])
-        self.vision_moves = state["vision_moves"]
+        self.seen = set(state.get("seen", ()))
 
 
 def find_parts(model: nn.Module, components: Sequence[Component], level: str = "towers") -> list[Part]:
@@ -191,15 +220,17 @@ def find_parts(model: nn.Module, components: Sequence[Component], level: str = "
         parts.append(
             Part(tower, tower, tuple(c.name for c in own), tuple(p for n, p in parameters if tower_of(n) == tower))
         )
-        layers = list(dict.fromkeys(component.layer for component in own))
-        groups: dict[str, list[list[int]]] = {"towers": [], "prefixes": [layers[: len(layers) // 2]]}
-        groups["blocks"] = [[layer] for layer in layers]
+        blocks = list(dict.fromkeys((component.stack, component.layer) for component in own))
+        groups: dict[str, list[list[tuple[str, int]]]] = {"towers": [], "prefixes": [blocks[: len(blocks) // 2]]}
+        groups["blocks"] = [[block] for block in blocks]
+        several = len({stack for stack, _ in blocks}) > 1  # encoder and decoder
         for group in groups[level] if tower != CONNECTOR else []:
-            inside = [component for component in own if component.layer in group]
+            inside = [component for component in own if (component.stack, component.layer) in group]
             if inside:
                 roots = {f"{block_of(component.name)[0]}." for component in inside}
                 weights = tuple(p for name, p in parameters if any(name.startswith(root) for root in roots))
-                name = f"{tower} {group[0]}" + (f"-{group[-1]}" if len(group) > 1 else "")
+                labels = [f"{stack}.{layer}" if several else str(layer) for stack, layer in (group[0], group[-1])]
+                name = f"{tower} {'-'.join(dict.fromkeys(labels))}"
                 parts.append(Part(name, tower, tuple(c.name for c in inside), weights))
     return parts
 

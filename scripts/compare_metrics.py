@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from data.collators import to_device
 from grades import find_components, policy
-from grades.components import TOWERS
+from grades.components import TOWERS, stack_of
 from grades.freezing import Freezer
 from models.vision_language_model import VisionLanguageModel
 from scripts import runs
@@ -144,14 +144,14 @@ def columns_of(history: dict, tower: str) -> list[int]:
 
 def frozen_by_taus(history: dict, taus: dict[str, float], front: bool = False) -> dict[str, int]:
     """The step at which each component would freeze, by name. taus: by tower. front: with --freeze_order front."""
-    components = [(c["name"], c["tower"], c["layer"]) for c in history["components"]]
+    components = [(c["name"], c["tower"], stack_of(c["name"]), c["layer"]) for c in history["components"]]
     steps: dict[str, int] = {}
     for check in history["checks"]:
         if check["step"] <= history["grace_steps"]:
             continue
         low = [
             name
-            for (name, tower, _), value in zip(components, check["values"], strict=True)
+            for (name, tower, *_), value in zip(components, check["values"], strict=True)
             if value is not None and value < taus.get(tower, 0.0)
         ]
         for name in policy.front(low, steps, components) if front else low:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny.grades import ALWAYS, NEVER
-from tiny.processes import run_two_ranks
+from tiny.processes import SHARDED, claim_gpus, run_two_ranks
 
 import grades
 from grades import GradEarlyStoppingConfig, GradESConfig, VLMGradEarlyStoppingConfig
@@ -230,33 +230,8 @@ DISTRIBUTED = {
     # A reducer that waits for every gradient that there was when it was made.
     "strict": ({}, None, {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}),
     "lora": ({"metric": "gradient_norm"}, {}, {"gradient_checkpointing": True}),
-    "sharded": (
-        {"compute_interval": 2},
-        None,
-        {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2, "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT",
-                "cpu_ram_efficient_loading": False,
-            },
-        },
-    ),
+    "sharded": ({"compute_interval": 2}, None, SHARDED),
 }  # fmt: skip
-
-
-def claim_gpus():
-    """In this process: accelerate shards on GPUs alone, though torch does so on a CPU as well."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    init = PartialState.__init__
-
-    def claim(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = claim
 
 
 def one_rank(rank, port, folder, case):

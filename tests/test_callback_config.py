@@ -148,6 +148,11 @@ def test_a_monitor_works_with_settings_that_refuse_changes():
     free.alpha = 0.5
 
 
+def test_the_schedule_is_the_trainers(hf):
+    with pytest.raises(ValueError, match="on_converged cooldown: must be stop"):
+        grades.GradEarlyStoppingCallback({"on_converged": "cooldown"})
+
+
 def test_what_is_set_on_the_callback_before_training_holds_and_during_it_is_refused(hf, tmp_path):
     config = hf.settings()
     callback = grades.GradEarlyStoppingCallback(config)

@@ -1,10 +1,14 @@
 """The metric rollback in transformers.Trainer: held-out losses, how a run ends, resume, the weights it leaves."""
 
+import json
+import os
+
 import pytest
 import torch
 from tiny.grades import ALWAYS, NEVER
+from tiny.processes import SHARDED, claim_gpus, run_two_ranks
 
-from grades.held_out import row_losses
+from grades.held_out import HeldOut, row_losses
 
 FLAGS = {"metric": "rollback", "compute_interval": 2, "alpha": 0.0, "average_weights": 0.5, "rollback_rows": 4}
 
@@ -58,3 +62,79 @@ def test_a_resumed_run_is_the_whole_run(hf, tmp_path):
 def test_it_asks_for_held_out_rows(hf, tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         hf.run(tmp_path, hf.settings(**FLAGS), hf.llama(), max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "problem"),
+    [
+        ([{"input_ids": [1, 2, 3]}] * 4, "no labels of tokens .* but input_ids"),
+        ([{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 4, "the 4 rows of eval_dataset .* no label but -100"),
+    ],
+)
+def test_rows_that_it_cannot_compare_are_named_before_the_first_step(hf, tmp_path, held_out, problem):
+    watcher = hf.Weights()
+    with pytest.raises(ValueError, match=problem):
+        hf.run(tmp_path, hf.settings(**FLAGS), hf.llama(), [watcher], held_out=held_out, max_steps=4)
+    assert not watcher.at
+
+
+def test_of_several_sets_it_takes_the_first(hf, tmp_path):
+    sets = {"a": hf.rows()[:6], "b": hf.rows()[6:9]}
+    _, callback = hf.run(tmp_path, hf.settings(**FLAGS), hf.llama(), held_out=sets, max_steps=4)
+    _, alone = run(hf, tmp_path / "alone", tau=ALWAYS, max_steps=4)
+    assert callback.monitor.checks[1]["loss"] == alone.monitor.checks[1]["loss"]
+
+
+def test_a_run_that_goes_on_with_other_rows_compares_with_these(hf, tmp_path):
+    """Half of the matrices are frozen, so that each check looks whether the loss has risen since."""
+    flags = FLAGS | {"language_attention_tau": ALWAYS, "language_mlp_tau": NEVER}
+    others = {"held_out": hf.rows()[:6], "max_steps": 10, "save_steps": 5, "save_strategy": "steps"}
+    hf.run(tmp_path, hf.settings(**flags), hf.llama(), **others)
+    flags |= {"rollback_rows": 3}
+    others |= {"resume": str(tmp_path / "checkpoint-5"), "per_device_eval_batch_size": 2}
+    _, callback = hf.run(tmp_path, hf.settings(**flags), hf.llama(), **others)
+    assert [check["rows"] for check in callback.monitor.checks[1:]] == [6, 4, 4, 4]
+    assert 0 < len(callback.monitor.frozen) < hf.MATRICES
+
+
+def test_masked_language_models_are_not_shifted(hf, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    model = BertForMaskedLM(config).eval()
+    arguments = hf.TrainingArguments(**hf.arguments(tmp_path))
+    trainer = hf.Trainer(model, arguments, train_dataset=hf.rows(), eval_dataset=hf.rows()[:4])
+    [(total, count), *_] = HeldOut(trainer, hf.settings(**FLAGS)).losses(False, first=True)
+    ids = torch.tensor([hf.rows()[0]["input_ids"]])
+    with torch.no_grad():
+        assert total / count == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-4)
+
+
+def one_rank(rank, port, folder):
+    """In a process of its own: a run with sharded weights, two rows on each rank."""
+    from tiny import trainer as hf
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    claim_gpus()
+    others = SHARDED | {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "per_device_eval_batch_size": 2}
+    others["fsdp"] = "full_shard" if hf.OLDEST else True
+    trainer, callback = run(hf, folder, max_steps=8, **others)
+    weights = hf.weights(trainer.model)  # of all ranks together
+    if rank == 0:
+        (folder / "checks.json").write_text(json.dumps(callback.monitor.checks))
+        torch.save(weights, folder / "weights.pt")
+
+
+@pytest.mark.slow
+def test_sharded_weights_gain_and_train_as_whole_ones_do(hf, tmp_path, monkeypatch):
+    run_two_ranks(monkeypatch, "tiny.trainer", one_rank, tmp_path)
+    trainer, callback = run(hf, tmp_path / "alone", max_steps=8, per_device_eval_batch_size=2)
+    theirs = json.loads((tmp_path / "checks.json").read_text())
+    for ours, found in zip(callback.monitor.checks[1:], theirs[1:], strict=True):
+        assert found["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+        assert found["gains"]["language"] == pytest.approx(ours["gains"]["language"], rel=0.05)
+    weights = torch.load(tmp_path / "weights.pt")
+    for name, weight in hf.weights(trainer.model).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-3, msg=name)

@@ -98,7 +98,7 @@ def test_the_language_prefix_begins_once_vision_and_connector_are_frozen():
 
 
 def test_it_freezes_between_the_towers_by_freeze_order_front():
-    components = [("l", "language", 0), ("c", "connector", 0), ("v", "vision", 0)]
+    components = [("l", "language", "", 0), ("c", "connector", "", 0), ("v", "vision", "", 0)]
     assert policy.front(["l", "c", "v"], [], components) == ["v", "c", "l"]
     assert policy.front(["l", "v"], [], components) == ["v"]
     assert policy.front(["l"], ["c", "v"], components) == ["l"]

@@ -35,3 +35,28 @@ def run_two_ranks(monkeypatch: pytest.MonkeyPatch, preload: str, target: Callabl
         rank.join(timeout=TIMEOUT_S)
         rank.kill()
     assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+# Arguments of TrainingArguments with which accelerate shards the tiny Llama; the process has to claim GPUs.
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2, "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+    },
+}  # fmt: skip
+
+
+def claim_gpus():
+    """In this process: accelerate shards on GPUs alone, though torch does so on a CPU as well."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def claim(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = claim
