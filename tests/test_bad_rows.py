@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny.data import encoded, picture
+from tiny.data import drawn, encoded, picture, row, tiny_train, tiny_vlm
 from tiny.runs import ROOT, arguments, before_steps
 
 import train
 from data.bad_rows import BadRowLimit
 from data.drops import MAX_RECORDS, DropCounter, DropRecord
+from data.pipeline import Data, load_data
 from models.config import TrainConfig
 from training import schedule
 from training.arguments import parse_arguments
@@ -200,3 +201,46 @@ def test_the_limit_is_a_share_of_the_first_rows_or_a_count(limit, num_rows, seen
 def test_turns_and_filtered_rows_are_not_bad_rows():
     counts = DropCounter({"too long": 3, "rating": 2, "turn: no text": 4, "no such file": 1, "not JSON": 1})
     assert (counts.bad_rows(), counts.rows()) == (2, 7)
+
+
+def bad_rows_run(ranks: int, states: list[dict] | None = None) -> list[Data]:
+    """All ranks of a run on ten rows, three of them bad, of which five bad ones are allowed."""
+    rows = [row([b""] if i < 3 else None, name=f"row{i}") for i in range(10)]
+    cfg = tiny_train(val_size=0, max_bad_rows=5, batch_size=1)
+    found = [load_data(rows, tiny_vlm(), cfg, None, rank, ranks) for rank in range(ranks)]
+    for data in found:
+        if states:
+            data.load_rank_states(states)
+        data.start_reading()
+    return found
+
+
+def exceeds(ranks: list[Data]) -> bool:
+    """What the first rank says, with the counts of all."""
+    rows, bad = sum(one.rows_seen for one in ranks), sum(one.dropped["train"].bad_rows() for one in ranks)
+    return ranks[0].has_too_many_bad_rows(lambda *own: [rows, bad, 0])
+
+
+@pytest.mark.parametrize(("ranks", "later_ranks"), [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_resume_does_not_judge_the_rows_of_later_epochs(ranks, later_ranks, is_old):
+    whole = bad_rows_run(ranks)
+    for _ in range(40 // ranks):
+        for data in whole:
+            drawn(data, 1)
+        assert not exceeds(whole)
+    states = [data.state_dict() for data in whole]
+    if is_old:  # checkpoints did not say it once
+        states = [{key: value for key, value in one.items() if key != "bad_rows_judged"} for one in states]
+    assert not exceeds(bad_rows_run(later_ranks, states))
+
+
+def test_a_resume_judges_again_where_the_limit_was_exceeded_or_not_yet_judged():
+    for judge_first in (True, False):
+        data = bad_rows_run(1)[0]
+        data.limit.cfg = TrainConfig(max_bad_rows=2)
+        drawn(data, 12)
+        assert not judge_first or exceeds([data])
+        again = bad_rows_run(1, [data.state_dict()])[0]
+        again.limit.cfg = TrainConfig(max_bad_rows=2)
+        assert exceeds([again])
