@@ -174,6 +174,51 @@ def test_the_file_holds_so_many_of_each_reason_and_none_twice(tmp_path):
     assert (len(counter.records), counter["no such file"]) == (MAX_RECORDS, 5000)
 
 
+def test_names_of_rows_may_hold_any_letters(tmp_path, capsys):
+    """A byte that is no UTF-8, and what ends a line for Python but not for JSON."""
+    names = ["caf\udce9.jpg", *(f"a{letter}b.jpg" for letter in "\x85\u2028\u2029\n\r")]
+    rows = [{"split": "train"} | DropRecord(name, name, "no such file", name)._asdict() for name in names]
+    log = RunLog(tmp_path, 1)
+    log.record_drops(rows)
+    log.say(f"first in {names[0]}")
+    assert r"first in caf\udce9.jpg" in capsys.readouterr().out
+    state = log.state_dict()
+    log.close()
+    with (tmp_path / "dropped.jsonl").open("ab") as file:  # half a line, as of a full disk
+        file.write('{"split": "train", "row": "ä'.encode()[:-1])
+    state["bytes"]["dropped.jsonl"] = (tmp_path / "dropped.jsonl").stat().st_size
+    again = RunLog(tmp_path, 1, resumes=True)
+    again.load_state_dict(state)
+    again.record_drops([*rows, *records(1)])
+    again.close()
+    lines = (tmp_path / "dropped.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [json.loads(line) for line in lines] == [*rows, *records(1)]
+
+
+def test_a_line_of_the_file_that_is_not_json_is_passed_over(tmp_path):
+    log = RunLog(tmp_path, 1)
+    (tmp_path / "dropped.jsonl").write_text("half a li\n", encoding="utf-8")
+    log.load_state_dict({"bytes": {"dropped.jsonl": 10}, "tracker_id": None})
+    log.close()
+    assert log.known_drops == {}
+
+
+def test_a_file_of_rows_whose_name_is_no_utf8_trains_and_resumes(tmp_path, capsys):
+    data = write(tmp_path / "rows", 40, missing={5})
+    try:
+        (data / "rows.jsonl").rename(data / "caf\udce9.jsonl")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    flags = {"max_training_steps": 10, "eval_interval": 10}
+    code, _, lines = run(data, tmp_path, **flags)
+    assert (code, [line["row"] for line in lines]) == (0, ["rows/caf\udce9.jsonl#5"])
+    assert r"first in rows/caf\udce9.jsonl, line 6" in capsys.readouterr().out
+    assert run(data, tmp_path, **flags | {"max_training_steps": 12}, resume="auto", resume_override=True)[::2] == (
+        0,
+        lines,
+    )
+
+
 @pytest.mark.parametrize(
     ("limit", "num_rows", "seen", "ends"),
     [

@@ -173,6 +173,15 @@ def test_the_command_reads_as_train_py_does(rows_file, tmp_path, capsys):
     assert "--train_dataset_path" in capsys.readouterr().err
 
 
+def test_names_of_rows_that_are_no_utf8_are_printed(data, capsys):
+    try:
+        (data / "rows.jsonl").rename(data / "caf\udce9.jsonl")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert inspect_data.main([str(data), "--val_size", "0"]) == 0
+    assert r"first in rows/caf\udce9.jsonl, line 4" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_the_same_of_a_few_rows(data, tmp_path):
     lines = dry_run_lines(parse_arguments(arguments(data, tmp_path, "run", dry_run=True)), [])
     assert "12 training, 4 validation" in lines[0]
