@@ -69,7 +69,9 @@ class Data(Iterator[dict]):
         collator = TrainCollator(self.tokenizer.pad_token_id, dataset.vlm_cfg, with_keys=self.cfg.feature_cache_gib > 0)
         batches = train_batches(dataset, collator, self.cfg, self.position, self.rank, self.world_size)
         first: list[dict] = []
-        while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later
+        # Data of which nothing can be used is an error now, not later. A batch without a row is kept: it is this rank's
+        # part of a step in which others have rows.
+        while not first or not first[-1]["ids"]:
             first.append(next(batches))
         self._batches = itertools.chain(first, batches)
 
