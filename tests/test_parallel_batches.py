@@ -75,3 +75,20 @@ def test_bad_rows_between_good_ones_do_not_end_a_run(packing):
     long = [row([], [turn("is there a red shape? " * 100)], name=f"long{i}") for i in range(200)]
     kept = batches_of([*long, row([], name="kept")], 0, 1, 2, batch_size=1, packing=packing, max_sample_length=100)
     assert [batch["ids"] for batch in kept] == [["kept"]] * 2
+
+
+def test_the_share_of_a_rank_may_be_bad_in_whole_epochs():
+    for rank in range(4):
+        found = batches_of(some_rows(9, {0, 1, 2}), rank, 4, 200, batch_size=1)
+        assert sum(len(batch["ids"]) for batch in found) > 100
+        assert any(not batch["ids"] and not other["ids"] for batch, other in zip(found[::2], found[1::2], strict=True))
+
+
+def test_a_rank_gives_up_in_the_end(monkeypatch):
+    """After so many epochs of few rows, and where an epoch has many, after so many rows."""
+    with pytest.raises(ValueError, match=r"dropped 602 rows \(602 image"):
+        batches_of(some_rows(4, {0, 1, 2, 3}), 1, 2, 1000, batch_size=1)
+    monkeypatch.setattr(loader, "FRUITLESS_ROWS", 50)
+    long = [row([], [turn("is there a red shape? " * 100)], name=f"long{i}") for i in range(80)]
+    with pytest.raises(ValueError, match=r"dropped 80 rows \(80 too long\)"):
+        batches_of(long, 1, 2, 1000, batch_size=1, max_sample_length=100)
