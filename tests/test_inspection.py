@@ -21,6 +21,7 @@ from data.images import ImageProcessor
 from data.inspection import fact_lines, measure
 from data.inspection_page import make_page
 from data.pipeline import load_data
+from data.web_images import WebImage
 from training.arguments import parse_arguments
 from training.look import dry_run_lines
 
@@ -148,6 +149,17 @@ def test_a_leak_between_training_and_validation_is_found(tmp_path):
             leaks,
         )
         assert ("LEAK" in "\n".join(fact_lines(facts))) == (leaks > 0)
+
+
+def test_the_same_question_of_other_images_on_the_web_is_no_leak(monkeypatch):
+    monkeypatch.setattr("data.images.fetched", lambda url: io.BytesIO(encoded(picture())))
+    rows = [row([WebImage(f"https://example.org/{i // 2}.png")], name=str(i)) for i in range(10)]
+    data = load_data(rows, tiny_vlm(), tiny_train(val_size=4), None)
+    facts = measure(data)
+    assert (data.split, facts.duplicates) == ("by image, 5 of them: none is in both", 3)
+    assert [(found.same_question, found.same_image) for found in facts.overlaps] == [(0, 0)]
+    data = load_data(rows, tiny_vlm(), tiny_train(val_size=1, split_by="row"), None)
+    assert [(found.same_question, found.same_image) for found in measure(data).overlaps] == [(1, 1)]
 
 
 def test_a_stream_is_looked_at_from_its_beginning():
