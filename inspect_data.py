@@ -37,12 +37,13 @@ def main(argv: list[str]) -> int:
     settings = parse_arguments([*(["--train_dataset_path", *place] if place else []), *others])
     from data.inspection import fact_lines, measure
     from data.inspection_page import make_page
+    from data.values import printable
     from training.look import load_to_look
 
     try:
         data = load_to_look(settings)
         lines = fact_lines(measure(data, given.rows or None, settings.train.num_workers))
-        print("\n".join(lines))
+        print(printable("\n".join(lines)))
         if given.html:
             data.start_reading()
             title = f"{', '.join(settings.train.train_data)} under {settings.recipe.name}"

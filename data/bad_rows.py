@@ -18,7 +18,7 @@ class BadRowLimit:
         """num_rows: of an epoch of training, infinite where it is not known."""
         self.cfg = cfg
         self.rows_to_judge = min(FIRST_ROWS, num_rows) if cfg.max_bad_rows < 1 else num_rows
-        self.has_judged = False
+        self.has_judged = False  # and found that the run may go on
 
     @property
     def reason(self) -> str | None:
@@ -42,4 +42,4 @@ class BadRowLimit:
                     f"--max_bad_rows {limit:g}: {bad:,} of the first {rows:,} rows cannot be used; {DROPPED} names "
                     "them, a larger --max_bad_rows allows them"
                 )
-            self.has_judged = rows >= self.rows_to_judge
+            self.has_judged = self.exceeded is None and rows >= self.rows_to_judge

@@ -10,6 +10,8 @@ from html import escape
 import torch
 from PIL import Image
 
+from data.values import printable
+
 PNG_SIDE = 128  # pixels, up to which a picture is written without loss unless told otherwise
 STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
@@ -38,7 +40,7 @@ _SCRIPTS = "; script-src 'unsafe-inline'"
 
 def text(value: str) -> str:
     """The text as it stands in HTML, also within a quoted attribute; a lone surrogate shows as its number."""
-    return escape(value.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return escape(printable(value))
 
 
 def data_url(pixels: torch.Tensor, jpeg: bool | None = None) -> str:

@@ -16,11 +16,10 @@ from data.datasets import Questions, Sample, VQADataset
 from data.drops import DropCounter, drop_records, nothing_usable
 from data.order import EpochOrder, row_visits
 from data.packing import PackedCollator, PackedReaders
-from data.readers import StreamReaders, as_it_is
+from data.readers import FRUITLESS, FRUITLESS_ROWS, StreamReaders, as_it_is
 from data.streams import RowStream
 from models.config import TrainConfig
 
-FRUITLESS_ROWS = 10_000  # bad rows, one after the other, after which the rest of an epoch is not tried
 # (the arguments of generate, answers, of which each in a tuple counts, their sources, row ids)
 PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | None], list[str]]
 
@@ -90,24 +89,29 @@ def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, bla
     batches_per_epoch: None of readers, which see to that themselves and whose batches have a position.
     blank: a batch without a row, which takes the place of skipped ones.
     """
-    skipped, epoch = DropCounter(), DropCounter()  # since the last batch, and of the epoch
+    skipped, in_a_row = DropCounter(), DropCounter()  # since the last batch, and since the last one that holds a row
     usable = bool(batches_per_epoch and start % batches_per_epoch)  # a run continues after a batch that it has used
+    epochs, patience = 0, 0 if blank is None else FRUITLESS  # without a row, one after the other; so many are no error
     for number, batch in enumerate(loader, start=start + 1):
         skipped.update(batch["dropped"])
         skipped.note(batch["drop_records"])
-        epoch.update(batch["dropped"])
+        in_a_row.update(batch["dropped"])
         holds_a_row = batch["input_ids"] is not None
+        if holds_a_row:
+            in_a_row, epochs, usable = DropCounter(), 0, True
+        elif in_a_row.bad_rows() > FRUITLESS_ROWS:  # an epoch of them may take hours
+            raise nothing_usable(in_a_row)
         if holds_a_row or blank is not None:
             filling = {} if holds_a_row or blank is None else blank
             drops = {"dropped": dict(skipped), "drop_records": skipped.records}
             yield {"position": number} | batch | filling | drops
-            skipped, usable = DropCounter(), usable or holds_a_row
-        elif skipped.bad_rows() > FRUITLESS_ROWS:  # an epoch of them may take hours
-            raise nothing_usable(skipped)
+            skipped = DropCounter()
         if batches_per_epoch and number % batches_per_epoch == 0:
-            if not usable:
-                raise nothing_usable(epoch)
-            epoch, usable = DropCounter(), False
+            epochs += not usable
+            # A rank's share of an epoch may be bad to the last row by chance: few rows, many ranks.
+            if epochs > patience or (epochs and in_a_row.rows() > FRUITLESS_ROWS):
+                raise nothing_usable(in_a_row)
+            usable = False
 
 
 def eval_batches(

@@ -245,8 +245,13 @@ class PackedReaders(Readers):
 
 
 def _window(samples: Iterator[PreparedSample], tokens: int) -> Iterator[PreparedSample]:
-    """The next samples, until they have at least this many tokens."""
+    """The next samples, until they have at least this many tokens. Raises ValueError where that many rows are bad.
+
+    A window ends with a sample that can be used, so bad rows in a row, before an epoch ends, are in one window.
+    """
+    fruitless = FruitlessCounter()
     while tokens > 0 and (sample := next(samples, None)) is not None:
+        fruitless.see([sample])
         tokens -= sum(len(ids) for ids, _ in sample.conversations)
         yield sample
 

@@ -69,7 +69,9 @@ class Data(Iterator[dict]):
         collator = TrainCollator(self.tokenizer.pad_token_id, dataset.vlm_cfg, with_keys=self.cfg.feature_cache_gib > 0)
         batches = train_batches(dataset, collator, self.cfg, self.position, self.rank, self.world_size)
         first: list[dict] = []
-        while not first or not first[-1]["ids"]:  # data of which nothing can be used is an error now, not later
+        # Data of which nothing can be used is an error now, not later. A batch without a row is kept: it is this rank's
+        # part of a step in which others have rows.
+        while not first or not first[-1]["ids"]:
             first.append(next(batches))
         self._batches = itertools.chain(first, batches)
 
@@ -123,6 +125,7 @@ class Data(Iterator[dict]):
             "first_dropped": {split: counts.examples() for split, counts in self.dropped.items()},
             "drop_records": [list(record) for record in self.dropped.get("train", DropCounter()).records],
             "rows_seen": self.rows_seen,
+            "bad_rows_judged": self.limit.has_judged,
             "batch_size": self.cfg.batch_size,
             "shares_rows": shares_rows(rows, self.cfg),
             "stream": rows.state_dict() if isinstance(rows, RowStream) else None,
@@ -147,6 +150,10 @@ class Data(Iterator[dict]):
         counts["train"] = counts.get("train", {}) | self.dropped["train"]  # subsets that cannot be loaded now
         own = [states[self.rank]] if same_ranks else states if self.rank == 0 else []
         self.rows_seen = sum(state.get("rows_seen", 0) for state in own)
+        # Later rows are not held against a limit of the first ones. Older checkpoints do not say whether it was kept.
+        has_judged = states[0].get("bad_rows_judged", True)
+        seen_by_all = sum(state.get("rows_seen", 0) for state in states)
+        self.limit.has_judged = has_judged and seen_by_all >= self.limit.rows_to_judge
         self.dropped.clear()
         first = states[0].get("first_dropped", {})
         for split, of_split in counts.items():

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.datasets import Sample, VQADataset
+from data.datasets import PreparedSample, Sample, VQADataset
 from data.drops import DropCounter, nothing_usable
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
 # Where a reader continues: its epoch; the samples of the epoch that it is done with; where they end in a stream (of
 # other rows EPOCH_START); and, with packing, how many rows it has given of the window that begins there.
 Place = tuple[int, int, StreamPlace, int]
+Seen = TypeVar("Seen", Sample, PreparedSample)
 
-FRUITLESS = 300  # rows and epochs, one after the other, that a reader tries before it gives up
+FRUITLESS = 300  # rows and epochs, one after the other, that a reader tries before it gives up at an epoch's end
+FRUITLESS_ROWS = 10_000  # bad rows, one after the other, after which the rest of an epoch is not tried
 
 
 def start_of(epoch: int) -> Place:
@@ -108,17 +110,22 @@ class FruitlessCounter:
     def __init__(self) -> None:
         self.fruitless = 0  # rows and epochs since the last row that could be used
         self.dropped, self.dropped_before = DropCounter(), DropCounter()  # in this epoch, and the one before with rows
+        self.in_a_row = DropCounter()  # since the last row that could be used
 
-    def see(self, samples: Iterable[Sample]) -> list[Sample]:
-        """Count the samples; returns those that cannot be used."""
+    def see(self, samples: Iterable[Seen]) -> list[Seen]:
+        """Count the samples; returns those that cannot be used. Raises ValueError after FRUITLESS_ROWS bad ones."""
         unusable = []
         for sample in samples:
             if sample.conversations:
                 self.fruitless = 0
+                self.in_a_row = DropCounter()
             else:
                 self.fruitless += 1
                 self.dropped.update(sample.dropped)
+                self.in_a_row.update(sample.dropped)
                 unusable.append(sample)
+                if self.in_a_row.bad_rows() > FRUITLESS_ROWS:
+                    raise nothing_usable(self.in_a_row)
         return unusable
 
     def end_epoch(self) -> None:

@@ -1,7 +1,7 @@
 """Training and validation rows: a seeded choice of rows, or of images with all of their rows.
 
-An image is told from others by a key that costs little: its path as the row has it, or a hash of its bytes where they
-are in the table itself. No picture is opened.
+An image is told from others by a key that costs little: its path or URL as the row has it, or a hash of its bytes where
+they are in the table itself. No picture is opened.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from data.rows import RowSubset, TableRows, held_out_rows, split_rows
 from data.streams import RowStream
 from data.text_files import TextFile
 from data.values import IMAGE_KEYS, BadRow
+from data.web_images import WebImage
 
 PROBED_ROWS = 2048  # in a row, and as many drawn from all: of a larger data set these tell whether rows share images
 EMBEDDED_BYTES = 2**30  # of a table with the images in it, up to which all of them are read
@@ -181,11 +182,12 @@ def shown_by(row: Row) -> list[Any]:
 
 
 def keys_of(value: Any, folder: Path | None) -> list[int]:
-    """A number for each image of a value as a row has it, the same for the same path or bytes in this process."""
+    """A number for each image of a value as a row has it, the same for the same path, URL or bytes in this process."""
     found = []
     for one in value if isinstance(value, list | tuple) else [value]:
         if isinstance(one, dict):
             one = one.get("bytes") or one.get("path") or one.get("url")
+        one = one.url if isinstance(one, WebImage) else one
         if isinstance(one, str) and one:
             found.append(hash(one if folder is None or one[0] == "/" or ":" in one[:8] else f"{folder}/{one}"))
         elif isinstance(one, bytes):

@@ -118,9 +118,13 @@ def shown(value: Any) -> str:
 def shortened(text: str) -> str:
     """The beginning of a text on one line, for a message."""
     text = text if len(text) <= SHOWN_LETTERS else text[: SHOWN_LETTERS - 3] + "..."
-    return " ".join(
-        text.encode("utf-8", "backslashreplace").decode().split()
-    )  # no console prints half a surrogate pair
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """The text with an escape in place of each half of a surrogate pair, as which a byte of a file's name that is no
+    UTF-8 comes: no console prints one, and no file in UTF-8 holds one."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def text_of(value: Any, field: str) -> str | None:

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny.data import encoded, picture
+from tiny.data import drawn, encoded, picture, row, tiny_train, tiny_vlm
 from tiny.runs import ROOT, arguments, before_steps
 
 import train
 from data.bad_rows import BadRowLimit
 from data.drops import MAX_RECORDS, DropCounter, DropRecord
+from data.pipeline import Data, load_data
 from models.config import TrainConfig
 from training import schedule
 from training.arguments import parse_arguments
@@ -173,6 +174,51 @@ def test_the_file_holds_so_many_of_each_reason_and_none_twice(tmp_path):
     assert (len(counter.records), counter["no such file"]) == (MAX_RECORDS, 5000)
 
 
+def test_names_of_rows_may_hold_any_letters(tmp_path, capsys):
+    """A byte that is no UTF-8, and what ends a line for Python but not for JSON."""
+    names = ["caf\udce9.jpg", *(f"a{letter}b.jpg" for letter in "\x85\u2028\u2029\n\r")]
+    rows = [{"split": "train"} | DropRecord(name, name, "no such file", name)._asdict() for name in names]
+    log = RunLog(tmp_path, 1)
+    log.record_drops(rows)
+    log.say(f"first in {names[0]}")
+    assert r"first in caf\udce9.jpg" in capsys.readouterr().out
+    state = log.state_dict()
+    log.close()
+    with (tmp_path / "dropped.jsonl").open("ab") as file:  # half a line, as of a full disk
+        file.write('{"split": "train", "row": "ä'.encode()[:-1])
+    state["bytes"]["dropped.jsonl"] = (tmp_path / "dropped.jsonl").stat().st_size
+    again = RunLog(tmp_path, 1, resumes=True)
+    again.load_state_dict(state)
+    again.record_drops([*rows, *records(1)])
+    again.close()
+    lines = (tmp_path / "dropped.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [json.loads(line) for line in lines] == [*rows, *records(1)]
+
+
+def test_a_line_of_the_file_that_is_not_json_is_passed_over(tmp_path):
+    log = RunLog(tmp_path, 1)
+    (tmp_path / "dropped.jsonl").write_text("half a li\n", encoding="utf-8")
+    log.load_state_dict({"bytes": {"dropped.jsonl": 10}, "tracker_id": None})
+    log.close()
+    assert log.known_drops == {}
+
+
+def test_a_file_of_rows_whose_name_is_no_utf8_trains_and_resumes(tmp_path, capsys):
+    data = write(tmp_path / "rows", 40, missing={5})
+    try:
+        (data / "rows.jsonl").rename(data / "caf\udce9.jsonl")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    flags = {"max_training_steps": 10, "eval_interval": 10}
+    code, _, lines = run(data, tmp_path, **flags)
+    assert (code, [line["row"] for line in lines]) == (0, ["rows/caf\udce9.jsonl#5"])
+    assert r"first in rows/caf\udce9.jsonl, line 6" in capsys.readouterr().out
+    assert run(data, tmp_path, **flags | {"max_training_steps": 12}, resume="auto", resume_override=True)[::2] == (
+        0,
+        lines,
+    )
+
+
 @pytest.mark.parametrize(
     ("limit", "num_rows", "seen", "ends"),
     [
@@ -200,3 +246,46 @@ def test_the_limit_is_a_share_of_the_first_rows_or_a_count(limit, num_rows, seen
 def test_turns_and_filtered_rows_are_not_bad_rows():
     counts = DropCounter({"too long": 3, "rating": 2, "turn: no text": 4, "no such file": 1, "not JSON": 1})
     assert (counts.bad_rows(), counts.rows()) == (2, 7)
+
+
+def bad_rows_run(ranks: int, states: list[dict] | None = None) -> list[Data]:
+    """All ranks of a run on ten rows, three of them bad, of which five bad ones are allowed."""
+    rows = [row([b""] if i < 3 else None, name=f"row{i}") for i in range(10)]
+    cfg = tiny_train(val_size=0, max_bad_rows=5, batch_size=1)
+    found = [load_data(rows, tiny_vlm(), cfg, None, rank, ranks) for rank in range(ranks)]
+    for data in found:
+        if states:
+            data.load_rank_states(states)
+        data.start_reading()
+    return found
+
+
+def exceeds(ranks: list[Data]) -> bool:
+    """What the first rank says, with the counts of all."""
+    rows, bad = sum(one.rows_seen for one in ranks), sum(one.dropped["train"].bad_rows() for one in ranks)
+    return ranks[0].has_too_many_bad_rows(lambda *own: [rows, bad, 0])
+
+
+@pytest.mark.parametrize(("ranks", "later_ranks"), [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_resume_does_not_judge_the_rows_of_later_epochs(ranks, later_ranks, is_old):
+    whole = bad_rows_run(ranks)
+    for _ in range(40 // ranks):
+        for data in whole:
+            drawn(data, 1)
+        assert not exceeds(whole)
+    states = [data.state_dict() for data in whole]
+    if is_old:  # checkpoints did not say it once
+        states = [{key: value for key, value in one.items() if key != "bad_rows_judged"} for one in states]
+    assert not exceeds(bad_rows_run(later_ranks, states))
+
+
+def test_a_resume_judges_again_where_the_limit_was_exceeded_or_not_yet_judged():
+    for judge_first in (True, False):
+        data = bad_rows_run(1)[0]
+        data.limit.cfg = TrainConfig(max_bad_rows=2)
+        drawn(data, 12)
+        assert not judge_first or exceeds([data])
+        again = bad_rows_run(1, [data.state_dict()])[0]
+        again.limit.cfg = TrainConfig(max_bad_rows=2)
+        assert exceeds([again])

@@ -9,6 +9,7 @@ import pytest
 from tiny.data import encoded, picture, row, stream, tiny_train, tiny_vlm, turn
 
 from data import splits
+from data.options import RowOptions
 from data.pipeline import load_data
 from data.rows import load_rows, split_rows
 from data.splits import image_groups, split_by
@@ -151,3 +152,34 @@ def test_validation_rows_of_their_own(tmp_path):
 def test_numbers_of_groups_are_those_of_their_first_rows():
     groups = splits._connected(np.array([0, 1, 2, 4]), np.array([7, 9, 7, 9]), 5)
     assert groups.tolist() == [0, 1, 0, 2, 1]
+
+
+WEB = "https://example.org/%d.png"
+
+
+def web_files(folder: Path) -> dict[str, Path]:
+    """Ten images on the web with three questions each, in the ways that rows name them."""
+    found = {"image": write_lines(folder / "a.jsonl", [asked(WEB % (i % 10), i) for i in range(30)])}
+    found["object"] = write_lines(folder / "b.jsonl", [asked({"url": WEB % (i % 10)}, i) for i in range(30)])
+    text, spoken = {"type": "text", "text": "what?"}, {"role": "assistant", "content": "red"}
+    parts = [[{"type": "image_url", "image_url": {"url": WEB % (i % 10)}}, text] for i in range(30)]
+    records = [{"messages": [{"role": "user", "content": one}, spoken]} for one in parts]
+    found["messages"] = write_lines(folder / "c.jsonl", records)
+    datasets.Dataset.from_list([asked(WEB % (i % 10), i) for i in range(30)]).to_parquet(folder / "d.parquet")
+    found["parquet"] = folder / "d.parquet"
+    return found
+
+
+def test_images_on_the_web_are_told_apart_by_their_urls(tmp_path, monkeypatch):
+    for kind, path in web_files(tmp_path).items():
+        rows = load_rows(str(path), options=RowOptions(fetch_images=True))
+        groups, why = image_groups(rows, probe=False)
+        assert groups is not None, (kind, why)
+        assert groups.tolist() == [i % 10 for i in range(30)], kind
+        assert splits.keys_of(rows[3]["images"], tmp_path) == splits.keys_of([WEB % 3], tmp_path), kind
+        train, val, _ = split_by(rows, "auto", 0.2, 0)
+        assert (len(train), len(val)) == (24, 6)
+        assert not images_of(train) & images_of(val)
+        monkeypatch.setattr(splits, "PROBED_ROWS", 5)  # of a large data set some rows are looked at first
+        assert "by image" in split_by(rows, "auto", 0.2, 0)[2], kind
+        monkeypatch.undo()

@@ -21,6 +21,7 @@ from data.images import ImageProcessor
 from data.inspection import fact_lines, measure
 from data.inspection_page import make_page
 from data.pipeline import load_data
+from data.web_images import WebImage
 from training.arguments import parse_arguments
 from training.look import dry_run_lines
 
@@ -150,6 +151,17 @@ def test_a_leak_between_training_and_validation_is_found(tmp_path):
         assert ("LEAK" in "\n".join(fact_lines(facts))) == (leaks > 0)
 
 
+def test_the_same_question_of_other_images_on_the_web_is_no_leak(monkeypatch):
+    monkeypatch.setattr("data.images.fetched", lambda url: io.BytesIO(encoded(picture())))
+    rows = [row([WebImage(f"https://example.org/{i // 2}.png")], name=str(i)) for i in range(10)]
+    data = load_data(rows, tiny_vlm(), tiny_train(val_size=4), None)
+    facts = measure(data)
+    assert (data.split, facts.duplicates) == ("by image, 5 of them: none is in both", 3)
+    assert [(found.same_question, found.same_image) for found in facts.overlaps] == [(0, 0)]
+    data = load_data(rows, tiny_vlm(), tiny_train(val_size=1, split_by="row"), None)
+    assert [(found.same_question, found.same_image) for found in measure(data).overlaps] == [(1, 1)]
+
+
 def test_a_stream_is_looked_at_from_its_beginning():
     facts = measure(loaded(stream(10)), 3)
     assert (facts.sampled, facts.rows["training"], facts.compared_rows) == (3, None, 0)
@@ -171,6 +183,15 @@ def test_the_command_reads_as_train_py_does(rows_file, tmp_path, capsys):
     assert len(Page(page.read_text(encoding="utf-8")).of("h2")) == 3
     assert inspect_data.main([str(tmp_path / "nothing.jsonl")]) == 2
     assert "--train_dataset_path" in capsys.readouterr().err
+
+
+def test_names_of_rows_that_are_no_utf8_are_printed(data, capsys):
+    try:
+        (data / "rows.jsonl").rename(data / "caf\udce9.jsonl")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert inspect_data.main([str(data), "--val_size", "0"]) == 0
+    assert r"first in rows/caf\udce9.jsonl, line 4" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_the_same_of_a_few_rows(data, tmp_path):

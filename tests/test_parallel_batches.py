@@ -1,12 +1,14 @@
-"""The rows that each of several processes reads."""
+"""The rows that each of several processes reads, and when one of them gives up."""
 
 from itertools import islice
 
 import pytest
-from tiny.data import dataset, row, tiny_train, tiny_vlm
+from tiny.data import dataset, row, stream, tiny_train, tiny_vlm, turn
 
+from data import loader, readers
 from data.collators import TrainCollator
 from data.loader import train_batches
+from data.pipeline import load_data
 
 SMALL = tiny_vlm()
 
@@ -42,3 +44,51 @@ def test_a_rank_whose_rows_are_all_dropped_makes_its_step_without_rows():
     empty = next(part for part in parts[0] + parts[1] if not part["ids"])
     assert (empty["num_labels"], empty["num_tokens"], empty["images"]) == (0, 0, None)
     assert empty["input_ids"].shape == (1, 2)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fifty bad rows in a row are too many."""
+    for module in (loader, readers):
+        monkeypatch.setattr(module, "FRUITLESS_ROWS", 50)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["table", "stream"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.usefixtures("few")
+def test_bad_rows_end_a_run_before_all_of_them_are_read(kind, packing, world_size):
+    rows = stream(400, junk=True) if kind == "stream" else some_rows(400, set(range(400)))
+    cfg = tiny_train(val_size=0, batch_size=2, packing=packing)
+    data = load_data(rows, SMALL, cfg, None, world_size - 1, world_size)
+    with pytest.raises(ValueError, match=r"no row of the training data can be used: dropped 5[12] rows"):
+        data.start_reading()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.usefixtures("few")
+def test_bad_rows_between_good_ones_do_not_end_a_run(packing):
+    """Rows in a row, not rows in all; and what the flags leave out is not bad."""
+    rows = some_rows(200, {i for i in range(200) if i % 4})
+    found = batches_of(rows, 0, 1, 4, batch_size=2, packing=packing)
+    assert sum(sum(batch["dropped"].values()) for batch in found) > 10
+    long = [row([], [turn("is there a red shape? " * 100)], name=f"long{i}") for i in range(200)]
+    kept = batches_of([*long, row([], name="kept")], 0, 1, 2, batch_size=1, packing=packing, max_sample_length=100)
+    assert [batch["ids"] for batch in kept] == [["kept"]] * 2
+
+
+def test_the_share_of_a_rank_may_be_bad_in_whole_epochs():
+    for rank in range(4):
+        found = batches_of(some_rows(9, {0, 1, 2}), rank, 4, 200, batch_size=1)
+        assert sum(len(batch["ids"]) for batch in found) > 100
+        assert any(not batch["ids"] and not other["ids"] for batch, other in zip(found[::2], found[1::2], strict=True))
+
+
+def test_a_rank_gives_up_in_the_end(monkeypatch):
+    """After so many epochs of few rows, and where an epoch has many, after so many rows."""
+    with pytest.raises(ValueError, match=r"dropped 602 rows \(602 image"):
+        batches_of(some_rows(4, {0, 1, 2, 3}), 1, 2, 1000, batch_size=1)
+    monkeypatch.setattr(loader, "FRUITLESS_ROWS", 50)
+    long = [row([], [turn("is there a red shape? " * 100)], name=f"long{i}") for i in range(80)]
+    with pytest.raises(ValueError, match=r"dropped 80 rows \(80 too long\)"):
+        batches_of(long, 1, 2, 1000, batch_size=1, max_sample_length=100)

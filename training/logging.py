@@ -13,6 +13,7 @@ from typing import Any, Literal, TextIO
 from tqdm import tqdm
 
 from data.drops import DROPPED, MAX_RECORDS
+from data.values import printable
 from grades.files import write_text
 from training.trackers import NoTracker, Tracker
 
@@ -27,9 +28,11 @@ class RunLog:
         self.folder = folder
         self.tracker: Tracker = NoTracker()
         mode: Literal["a", "w"] = "a" if resumes else "w"
-        self.text = (folder / "log.txt").open(mode, encoding="utf-8", newline="\n")
-        self.metrics = (folder / "metrics.jsonl").open(mode, encoding="utf-8", newline="\n")
-        self.dropped = (folder / DROPPED).open(mode, encoding="utf-8", newline="\n")
+
+        def opened(name: str) -> TextIO:  # "backslashreplace": a row may be named after a file whose name is no UTF-8
+            return (folder / name).open(mode, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+        self.text, self.metrics, self.dropped = map(opened, ("log.txt", "metrics.jsonl", DROPPED))
         self.files = (self.text, self.metrics, self.dropped)
         self.known_drops: dict[str, set[str]] = {}  # of each split and reason the rows that are in dropped.jsonl
         self.tracker_id: str | None = None  # of the run that is resumed
@@ -46,7 +49,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """A line to the console, above the progress bar, and to log.txt."""
-        tqdm.write(line)
+        tqdm.write(printable(line))
         self.detail(line)
 
     def detail(self, line: str) -> None:
@@ -99,14 +102,18 @@ class RunLog:
         return {"bytes": sizes, "tracker_id": self.tracker.id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Cut off what came after that state, and remember which run of the tracker continues."""
+        """Cut off what came after that state, and what a full disk has left of a last line; remember which run of the
+        tracker continues."""
         self.tracker_id = state["tracker_id"]
         for file in self.files:
-            if os.fstat(file.fileno()).st_size > (size := state["bytes"].get(Path(file.name).name, 0)):
-                file.truncate(size)
+            path = Path(file.name)
+            kept = path.read_bytes()[: state["bytes"].get(path.name, 0)]
+            file.truncate(kept.rfind(b"\n") + 1)
         self.known_drops = {}
-        for line in Path(self.dropped.name).read_text(encoding="utf-8").splitlines():
-            self._is_new(json.loads(line))
+        # Not splitlines: JSON leaves U+0085, U+2028 and U+2029 as they are.
+        for line in Path(self.dropped.name).read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):  # what a full disk has left of a line
+                self._is_new(json.loads(line))
 
     def show(self, step: int, **postfix: str) -> None:
         """Move the progress to step. postfix: what stands behind it."""

@@ -11,6 +11,7 @@ from data.mixture_rows import load_training_rows
 from data.pipeline import SOME_ROWS, Data, load_data
 from data.text import NotHere
 from data.tokenizer_checks import load_tokenizer
+from data.values import printable
 from training import setup
 from training.arguments import Settings
 from training.build import limit_tiles, take_over_sizes
@@ -73,5 +74,5 @@ def dry_run(settings: Settings, processes: int) -> int:
     print("\n".join(plan_lines(plan_of(settings, device, processes))))
     if gib:
         print(fit_line(settings, device, gib * 2**30, processes))
-    print("\n".join(dry_run_lines(settings, notes)))
+    print(printable("\n".join(dry_run_lines(settings, notes))))
     return 0
