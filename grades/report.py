@@ -81,6 +81,17 @@ def undecided(history: dict[str, Any]) -> list[str]:
     return lines
 
 
+def still_learning(history: dict[str, Any]) -> bool:
+    """Whether a matrix that might have frozen was last measured above its tau, after the grace period."""
+    late = [check for check in history["checks"] if check["step"] > history["grace_steps"]]
+    for i, component in enumerate(history["components"]):
+        value = next((check["values"][i] for check in reversed(late) if check["values"][i] is not None), None)
+        may_freeze = history["config"].get(f"freeze_{component['tower']}", True)
+        if may_freeze and value is not None and component["tau"] is not None and value >= component["tau"]:
+            return True
+    return False
+
+
 def _tower_line(history: dict[str, Any], tower: str) -> str:
     """How many of a tower's matrices froze, when, and at which share of its own peak each was then."""
     columns = {c["name"]: i for i, c in enumerate(history["components"]) if c["tower"] == tower}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from grades.config import ROLLBACK_TAU
 from grades.fields import allowed_values, is_allowed
 from models.config import VLMConfig
 from training import preflight
@@ -225,6 +226,16 @@ def test_recipes_build_with_the_right_counts(name, parameters, components, taus)
     assert len(find_components(model)) == components
     grades = settings.grades
     assert (grades.vision_tau, grades.language_tau, grades.alpha, grades.compute_interval) == (*taus, 0.28, 20)
+
+
+def test_a_recipes_taus_are_of_its_own_metric():
+    """Weight change and nats have other units; what is given as a flag holds."""
+    rollback = ["--metric", "rollback", "--average_weights", "0.99", "--lr_schedule", "constant"]
+    paper = ["--config", recipe_of("nanovlm_222m")]
+    assert parse_arguments(paper).grades.tau_of("language", "mlp") == 6.0
+    assert parse_arguments([*paper, *rollback]).grades.tau_of("language", "mlp") == ROLLBACK_TAU
+    assert parse_arguments([*paper, *rollback, "--language_tau", "0.01"]).grades.tau_of("language", "mlp") == 0.01
+    assert parse_arguments([*paper, "--metric", "gradient_norm"]).grades.tau_of("language", "mlp") == 6.0
 
 
 def test_the_resolved_settings_are_a_recipe_again(tmp_path):

@@ -5,7 +5,7 @@ from PIL import Image
 from tiny.grades import ALWAYS, NEVER, train
 
 from grades.__main__ import main
-from grades.report import HISTORY_NAME, summary, undecided
+from grades.report import HISTORY_NAME, still_learning, summary, undecided
 
 
 def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, capsys):
@@ -75,3 +75,18 @@ def test_a_gain_below_tau_within_its_error_is_told(gain, frozen, told):
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
     assert not undecided(history | {"stopped_early": True})  # in the cooldown after it has converged, say
+
+
+@pytest.mark.parametrize(
+    ("values", "freezes", "learns"),
+    [([None, None], True, False), ([9.0, None], True, False), ([9.0, 0.5], True, True), ([9.0, 0.5], False, False),
+     ([9.0, 0.1], True, False)],
+)  # fmt: skip
+def test_only_a_measurement_says_that_a_run_is_still_learning(values, freezes, learns):
+    """The first check is of the grace period."""
+    history = {
+        "config": {"freeze_language": freezes}, "grace_steps": 5,
+        "components": [{"name": "a", "tower": "language", "tau": 0.4}],
+        "checks": [{"step": 5 * i, "values": [value]} for i, value in enumerate(values, start=1)],
+    }  # fmt: skip
+    assert still_learning(history) == learns

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from data.mixture import MixtureError, mixture_of
-from grades.config import GradESConfig
+from grades.config import ROLLBACK, GradESConfig
 from grades.fields import field_problems, problem, suggestion
 from models.config import RETIRED, TrainConfig, VLMConfig, check_settings, retired_problems
 from training.flag_help import help_text
@@ -114,6 +114,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
         texts = read_recipe(recipe)
     except ValueError as error:
         end(problems + str(error).splitlines())
+    texts = without_other_taus(texts, flags.get("metric"))
     values, unreadable = read_values(texts | {name: flags[name] for name in flags if name not in shown})
     vlm, train, grades = configs = [_make(config, values) for config in CONFIG_CLASSES]
     if shown:
@@ -135,6 +136,13 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
         end(problems)
     in_recipe = RECIPE_FIELDS & texts.keys() if is_named else ()
     return Settings(vlm, train, grades, recipe, frozenset(flags), frozenset(in_recipe))
+
+
+def without_other_taus(recipe: dict[str, Any], metric: str | None) -> dict[str, Any]:
+    """The recipe without its taus where the flag --metric has another unit: nats are no weight change."""
+    if metric is None or (metric == ROLLBACK) == (recipe.get("metric") == ROLLBACK):
+        return recipe
+    return {name: value for name, value in recipe.items() if name != "taus" and not name.endswith("_tau")}
 
 
 def as_flags(message: str) -> str:

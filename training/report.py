@@ -15,7 +15,7 @@ from data.mixture_rows import mixture_lines
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
-from grades.report import HISTORY_NAME, undecided
+from grades.report import HISTORY_NAME, still_learning, undecided
 from grades.towers import CONNECTOR, TOWERS
 from models.attention import has_compiler
 from models.config import TrainConfig
@@ -216,6 +216,7 @@ def make_summary(
         **{f"frozen_share_{tower}": monitor.frozen_share(tower) if monitor else None for tower in SHARES_OF},
         "converged_step": monitor.converged_step if monitor else None,  # after which its cooldown began
         "undecided": undecided(monitor.history()) if monitor else [],
+        "still_learning": bool(monitor and still_learning(monitor.history())),  # by the last measurement
         "freed_bytes": monitor.freed_bytes if monitor else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dropped": {split: counter.plain() for split, counter in data.dropped.items() if counter},
@@ -247,7 +248,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
     if summary["converged_step"] is not None:
         lines.append(f"{'':<22}all had converged at step {summary['converged_step']:,}: the cooldown began")
-    elif summary["frozen_share"] == 0 and summary["stop_reason"] == "max_training_steps" and not summary["undecided"]:
+    elif summary["frozen_share"] == 0 and summary["stop_reason"] == "max_training_steps" and summary["still_learning"]:
         lines.append(f"{'':<22}still learning at the end: nothing to save")
     lines += [f"{'':<22}{line}" for line in summary["undecided"]]
     if summary["rollback_time_s"]:
