@@ -36,7 +36,7 @@ from grades.averaging import AveragedWeights
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
-from training.build import build_model, compile_model, limit_tiles
+from training.build import build_model, compile_model
 from training.checkpoint import Checkpointer, MonitorState
 from training.evaluation import EvaluationSchedule
 from training.feature_cache import FeatureCache
@@ -65,7 +65,6 @@ def main(settings: Settings) -> int:
         benchmarks = open_eval_tasks(settings.train)
         if settings.train.dry_run:
             return dry_run(settings, parallel.world_size) if parallel.is_main else 0
-        limit_tiles(settings, parallel.world_size)
         start = open_run(settings, parallel)
         if start.is_finished:
             print(f"{start.folder} has finished: see its summary.json")

@@ -13,8 +13,8 @@ from data.text import NotHere
 from data.tokenizer_checks import load_tokenizer
 from training import setup
 from training.arguments import Settings
-from training.build import limit_tiles, take_over_sizes
 from training.preflight import Source, data_sources
+from training.sizes import limit_tiles, take_over_sizes
 
 PAGE_ROWS = 8  # of a batch at most: a page needs no more, and no rank to share them with
 
