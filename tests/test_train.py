@@ -67,6 +67,28 @@ def test_a_run_leaves_everything_it_promises(start):
     assert "step 5: froze 4 of 4 vision matrices (4 frozen): tau 1e+09" in log
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ImportError("No module named 'matplotlib'"), "no pictures without matplotlib; install it, then: "),
+        (ValueError("Key backend: 'no' is not a valid value"), "no pictures (ValueError: Key backend: 'no' is not a "),
+    ],
+)
+def test_pictures_that_cannot_be_drawn_cost_nothing_else(start, monkeypatch, error, line):
+    def draw(history):
+        assert (history.parent / "summary.json").exists()
+        raise error
+
+    monkeypatch.setattr("grades.plots.draw", draw)
+    code, folder, summary = start(enable_grades=True)
+    assert (code, summary["stop_reason"]) == (0, "frozen")
+    log = (folder / "log.txt").read_text()
+    assert f"\n{line}" in log
+    assert f"python -m grades report {folder}\n" in log
+    assert f"written               {folder / 'summary.json'}\n" in log
+    assert ".png" not in log.partition("written ")[2].partition("ask it")[0]
+
+
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_forty_rows_of_ones_own_train_with_every_recipe(recipe, data, tmp_path):
     rows = (data / "rows.jsonl").read_text().splitlines()
