@@ -131,6 +131,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
         evaluations.show_samples()
 
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
+        checkpoints.save_beginning(state)
         try:
             stop_reason = train(cfg, state, data, model, optimizer, averages, monitor, meter, evaluations,
                                 checkpoints, cache, log, stop, parallel, device, autocast)  # fmt: skip

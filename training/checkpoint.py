@@ -184,6 +184,18 @@ class Checkpointer:
                 state = own_part(self.optimizer, state)
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    def save_beginning(self, state: LoopState) -> None:
+        """Where the run begins at a checkpoint of another run, save that step in its own folder too, before it is
+        evaluated. All ranks must call it.
+
+        The best step of the other run is not in this folder, so what `best` leads to is the best from here on.
+        """
+        if self.saved_step is not None or not state.resumed_at:
+            return
+        if state.best_step != state.step:
+            state.best_step = state.best_value = None
+        self.save(state)
+
     def save(self, state: LoopState, name: str | None = None) -> None:
         """Write the checkpoint of this step, or `name`. All ranks must call it; rank 0 writes, sharded ones their part.
 
