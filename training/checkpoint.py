@@ -23,6 +23,7 @@ from training.checkpoint_folder import (
     CheckpointError,
     begin,
     finishing,
+    follow,
     point,
     prune,
     step_folder,
@@ -241,11 +242,21 @@ class Checkpointer:
         if self.saved_step == state.step and self.saved_averages != state.averaged_is_better:
             self.save(state)
             return
-        folder = step_folder(self.folder, state.step)
-        if self.parallel.is_main and state.best_step == state.step and folder.is_dir():
-            point(folder.with_name("best"), folder)
-            prune(self.folder, self.keep)  # the one that was the best until now
+        if self.parallel.is_main:
+            self._point_to_best(state)
         self.describe(state)
+
+    def _point_to_best(self, state: LoopState) -> None:
+        """Let `best` lead to the checkpoint of the best step, if it is there and `best` leads elsewhere."""
+        if state.best_step is None:
+            return
+        folder = step_folder(self.folder, state.best_step)
+        try:
+            if folder.is_dir() and follow(folder.with_name("best")).name != folder.name:
+                point(folder.with_name("best"), folder)
+                prune(self.folder, self.keep)  # the one that was the best until now
+        except OSError as error:
+            self.say(f"checkpoints/best could not be brought up to date ({error}); the next checkpoint tries it again")
 
     def describe(self, state: LoopState, test: dict[str, float | None] | None = None) -> None:
         """Write the model card of the checkpoint of this step, if there is one, again: with what was measured since.
@@ -288,6 +299,7 @@ class Checkpointer:
                     self._write_card(beside, self.card, state)
             if folder.name.startswith("step_"):
                 point(folder.with_name("last"), folder)
+                self._point_to_best(state)  # which the disk may have refused; what it leads to is not removed
                 prune(self.folder, self.keep)
             self.error = None
         except (CheckpointError, OSError) as error:
