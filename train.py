@@ -113,7 +113,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
 
     # What a checkpoint holds; `load` restores it when a run resumes
     state = LoopState(best_metric=cfg.best_metric)
-    cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
+    cache = FeatureCache.of_run(model, cfg, start.notes.append)
     parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "samples": samples, "log": log,
              "averages": averages, "random": setup.RandomState(device, parallel.rank), "cache": cache,
              # With sharded weights each rank saves its part of the earlier ones that the metric compares with.
