@@ -36,7 +36,7 @@ from grades.averaging import AveragedWeights
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
-from training.build import build_model, compile_model, limit_tiles
+from training.build import build_model, compile_model
 from training.checkpoint import Checkpointer, MonitorState
 from training.evaluation import EvaluationSchedule
 from training.feature_cache import FeatureCache
@@ -65,7 +65,6 @@ def main(settings: Settings) -> int:
         benchmarks = open_eval_tasks(settings.train)
         if settings.train.dry_run:
             return dry_run(settings, parallel.world_size) if parallel.is_main else 0
-        limit_tiles(settings, parallel.world_size)
         start = open_run(settings, parallel)
         if start.is_finished:
             print(f"{start.folder} has finished: see its summary.json")
@@ -114,7 +113,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
 
     # What a checkpoint holds; `load` restores it when a run resumes
     state = LoopState(best_metric=cfg.best_metric)
-    cache = FeatureCache(model, cfg.feature_cache_gib) if cfg.feature_cache_gib else None
+    cache = FeatureCache.of_run(model, cfg, start.notes.append)
     parts = {"loop": state, "data": data, "meter": meter, "evaluation": evaluations, "samples": samples, "log": log,
              "averages": averages, "random": setup.RandomState(device, parallel.rank), "cache": cache,
              # With sharded weights each rank saves its part of the earlier ones that the metric compares with.
@@ -132,6 +131,7 @@ def run(settings: Settings, start: RunStart, parallel: Parallel, benchmarks: lis
         evaluations.show_samples()
 
     with stop, checkpoints.saved_on_error(state, log):  # a signal ends the run in order, an error leaves a checkpoint
+        checkpoints.save_beginning(state)
         try:
             stop_reason = train(cfg, state, data, model, optimizer, averages, monitor, meter, evaluations,
                                 checkpoints, cache, log, stop, parallel, device, autocast)  # fmt: skip

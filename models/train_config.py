@@ -210,7 +210,7 @@ class TrainConfig(Checked):
     )
     feature_cache_gib: float = doc(
         "once the vision tower is frozen, keep its output for images that are read again, up to this many GiB, and "
-        "do not compute it again; 0: off",
+        "do not compute it again; 0: off. Without effect where the tower has dropout",
         0.0,
         ge=0,
     )

@@ -23,9 +23,9 @@ from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.arguments import Settings, parse_arguments
-from training.build import take_over_sizes
 from training.flops import CARD_TFLOPS, card_tflops
 from training.plan import COUNTED_SHARE, Plan, plan_of
+from training.sizes import take_over_sizes
 
 RECIPE = ROOT / "configs" / "nanomolmo2_model.yaml"
 GPU_GIB = 40.0

@@ -154,3 +154,25 @@ def test_a_run_with_it_is_the_run_without(data, tmp_path, monkeypatch):
     assert 0 < ours["feature_cache_hits"] < ours["feature_cache_lookups"]
     assert theirs["feature_cache_hits"] is None
     assert ours["train_flops"] < theirs["train_flops"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"vit_dropout": 0.1}, "--vit_dropout"),
+        ({"lora_rank": 2, "lora_dropout": 0.1}, "--lora_dropout"),
+        ({"lora_rank": 2, "lora_dropout": 0.1, "lora_vision": False}, None),  # the tower has none
+        ({"lm_dropout": 0.1}, None),
+    ],
+)
+def test_no_draw_of_dropout_is_kept(data, tmp_path, monkeypatch, flags, names):
+    monkeypatch.setattr("grades.plots.draw", lambda history: [])
+    given = {"lr_vision_backbone": 0, "feature_cache_gib": 0.1} | flags
+    if names == "--lora_dropout":  # a tower at a learning rate of 0 has no adapters
+        given |= {"lr_vision_backbone": 1e-3, "enable_grades": True, "vision_tau": 1e9, "language_tau": 1e-9}
+    assert train.main(parse_arguments(arguments(data, tmp_path, "run", **given))) == 0
+    summary = json.loads((tmp_path / "out" / "run" / "summary.json").read_text())
+    log = (tmp_path / "out" / "run" / "log.txt").read_text()
+    assert (names is None) == ("--feature_cache_gib has no effect" not in log)
+    assert names is None or f"--feature_cache_gib has no effect with {names}: " in log
+    assert bool(summary["feature_cache_hits"]) == (names is None)

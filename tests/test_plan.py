@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from tiny.families import CROPS as CROP_SETTINGS
 from tiny.families import words_of
+from tiny.runs import arguments, state
 from torch.autograd.graph import saved_tensors_hooks
 
 import models.attention
@@ -239,6 +240,36 @@ def test_as_many_tiles_as_fit_into_the_memory():
     assert 0.7 * memory < sum(limited.memory.values()) <= 0.86 * memory
     with pytest.raises(ValueError, match="--batch_size 2: takes"):
         fitting_tiles(settings, CPU, memory / 100)
+
+
+def test_tiles_are_counted_with_the_sizes_that_the_model_will_have(data, tmp_path, monkeypatch, capsys):
+    """Those of the weights and of the checkpoint that is resumed, not the recipe's (rows of 128 tokens)."""
+    import train
+
+    def run(name: str, **flags) -> int:
+        words = arguments(data, tmp_path, name, max_training_steps=4, **flags)
+        return train.main(parse_arguments(words))
+
+    def found(settings, *_):
+        lengths.append(settings.vlm.lm_max_length)
+        return 8
+
+    lengths: list[int] = []
+    monkeypatch.setattr("grades.plots.draw", lambda history: [])
+    monkeypatch.setattr("training.plan.fitting_tiles", found)
+    assert run("source", lm_max_length=150) == 0
+    flags = {"resume_weights": tmp_path / "out" / "source", "max_tiles_per_batch": "auto", "resume": "auto"}
+    assert run("run", **flags) == 0
+    assert lengths == [150]
+    saved = state(tmp_path / "out" / "run")["settings"]
+    assert (saved["max_tiles_per_batch"], saved["lm_max_length"]) == (8, 128)  # what a resumed run is compared with
+    assert run("run", **flags, checkpoint_interval=1) == 0
+    longer = {"lm_max_length": 140, "resume_override": True}
+    assert run("longer", **flags | {"resume": tmp_path / "out" / "run"}, **longer) == 0
+    assert lengths == [150, 150, 140]
+    monkeypatch.setattr("training.plan.fitting_tiles", lambda *_: 4)
+    assert run("run", **flags) == 2  # a smaller device
+    assert "--max_tiles_per_batch 4: the run that is resumed has 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["", "--max_video_frames 1", f"{PACKING} 3 --activation_checkpointing"])

@@ -332,6 +332,18 @@ def test_the_latest_checkpoints_and_the_best_are_kept_once(run, tmp_path, monkey
     assert find_checkpoint(checkpoints.parent) == checkpoints / "best"
 
 
+def test_the_best_of_a_run_that_begins_at_the_checkpoint_of_another_is_its_own(run, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 3.0, 3.0, 4.0])
+    monkeypatch.setattr("eval.evaluation.summed_loss", lambda *_: (torch.tensor(next(losses)), 1))
+    assert run("run") == 0
+    assert run("new", kill=9, resume=tmp_path / "out" / "run" / "checkpoints" / "step_00000008") is None
+    assert run("new", resume="auto") == 0
+    folder = tmp_path / "out" / "new"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_metric"]) == (8, 3.0)
+    assert find_checkpoint(folder).resolve().name == "step_00000008"
+
+
 def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, capsys):
     folder, step = tmp_path / "out" / "run", train.forward_backward
     calls: list = []

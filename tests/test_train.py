@@ -1,7 +1,9 @@
 """The training loop from the command line to the summary, on a model of a few thousand weights."""
 
 import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import train
 from data.images import ImageProcessor
 from data.text import encode_prompt, get_tokenizer, image_string
 from models.vision_language_model import VisionLanguageModel
-from training import setup
+from training import checkpoint, setup
 from training.arguments import parse_arguments
 from training.checkpoint_folder import CheckpointError, begin, damage, find_checkpoint, finishing, step_folder
 from training.evaluation import EvaluationSchedule
@@ -65,6 +67,46 @@ def test_a_run_leaves_everything_it_promises(start):
     log = (folder / "log.txt").read_text()
     assert log.count("froze vision_encoder.blocks.0.") == 4
     assert "step 5: froze 4 of 4 vision matrices (4 frozen): tau 1e+09" in log
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ImportError("No module named 'matplotlib'"), "no pictures without matplotlib; install it, then: "),
+        (ValueError("Key backend: 'no' is not a valid value"), "no pictures (ValueError: Key backend: 'no' is not a "),
+    ],
+)
+def test_pictures_that_cannot_be_drawn_cost_nothing_else(start, monkeypatch, error, line):
+    def draw(history):
+        assert (history.parent / "summary.json").exists()
+        raise error
+
+    monkeypatch.setattr("grades.plots.draw", draw)
+    code, folder, summary = start(enable_grades=True)
+    assert (code, summary["stop_reason"]) == (0, "frozen")
+    log = (folder / "log.txt").read_text()
+    assert f"\n{line}" in log
+    assert f"python -m grades report {folder}\n" in log
+    assert f"written               {folder / 'summary.json'}\n" in log
+    assert ".png" not in log.partition("written ")[2].partition("ask it")[0]
+
+
+@pytest.mark.parametrize("refused", ["point", "prune"])
+def test_a_disk_that_fills_during_an_evaluation_does_not_end_the_run(start, monkeypatch, refused):
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 2:  # the first is of the saving before the evaluation
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        works(*args)
+
+    calls, works, losses = [], getattr(checkpoint, refused), iter([1.0, 2.0])
+    monkeypatch.setattr(checkpoint, refused, fails)
+    monkeypatch.setattr("eval.evaluation.summed_loss", lambda *_: (torch.tensor(next(losses)), 1))
+    code, folder, summary = start(keep_checkpoints=1)
+    assert (code, summary["best_step"]) == (0, 4)
+    said = "checkpoints/best could not be brought up to date ([Errno 28] No space left on device)"
+    assert (folder / "log.txt").read_text().count(said) == 1
+    assert find_checkpoint(folder).resolve().name == "step_00000004"
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)

@@ -1,20 +1,15 @@
 """The model of a run."""
 
-import dataclasses
-import math
 from pathlib import Path
 
 import torch
 
-from models.backbones import configure_from_backbones
-from models.config import VLMConfig
-from models.hub import checkpoint_folder
 from models.lora import inject_lora, load_lora_state_dict
 from models.vision_language_model import VisionLanguageModel, load_vlm_weights
 from training import setup
 from training.arguments import Settings
-from training.checkpoint_folder import find_checkpoint
 from training.resume import RunStart
+from training.sizes import take_over_sizes
 
 
 def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageModel, Path | None]:
@@ -25,9 +20,7 @@ def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageMode
     another shape than they have.
     """
     cfg = settings.train
-    checkpoint = start.checkpoint or take_over_sizes(settings)
-    if start.checkpoint is not None:
-        settings.use_model_config(VLMConfig.load(start.checkpoint), f"--resume {start.checkpoint}")
+    checkpoint = take_over_sizes(settings, resumed=start.checkpoint)
     if checkpoint is not None:
         model = load_vlm_weights(VisionLanguageModel(settings.vlm), checkpoint)
     else:
@@ -39,40 +32,6 @@ def build_model(settings: Settings, start: RunStart) -> tuple[VisionLanguageMode
     setup.freeze_untrained(model, cfg)
     setup.apply_to_model(model, cfg)
     return model, checkpoint
-
-
-def take_over_sizes(settings: Settings, local_only: bool = False) -> Path | None:
-    """Let the checkpoint or the backbones say the model's sizes; returns the checkpoint.
-
-    local_only: the hub is not asked; what is not on this machine leaves the sizes as the settings have them.
-    """
-    if settings.weights is not None:
-        flag, name = settings.weights
-        found = find_checkpoint(name, newest=flag == "resume_weights")
-        if local_only and not Path(found).is_dir():
-            return None
-        checkpoint = checkpoint_folder(found, flag=flag)
-        settings.use_model_config(VLMConfig.load(checkpoint), f"--{flag} {checkpoint}")
-        return checkpoint
-    if settings.vlm.vlm_load_backbone_weights:
-        vlm = dataclasses.replace(settings.vlm)
-        configure_from_backbones(vlm, local_only)
-        settings.use_model_config(vlm, "the pretrained backbones")
-    return None
-
-
-def limit_tiles(settings: Settings, processes: int = 1) -> None:
-    """Set max_tiles_per_batch, where it is auto, to as many as fit into the CUDA device; to 0 where all do.
-
-    Raises ValueError where not even one tile for each row fits.
-    """
-    if settings.train.max_tiles_per_batch != "auto":
-        return
-    from training.plan import fitting_tiles
-
-    device = setup.pick_device()
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    settings.train.max_tiles_per_batch = fitting_tiles(settings, device, memory, processes)
 
 
 def compile_model(model: VisionLanguageModel, settings: Settings, device: torch.device) -> bool:

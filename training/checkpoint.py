@@ -23,6 +23,7 @@ from training.checkpoint_folder import (
     CheckpointError,
     begin,
     finishing,
+    follow,
     point,
     prune,
     step_folder,
@@ -184,6 +185,18 @@ class Checkpointer:
                 state = own_part(self.optimizer, state)
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    def save_beginning(self, state: LoopState) -> None:
+        """Where the run begins at a checkpoint of another run, save that step in its own folder too, before it is
+        evaluated. All ranks must call it.
+
+        The best step of the other run is not in this folder, so what `best` leads to is the best from here on.
+        """
+        if self.saved_step is not None or not state.resumed_at:
+            return
+        if state.best_step != state.step:
+            state.best_step = state.best_value = None
+        self.save(state)
+
     def save(self, state: LoopState, name: str | None = None) -> None:
         """Write the checkpoint of this step, or `name`. All ranks must call it; rank 0 writes, sharded ones their part.
 
@@ -229,11 +242,21 @@ class Checkpointer:
         if self.saved_step == state.step and self.saved_averages != state.averaged_is_better:
             self.save(state)
             return
-        folder = step_folder(self.folder, state.step)
-        if self.parallel.is_main and state.best_step == state.step and folder.is_dir():
-            point(folder.with_name("best"), folder)
-            prune(self.folder, self.keep)  # the one that was the best until now
+        if self.parallel.is_main:
+            self._point_to_best(state)
         self.describe(state)
+
+    def _point_to_best(self, state: LoopState) -> None:
+        """Let `best` lead to the checkpoint of the best step, if it is there and `best` leads elsewhere."""
+        if state.best_step is None:
+            return
+        folder = step_folder(self.folder, state.best_step)
+        try:
+            if folder.is_dir() and follow(folder.with_name("best")).name != folder.name:
+                point(folder.with_name("best"), folder)
+                prune(self.folder, self.keep)  # the one that was the best until now
+        except OSError as error:
+            self.say(f"checkpoints/best could not be brought up to date ({error}); the next checkpoint tries it again")
 
     def describe(self, state: LoopState, test: dict[str, float | None] | None = None) -> None:
         """Write the model card of the checkpoint of this step, if there is one, again: with what was measured since.
@@ -276,6 +299,7 @@ class Checkpointer:
                     self._write_card(beside, self.card, state)
             if folder.name.startswith("step_"):
                 point(folder.with_name("last"), folder)
+                self._point_to_best(state)  # which the disk may have refused; what it leads to is not removed
                 prune(self.folder, self.keep)
             self.error = None
         except (CheckpointError, OSError) as error:

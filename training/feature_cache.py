@@ -1,11 +1,13 @@
 """Features of images that a frozen vision tower has seen before: kept, and not computed again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from models.attention import compute_dtype
+from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -24,6 +26,20 @@ class FeatureCache:
         self.dtype: torch.dtype | None = None  # of the products that made what is held
         self.hits = self.lookups = 0  # images, in the whole run
         self.parameters = list(model.vision_encoder.parameters())
+
+    @classmethod
+    def of_run(cls, model: VisionLanguageModel, cfg: TrainConfig, say: Callable[[str], None]) -> "FeatureCache | None":
+        """The cache of --feature_cache_gib; None without it, and where dropout makes the tower's output another each
+        time, which is said."""
+        if not cfg.feature_cache_gib:
+            return None
+        # Adapters have a module for theirs.
+        adapters = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.vision_encoder.modules())
+        dropout = {"vit_dropout": model.cfg.vit_dropout > 0, "lora_dropout": adapters}
+        if names := [name for name, is_on in dropout.items() if is_on]:
+            say(f"--feature_cache_gib has no effect with --{' and --'.join(names)}: the features differ each time")
+            return None
+        return cls(model, cfg.feature_cache_gib)
 
     @property
     def is_active(self) -> bool:

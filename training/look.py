@@ -14,8 +14,8 @@ from data.tokenizer_checks import load_tokenizer
 from data.values import printable
 from training import setup
 from training.arguments import Settings
-from training.build import limit_tiles, take_over_sizes
 from training.preflight import Source, data_sources
+from training.sizes import limit_tiles, take_over_sizes
 
 PAGE_ROWS = 8  # of a batch at most: a page needs no more, and no rank to share them with
 

@@ -143,23 +143,32 @@ def write_report(
     cache: FeatureCache | None,
     log: RunLog,
 ) -> None:
-    """Write pictures and summary.json, and say what they hold. test: None where nothing was tested."""
-    pictures: list[Path] = []
+    """Write summary.json and pictures, and say what they hold. test: None where nothing was tested."""
     if monitor is not None:
         monitor.save_history(folder / HISTORY_NAME)
-        try:
-            pictures = plots.draw(folder / HISTORY_NAME)
-        except ImportError:
-            log.say(f"no pictures without matplotlib; install it, then: python -m grades report {folder}")
     baseline = None
     if test is not None and data.test_rows is not None and cfg.train_data == [easy_vqa.NAME]:
         baseline = easy_vqa.question_only(data.train_rows, data.test_rows)
     summary = make_summary(state, stop_reason, test, baseline, data, model, monitor, meter, cache)
     write_json(folder / "summary.json", summary)
+    pictures = draw_pictures(folder, log) if monitor is not None else []
     for line in summary_lines(summary, folder, pictures):
         log.say(line)
     log.tracker.finish({name: value for name, value in summary.items() if not isinstance(value, dict)}, pictures)
     log.close()
+
+
+def draw_pictures(folder: Path, log: RunLog) -> list[Path]:
+    """Draw the pictures of the history in the run folder; returns their paths. What prevents it is a line in the log:
+    the run is done."""
+    again = f"python -m grades report {shlex.quote(str(folder))}"
+    try:
+        return plots.draw(folder / HISTORY_NAME)
+    except ImportError:
+        log.say(f"no pictures without matplotlib; install it, then: {again}")
+    except Exception as error:  # as of a backend that MPLBACKEND names and matplotlib does not have
+        log.say(f"no pictures ({type(error).__name__}: {error}); try: {again}")
+    return []
 
 
 def make_summary(

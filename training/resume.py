@@ -25,6 +25,7 @@ from training.checkpoint_folder import (
 )
 from training.parallel import Parallel
 from training.run_folder import FolderLock, lock, new_run_folder
+from training.sizes import limit_tiles_of_run
 from training.state import END_REASONS
 
 FORMAT = 2  # of training_state.pt
@@ -109,7 +110,8 @@ class RunStart:
 
 
 def open_run(settings: Settings, parallel: Parallel) -> RunStart:
-    """Make the run folder, or find the one to continue in; find, verify and load the checkpoint.
+    """Make the run folder, or find the one to continue in; find, verify and load the checkpoint; set
+    max_tiles_per_batch where it is auto.
 
     Rank 0 alone changes the folder; every rank gets the checkpoint's state. Raises ValueError where there is no whole
     checkpoint, where settings differ, and where another process is running in the folder.
@@ -124,18 +126,21 @@ def open_run(settings: Settings, parallel: Parallel) -> RunStart:
     settings.given = frozenset(given)
     if parallel.is_main:
         (start,) = opened
-    elif start.checkpoint is not None:
-        start.state = load_state(start.checkpoint)
+    else:
+        limit_tiles_of_run(settings, parallel.world_size, start.checkpoint)  # each rank for its own device
+        if start.checkpoint is not None:
+            start.state = load_state(start.checkpoint)
     if start.state and "split_by" not in start.state["settings"]:  # an older version, which always split by row
         start.requested["split_by"] = settings.train.split_by = "row"
     return start
 
 
 def _open(settings: Settings, processes: int) -> RunStart:
-    cfg, requested = settings.train, _flat(settings)
+    cfg = settings.train
     if cfg.resume is None:
+        limit_tiles_of_run(settings, processes)
         folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
-        return RunStart(folder, requested, True, lock(folder))
+        return RunStart(folder, _flat(settings), True, lock(folder))
     named = None if cfg.run_name is None else Path(cfg.output_dir) / cfg.run_name
     if cfg.resume == "auto":
         assert named is not None, "the settings' check sees to that"
@@ -144,10 +149,13 @@ def _open(settings: Settings, processes: int) -> RunStart:
         source, checkpoint = _run_of(Path(cfg.resume))
     in_place = named is None or named.resolve() == source.resolve()
     is_new, held = not source.exists(), None
+    if is_new:
+        limit_tiles_of_run(settings, processes)  # what does not fit is an error before the folder is made
     if in_place:
         source.mkdir(parents=True, exist_ok=True)
         held = lock(source)
     checkpoint, state, notes = _find(source, checkpoint, settings, in_place, processes)
+    requested = _flat(settings)
     if in_place:
         return RunStart(source, requested, is_new, held, checkpoint, state, notes)
     folder = new_run_folder(cfg.output_dir, cfg.run_name, settings.recipe.stem)
@@ -175,7 +183,10 @@ def _run_of(path: Path) -> tuple[Path, Path | None]:
 def _find(
     folder: Path, checkpoint: Path | None, settings: Settings, in_place: bool, processes: int
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(checkpoint, its state, lines for the log): the checkpoint that was asked for, else the newest whole one."""
+    """(checkpoint, its state, lines for the log): the checkpoint that was asked for, else the newest whole one.
+
+    Sets max_tiles_per_batch where it is auto, which the sizes in the checkpoint decide.
+    """
     notes: list[str] = []
     if checkpoint is not None:
         if problem := damage(checkpoint):
@@ -193,13 +204,16 @@ def _find(
     if checkpoint is None and settings.train.resume != "auto":
         raise ValueError(f"--resume {settings.train.resume}: has no checkpoint yet")
     if checkpoint is None:
+        limit_tiles_of_run(settings, processes)
         return None, {}, []
     state = load_state(checkpoint)
     notes.append(f"resuming from {checkpoint}, after step {state['step']:,}")
     crash = folder / "checkpoints" / "crash"
     if (crash / MANIFEST).exists() and step_of(crash) > state["step"]:
         notes.append(f"{crash} is what an error left after step {step_of(crash):,}; only --resume {crash} takes it")
-    return checkpoint, state, notes + _check_settings(state, settings, processes)
+    _check_settings(state, settings, processes)  # what may differ is in settings.given then, and may be a size
+    limit_tiles_of_run(settings, processes, checkpoint)
+    return checkpoint, state, notes + _check_settings(state, settings, processes)  # the tiles too
 
 
 def _newest_whole(folder: Path, notes: list[str]) -> Path | None:
@@ -253,6 +267,8 @@ def _check_settings(state: dict[str, Any], settings: Settings, processes: int) -
         free = free | {"batch_size"}
     if "auto" in (saved.get("compile"), now["compile"]):  # it follows the machine
         free = free | {"compile"}
+    if now["max_tiles_per_batch"] == "auto":  # it has no number yet
+        free = free | {"max_tiles_per_batch"}
     differing = [name for name in now if name in saved and name not in free and now[name] != saved[name]]
     lines = [f"--{name} {now[name]}: the run that is resumed has {saved[name]}" for name in differing]
     if processes != before and "batch_size" not in free and now["batch_size"] == saved["batch_size"]:
