@@ -21,7 +21,6 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 MODEL_CARD = """\
 ---
 library_name: nanovlm
-license: mit
 pipeline_tag: image-text-to-text
 ---
 

@@ -187,5 +187,6 @@ def test_push_to_hub_uploads_a_loadable_folder(monkeypatch, tmp_path, name):
     assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path), model)
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: nanovlm\nlicense: mit\n")
+    # A licence for the weights is the choice of their owner.
+    assert card.startswith("---\nlibrary_name: nanovlm\npipeline_tag: image-text-to-text\n---\n")
     assert f'VisionLanguageModel.from_pretrained("{full_name}")' in card
