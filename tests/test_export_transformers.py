@@ -130,6 +130,27 @@ def test_the_template_writes_conversations_as_they_are_trained(tmp_path):
     assert processor.tokenizer.eos_token_id == asker.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("changes", [ONE, {}], ids=["one tile", "tiles"])
+def test_a_tokenizer_with_a_bos_adds_none(tmp_path, changes):
+    """As in training. What its post-processor does to offsets stays, for a run that goes on from it."""
+    base = byte_level_tokenizer(tmp_path / "tokenizer", bos="<|endoftext|>")
+    asker = save(tmp_path / "ours", **changes, lm_base_vocab_size=base, lm_tokenizer=str(tmp_path / "tokenizer"))
+    bos = asker.tokenizer.bos_token_id
+    assert asker.tokenizer("red")["input_ids"][0] == bos
+    asker.tokenizer.save_pretrained(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "theirs")
+    processor = AutoProcessor.from_pretrained(tmp_path / "theirs", trust_remote_code=not changes)
+    batch = processor.apply_chat_template(
+        asked([picture()]), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert batch["input_ids"].tolist() == asker.reader.read({"user": QUESTION}, [picture()]).prompts
+    theirs = processor.tokenizer
+    assert bos not in theirs("red")["input_ids"] + theirs("red", "blue")["input_ids"]
+    assert theirs.bos_token_id == bos
+    same = [one.backend_tokenizer.encode("the red", add_special_tokens=False) for one in (theirs, asker.tokenizer)]
+    assert same[0].offsets == same[1].offsets
+
+
 def test_the_file_for_tiles_cuts_pictures_as_training_does():
     for enlarge, with_global in ((True, True), (False, True), (False, False)):
         tokens = dict(tiny_vlm().vlm_extra_tokens)
