@@ -3,9 +3,10 @@
 import contextlib
 import json
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny.data import byte_level_tokenizer, picture, tiny_vlm
 from tiny.families import FAMILIES
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -163,6 +164,34 @@ def test_the_file_for_tiles_cuts_pictures_as_training_does():
             (tiles, grid), (pixels, same) = ours(image), theirs.tiles(image)
             assert grid == same
             torch.testing.assert_close(pixels, tiles.float(), atol=1e-3, rtol=0)
+
+
+def test_the_file_for_tiles_reads_every_kind_of_picture_as_training_does(tmp_path):
+    ours, theirs = ImageProcessor(tiny_vlm()), NanoVLMImageProcessor(16, 64, image_mean=0.0, image_std=1 / 255)
+    clear = picture(40, 20, "RGBA")
+    clear.putalpha(picture(40, 20, "L", seed=1))
+    palette = picture(40, 20, "P")
+    palette.info["transparency"] = palette.getpixel((3, 3))
+    noise = np.random.default_rng(0).integers(0, 4096, (20, 40))
+    deep = {
+        f"{number}_bits": Image.fromarray((noise * scale).astype(np.uint16)) for number, scale in ((12, 1), (16, 16))
+    }
+    float_grey = {"float": Image.fromarray((noise / 4095).astype(np.float32))}
+    plain = {mode: picture(40, 20, mode) for mode in ("RGB", "L", "1", "CMYK", "LA")}
+    pictures = {"clear": clear, "palette": palette} | deep | float_grey | plain
+    for name, image in pictures.items():
+        kind = "tiff" if name in ("float", "CMYK") else "png"
+        image.save(tmp_path / f"{name}.{kind}")
+    for kind in ("jpg", "png", "tiff", "webp"):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        picture(40, 20).save(tmp_path / f"turned.{kind}", exif=exif)
+    paths = sorted(tmp_path.iterdir())
+    for source in (*pictures.values(), *paths, *map(str, paths), *map(Image.open, paths)):
+        tiles, grid = ours(source)
+        pixels, same = theirs.tiles(source)
+        assert grid == same
+        torch.testing.assert_close(pixels, tiles.float(), atol=1e-3, rtol=0)
 
 
 def test_back_again_nothing_has_changed(tmp_path):
