@@ -69,7 +69,7 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         grid = (height // side, width // side)
         cut = pixels.reshape(3, grid[0], side, grid[1], side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
         if self.with_global and grid != (1, 1):
-            cut = torch.cat((resized(pixels, (side, side))[None], cut))
+            cut = torch.cat((resized(pixels, (side, side), "bilinear")[None], cut))
         return (cut.float() / 255.0 - self.image_mean) / self.image_std, grid
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
@@ -109,11 +109,11 @@ def opaque(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resized(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
     """uint8 [3, H, W] -> uint8 [3, *size]."""
     if pixels.shape[1:] == size:
         return pixels
-    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    return F.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
 
 
 class NanoVLMProcessor(ProcessorMixin):
