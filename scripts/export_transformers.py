@@ -177,7 +177,8 @@ def processor_of(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "Proce
         from transformers import Idefics3ImageProcessor as Images  # type: ignore[assignment]
 
     tokens = cfg.vlm_extra_tokens
-    image = tokens["image_token"] if has_tiles(cfg) else tokens.get("global_image_token", "") + tokens["image_token"]
+    name = "" if has_tiles(cfg) else tokens.get("global_image_token", tokens.get("r1c1", ""))
+    image = name + tokens["image_token"]
     template = TEXT_OF_PARTS.format(image=json.dumps(image)) + cfg.lm_chat_template
     tokenizer = with_image_token(tokenizer, tokens["image_token"], cfg.lm_max_position_embeddings)
     tokenizer.chat_template = template

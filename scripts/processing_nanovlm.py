@@ -179,9 +179,8 @@ class NanoVLMProcessor(ProcessorMixin):
     def image_text(self, grid: tuple[int, int]) -> str:
         """The tokens of one picture."""
         tokens, (rows, cols) = self.extra_tokens, grid
-        slots, text = self.image_token * self.image_seq_len, ""
-        if grid == (1, 1) or "global_image_token" in tokens:
-            text += tokens.get("global_image_token", "") + slots
-        if grid != (1, 1):
-            text += "".join(tokens[f"r{row + 1}c{col + 1}"] + slots for row in range(rows) for col in range(cols))
-        return text
+        slots = self.image_token * self.image_seq_len
+        whole = tokens["global_image_token"] + slots if "global_image_token" in tokens else ""
+        if grid == (1, 1):
+            return whole or tokens.get("r1c1", "") + slots
+        return whole + "".join(tokens[f"r{row + 1}c{col + 1}"] + slots for row in range(rows) for col in range(cols))

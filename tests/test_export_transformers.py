@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from tiny.data import byte_level_tokenizer, picture, tiny_vlm
+from tiny.data import TILE_TOKENS, byte_level_tokenizer, picture, tiny_vlm
 from tiny.families import FAMILIES
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,6 +21,8 @@ from scripts.processing_nanovlm import NanoVLMImageProcessor
 
 ONE = {"max_img_size": 16, "vlm_extra_tokens": {"image_token": "<|image|>"}}
 GLOBAL = {"max_img_size": 16, "vlm_extra_tokens": {"image_token": "<img>", "global_image_token": "<|global_image|>"}}
+NAMED = {"max_img_size": 16, "vlm_extra_tokens": {"image_token": "<|image|>", "r1c1": "<row_1_col_1>"}}
+WITHOUT_GLOBAL = {name: token for name, token in TILE_TOKENS.items() if name != "global_image_token"}
 SHAPE = {
     "vit_model_type": "scratch", "lm_model_type": "scratch", "lm_tokenizer": "easy-vqa", "vit_hidden_dim": 16,
     "vit_inter_dim": 32, "vit_n_heads": 2, "vit_n_blocks": 2, "lm_hidden_dim": 16, "lm_inter_dim": 32, "lm_n_heads": 4,
@@ -35,7 +37,11 @@ CASES = {
         "image_mean": 0.94, "vit_n_heads": 1, "vit_img_size": 48, "max_img_size": 48, "mp_pixel_shuffle_factor": 4,
         "mp_image_token_length": 9,
     },
+    "one tile with its name": NAMED,
     "tiles": {},
+    "tiles without a global token, of small pictures": {
+        "vlm_extra_tokens": WITHOUT_GLOBAL, "resize_to_max_side_len": False,
+    },
     "tiles of small pictures": {"resize_to_max_side_len": False},
 }  # fmt: skip
 
@@ -63,7 +69,7 @@ def asked(images, text=QUESTION) -> list[dict]:
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_an_exported_model_is_the_same_model(tmp_path, name):
-    asker, tiles = save(tmp_path / "ours", **CASES[name]), "tiles" in name
+    asker, tiles = save(tmp_path / "ours", **CASES[name]), name.startswith("tiles")
     assert main([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
     theirs, processor = load(tmp_path / "theirs", tiles)
     size = asker.model.cfg.vit_img_size
