@@ -191,11 +191,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8))
 
 
-def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [C, H, W] resized to (width, height): at most 2 of 256 levels from Pillow's bicubic, and faster."""
+def resized(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
+    """uint8 [C, H, W] resized to (width, height), antialiased: at most 2 of 256 levels from Pillow's, and faster."""
     if pixels.shape[1:] == size[::-1]:
         return pixels
-    return F.interpolate(pixels[None], size[::-1], mode="bicubic", antialias=True)[0]
+    return F.interpolate(pixels[None], size[::-1], mode=mode, antialias=True)[0]
 
 
 def fitted(pixels: torch.Tensor, size: tuple[int, int], mode: str, antialias: bool, keep_aspect: bool) -> torch.Tensor:
@@ -222,8 +222,8 @@ class ImageProcessor:
     def __call__(self, source: Source) -> tuple[torch.Tensor, Grid]:
         """(uint8 [n, 3, S, S], the grid (rows, columns) of tiles or crops) of an image. Raises ImageDecodeError.
 
-        Resized as nanoVLM does it, bicubic with antialiasing; for molmo_crops as Molmo does it, bilinear, and
-        antialiased only where the aspect is kept.
+        Resized as nanoVLM does it, with antialiasing: bicubic, and of the result the whole image beside its tiles
+        bilinear. For molmo_crops as Molmo does it, bilinear, and antialiased only where the aspect is kept.
         """
         grid = layouts.grid_of(*image_size(source), self.cfg)
         if layouts.has_crops(self.cfg):
@@ -247,7 +247,7 @@ class ImageProcessor:
         tiles = np.empty((self.count(grid), 3, side, side), dtype=np.uint8)
         first = len(tiles) - rows * cols
         if first:
-            tiles[0] = resized(whole, (side, side)).numpy()
+            tiles[0] = resized(whole, (side, side), "bilinear").numpy()
         # NumPy: on a busy CPU torch's threads take a hundred times as long for a copy.
         cut = whole.numpy().reshape(3, rows, side, cols, side).transpose(1, 3, 0, 2, 4)
         tiles[first:].reshape(rows, cols, 3, side, side)[:] = cut

@@ -160,15 +160,14 @@ def _frame_string(cfg: VLMConfig) -> str:
 
 
 def _tiles_string(grid: tuple[int, int], cfg: VLMConfig) -> str:
-    """Of one image in tiles or resize: the whole image, and where there are several tiles each with its name."""
+    """Of one image in tiles or resize: the whole image, and where there are several tiles each with its name. A single
+    tile has a name where there is no global_image_token, as in nanoVLM before it had one."""
     tokens, (rows, cols) = cfg.vlm_extra_tokens, grid
     slots = tokens["image_token"] * cfg.mp_image_token_length
-    text = ""
-    if grid == (1, 1) or "global_image_token" in tokens:
-        text += tokens.get("global_image_token", "") + slots
-    if grid != (1, 1):
-        text += "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
-    return text
+    whole = tokens["global_image_token"] + slots if "global_image_token" in tokens else ""
+    if grid == (1, 1):
+        return whole or tokens.get("r1c1", "") + slots
+    return whole + "".join(tokens[f"r{r + 1}c{c + 1}"] + slots for r in range(rows) for c in range(cols))
 
 
 def _crops_string(grid: tuple[int, int], cfg: VLMConfig) -> str:

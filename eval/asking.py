@@ -58,7 +58,7 @@ class Reader:
         """Raise ValueError where a user's text holds a token that only the chat template or an image may write."""
         if found := self.control_tokens.find(text):
             reason, token = found
-            place = f"; an image is {PLACE}" if reason == IMAGE_TOKEN_IN_TEXT else ""
+            place = f"; an image is {PLACE}" if reason == IMAGE_TOKEN_IN_TEXT and token != PLACE else ""
             raise ValueError(f"{reason}: {token} must not stand in it{place}")
 
     def read(
@@ -99,7 +99,6 @@ class Reader:
 
         Raises ValueError where these are not as many as the <image> or <video> in it, and as `check` does.
         """
-        self.check(text)
         images, videos = ([one for one in shown if one.is_video == kind] for kind in (False, True))
         try:
             [turn], numbers = place_images(
@@ -107,6 +106,7 @@ class Reader:
             )
         except BadRow as bad:
             raise ValueError(f"{bad.kind}: {bad.found}") from None
+        self.check(turn["user"])  # without the places, as the image token itself may be spelled <image>
         rest = {True: iter(videos), False: iter(images)}
         ordered = [next(rest[number in numbers]) for number in range(len(shown))]
         return with_images(turn, [one.text for one in ordered])[0], ordered

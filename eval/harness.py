@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data.datasets import Questions
+from data.images import ImageDecodeError
 from eval.asking import Asker, Reader, Shown
 from eval.batches import Batches
 from eval.prompts import styled
@@ -47,14 +49,28 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """read: the question as the model gets it, made when its turn has come."""
+    """read: the question as the model gets it, made when its turn has come. name: in words, for messages."""
 
     read: Callable[[], Questions]
     decoding: Decoding = Decoding()
+    name: str = "a question"
+
+    def question(self, reader: Reader) -> Questions | str:
+        """What `read` gives, or in words why it cannot be asked."""
+        try:
+            question = self.read()
+        except ImageDecodeError as error:
+            return f"{error.kind}: {error}"
+        except ValueError as error:
+            return str(error)
+        return reader.too_long(question, self.decoding.max_new_tokens) or question
 
 
 def answer_requests(asker: Asker, requests: Sequence[Request], batches: Batches) -> Iterator[tuple[int, str]]:
-    """(number of the request, its answer), in the order in which they are answered; alike ones in one batch."""
+    """(number of the request, its answer), in the order in which they are answered; alike ones in one batch.
+
+    The answer to a question that cannot be asked is empty, and stderr says why.
+    """
     alike: dict[Decoding, list[int]] = {}
     for number, request in enumerate(requests):
         alike.setdefault(request.decoding, []).append(number)
@@ -64,8 +80,15 @@ def answer_requests(asker: Asker, requests: Sequence[Request], batches: Batches)
             questions = [question for _, question in batch]
             return asker.answer(questions, decoding.max_new_tokens, decoding.stop, **dict(decoding.sampling))
 
-        for group in batches.sorted_by_length((number, requests[number].read()) for number in numbers):
-            for batch, texts in batches.run(group, ask):
+        for group in batches.sorted_by_length((number, requests[number].question(asker.reader)) for number in numbers):
+            can_be_asked = []
+            for number, question in group:
+                if isinstance(question, str):
+                    print(f"{requests[number].name} cannot be asked: {question}", file=sys.stderr)
+                    yield number, ""
+                else:
+                    can_be_asked.append((number, question))
+            for batch, texts in batches.run(can_be_asked, ask):
                 yield from zip((number for number, _ in batch), texts, strict=True)
 
 

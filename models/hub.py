@@ -21,7 +21,6 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 MODEL_CARD = """\
 ---
 library_name: nanovlm
-license: mit
 pipeline_tag: image-text-to-text
 ---
 
@@ -89,15 +88,16 @@ def checkpoint_folder(path: str | Path, revision: str | None = None, flag: str =
 def push_folder(save: Callable[[str], None], repo_id: str, private: bool = False, source: Path | None = None) -> None:
     """Upload what save(folder) writes, with a model card, to the hub repository repo_id, created if necessary.
 
-    source: the checkpoint that the model was loaded from. Its tokenizer is uploaded too, and its own card, which says
-    how it was trained, where the weights are still the same.
+    repo_id: in the user's own namespace where it has none. source: the checkpoint that the model was loaded from. Its
+    tokenizer is uploaded too, and its own card, which says how it was trained, where the weights are still the same.
     """
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as name:
         save(name)
-        folder = Path(name)
+        folder, api = Path(name), HfApi()
         parts = VLMConfig.load(folder).in_words
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # now with a namespace
         card = MODEL_CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id, parts=parts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if source is not None:
@@ -106,8 +106,6 @@ def push_folder(save: Callable[[str], None], repo_id: str, private: bool = False
                 kept += source.glob("README.md")
             for path in kept:
                 shutil.copyfile(path, folder / path.name)
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=name, commit_message="Upload nanoVLM checkpoint")
 
 

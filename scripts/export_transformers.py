@@ -26,6 +26,7 @@ from training.checkpoint_folder import find_checkpoint
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast, ProcessorMixin, SmolVLMConfig
 
     from models.vision_language_model import VisionLanguageModel
@@ -176,7 +177,8 @@ def processor_of(cfg: VLMConfig, tokenizer: "PreTrainedTokenizerFast") -> "Proce
         from transformers import Idefics3ImageProcessor as Images  # type: ignore[assignment]
 
     tokens = cfg.vlm_extra_tokens
-    image = tokens["image_token"] if has_tiles(cfg) else tokens.get("global_image_token", "") + tokens["image_token"]
+    name = "" if has_tiles(cfg) else tokens.get("global_image_token", tokens.get("r1c1", ""))
+    image = name + tokens["image_token"]
     template = TEXT_OF_PARTS.format(image=json.dumps(image)) + cfg.lm_chat_template
     tokenizer = with_image_token(tokenizer, tokens["image_token"], cfg.lm_max_position_embeddings)
     tokenizer.chat_template = template
@@ -218,15 +220,26 @@ def one(value: float | list[float]) -> float:
 def with_image_token(
     tokenizer: "PreTrainedTokenizerFast", image_token: str, positions: int
 ) -> "PreTrainedTokenizerFast":
-    """A copy that also knows which token stands for an image, and the model's positions."""
+    """A copy that also knows the image token and the model's positions, and that adds no token to a text."""
     from transformers import PreTrainedTokenizerFast
 
     names = ("unk_token", "bos_token", "eos_token", "pad_token")
     known = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens={"image_token": image_token},
+        tokenizer_object=adding_nothing(tokenizer.backend_tokenizer), extra_special_tokens={"image_token": image_token},
         padding_side="left", model_max_length=positions, model_input_names=["input_ids", "attention_mask"], **known,
     )  # fmt: skip
+
+
+def adding_nothing(backend: "Tokenizer") -> "Tokenizer":
+    """A copy that puts no token around a text, such as a BOS: training does not either."""
+    from tokenizers import Tokenizer
+
+    stored = json.loads(backend.to_str())
+    own = stored["post_processor"] or {}
+    kept = [part for part in own.get("processors", [own]) if part.get("type") == "ByteLevel"]  # moves offsets alone
+    # Not None, for which transformers would put in its own.
+    return Tokenizer.from_str(json.dumps(stored | {"post_processor": {"type": "Sequence", "processors": kept}}))
 
 
 def notes(cfg: VLMConfig) -> list[str]:

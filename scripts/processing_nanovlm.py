@@ -5,11 +5,14 @@ trust_remote_code=True. It therefore imports nothing of the project. What it com
 data/text.py compute in training.
 """
 
+import os.path
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -53,19 +56,20 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixels, "grids": [[grid for _, grid in row] for row in made]})
 
     def tiles(self, image: Any) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(normalised float32 [n, 3, S, S], (rows, columns)) of a picture: PIL, array, path or address."""
+        """(normalised float32 [n, 3, S, S], (rows, columns)) of a picture: PIL, array, path or address. Of an address
+        transformers reads transparent parts and grey of 16 bits in its own way."""
         side = self.tile_size
         if isinstance(image, np.ndarray | torch.Tensor):
             pixels = torch.as_tensor(image)
             pixels = pixels if pixels.shape[0] == 3 else pixels.permute(2, 0, 1)
         else:
-            pixels = torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(opaque(upright(image)))).permute(2, 0, 1)
         width, height = self.target_size(pixels.shape[2], pixels.shape[1])
         pixels = resized(pixels, (height, width))
         grid = (height // side, width // side)
         cut = pixels.reshape(3, grid[0], side, grid[1], side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
         if self.with_global and grid != (1, 1):
-            cut = torch.cat((resized(pixels, (side, side))[None], cut))
+            cut = torch.cat((resized(pixels, (side, side), "bilinear")[None], cut))
         return (cut.float() / 255.0 - self.image_mean) / self.image_std, grid
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
@@ -76,11 +80,40 @@ class NanoVLMImageProcessor(BaseImageProcessor):
         return (new_long, new_short) if width >= height else (new_short, new_long)
 
 
-def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def upright(image: Any) -> Image.Image:
+    """A picture (PIL, path or address) turned as its EXIF says: of a PNG only what stands before its pixels counts."""
+    if isinstance(image, str | Path) and os.path.isfile(image):  # noqa: PTH113  # no error at base64
+        image = Image.open(image)
+    if not isinstance(image, Image.Image):
+        return load_image(image)
+    exif = {} if image.format == "TIFF" else Image.Image.getexif(image)  # PIL itself turns a TIFF
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    image.load()
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """RGB of a picture of any mode: transparent parts white, grey of more than 8 bits scaled down."""
+    if image.mode[0] in "IF":
+        # By the smallest of 8, 12 and 16 bits that holds the largest value: 12 bits are stored in files of 16.
+        values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0.0, neginf=0.0)
+        largest = values.max(initial=0.0)
+        ranges = [1.0] * (image.mode == "F") + [255.0, 4095.0, 65535.0]
+        values *= 255.0 / next((white for white in ranges if largest <= white), largest)
+        image = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+    elif image.has_transparency_data:
+        white = Image.new("RGB", image.size, "white")
+        image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+        white.paste(image, mask=image)
+        return white
+    return image.convert("RGB")
+
+
+def resized(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
     """uint8 [3, H, W] -> uint8 [3, *size]."""
     if pixels.shape[1:] == size:
         return pixels
-    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    return F.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
 
 
 class NanoVLMProcessor(ProcessorMixin):
@@ -146,9 +179,8 @@ class NanoVLMProcessor(ProcessorMixin):
     def image_text(self, grid: tuple[int, int]) -> str:
         """The tokens of one picture."""
         tokens, (rows, cols) = self.extra_tokens, grid
-        slots, text = self.image_token * self.image_seq_len, ""
-        if grid == (1, 1) or "global_image_token" in tokens:
-            text += tokens.get("global_image_token", "") + slots
-        if grid != (1, 1):
-            text += "".join(tokens[f"r{row + 1}c{col + 1}"] + slots for row in range(rows) for col in range(cols))
-        return text
+        slots = self.image_token * self.image_seq_len
+        whole = tokens["global_image_token"] + slots if "global_image_token" in tokens else ""
+        if grid == (1, 1):
+            return whole or tokens.get("r1c1", "") + slots
+        return whole + "".join(tokens[f"r{row + 1}c{col + 1}"] + slots for row in range(rows) for col in range(cols))

@@ -162,13 +162,16 @@ def test_the_oldest_weights_grow_by_the_mean_row(tmp_path):
     assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path / "again"), loaded)
 
 
-def test_push_to_hub_uploads_a_loadable_folder(monkeypatch, tmp_path):
-    from huggingface_hub import HfApi
+@pytest.mark.parametrize("name", ["someone/tiny-vlm", "tiny-vlm", None])
+def test_push_to_hub_uploads_a_loadable_folder(monkeypatch, tmp_path, name):
+    """To the user's own namespace where the name has none."""
+    from huggingface_hub import HfApi, RepoUrl
 
     calls = []
 
     def create_repo(self, repo_id, *, private, exist_ok):
         calls.append(("create", repo_id, private, exist_ok))
+        return RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'someone/{repo_id}'}")
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         calls.append(("upload", repo_id))
@@ -178,10 +181,12 @@ def test_push_to_hub_uploads_a_loadable_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     model = tiny_model()
-    model.push_to_hub("someone/tiny-vlm", private=True)
-    assert calls == [("create", "someone/tiny-vlm", True, True), ("upload", "someone/tiny-vlm")]
+    model.push_to_hub(name, private=True)
+    full_name = "someone/tiny-vlm" if name else "someone/nanoVLM"
+    assert calls == [("create", name or "nanoVLM", True, True), ("upload", full_name)]
     assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert_same_weights(VisionLanguageModel.from_pretrained(tmp_path), model)
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: nanovlm\nlicense: mit\n")
-    assert 'VisionLanguageModel.from_pretrained("someone/tiny-vlm")' in card
+    # A licence for the weights is the choice of their owner.
+    assert card.startswith("---\nlibrary_name: nanovlm\npipeline_tag: image-text-to-text\n---\n")
+    assert f'VisionLanguageModel.from_pretrained("{full_name}")' in card

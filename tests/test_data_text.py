@@ -175,6 +175,7 @@ def test_image_string_of_grids():
     assert image_string([(2, 2)], tiny_vlm()) == whole + tiles
     assert image_string([(1, 1)], tiny_vlm(vlm_extra_tokens={"image_token": "<|image|>"})) == slots
     assert image_string([(2, 2)], tiny_vlm(vlm_extra_tokens=without_global)) == tiles
+    assert image_string([(1, 1)], tiny_vlm(vlm_extra_tokens=without_global)) == "<row_1_col_1>" + slots
 
 
 # Unknown words

@@ -3,10 +3,11 @@
 import contextlib
 import json
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny.data import byte_level_tokenizer, picture, tiny_vlm
+from PIL import ExifTags, Image
+from tiny.data import TILE_TOKENS, byte_level_tokenizer, picture, tiny_vlm
 from tiny.families import FAMILIES
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -20,6 +21,8 @@ from scripts.processing_nanovlm import NanoVLMImageProcessor
 
 ONE = {"max_img_size": 16, "vlm_extra_tokens": {"image_token": "<|image|>"}}
 GLOBAL = {"max_img_size": 16, "vlm_extra_tokens": {"image_token": "<img>", "global_image_token": "<|global_image|>"}}
+NAMED = {"max_img_size": 16, "vlm_extra_tokens": {"image_token": "<|image|>", "r1c1": "<row_1_col_1>"}}
+WITHOUT_GLOBAL = {name: token for name, token in TILE_TOKENS.items() if name != "global_image_token"}
 SHAPE = {
     "vit_model_type": "scratch", "lm_model_type": "scratch", "lm_tokenizer": "easy-vqa", "vit_hidden_dim": 16,
     "vit_inter_dim": 32, "vit_n_heads": 2, "vit_n_blocks": 2, "lm_hidden_dim": 16, "lm_inter_dim": 32, "lm_n_heads": 4,
@@ -34,7 +37,11 @@ CASES = {
         "image_mean": 0.94, "vit_n_heads": 1, "vit_img_size": 48, "max_img_size": 48, "mp_pixel_shuffle_factor": 4,
         "mp_image_token_length": 9,
     },
+    "one tile with its name": NAMED,
     "tiles": {},
+    "tiles without a global token, of small pictures": {
+        "vlm_extra_tokens": WITHOUT_GLOBAL, "resize_to_max_side_len": False,
+    },
     "tiles of small pictures": {"resize_to_max_side_len": False},
 }  # fmt: skip
 
@@ -62,7 +69,7 @@ def asked(images, text=QUESTION) -> list[dict]:
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_an_exported_model_is_the_same_model(tmp_path, name):
-    asker, tiles = save(tmp_path / "ours", **CASES[name]), "tiles" in name
+    asker, tiles = save(tmp_path / "ours", **CASES[name]), name.startswith("tiles")
     assert main([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
     theirs, processor = load(tmp_path / "theirs", tiles)
     size = asker.model.cfg.vit_img_size
@@ -130,6 +137,27 @@ def test_the_template_writes_conversations_as_they_are_trained(tmp_path):
     assert processor.tokenizer.eos_token_id == asker.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("changes", [ONE, {}], ids=["one tile", "tiles"])
+def test_a_tokenizer_with_a_bos_adds_none(tmp_path, changes):
+    """As in training. What its post-processor does to offsets stays, for a run that goes on from it."""
+    base = byte_level_tokenizer(tmp_path / "tokenizer", bos="<|endoftext|>")
+    asker = save(tmp_path / "ours", **changes, lm_base_vocab_size=base, lm_tokenizer=str(tmp_path / "tokenizer"))
+    bos = asker.tokenizer.bos_token_id
+    assert asker.tokenizer("red")["input_ids"][0] == bos
+    asker.tokenizer.save_pretrained(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "theirs")
+    processor = AutoProcessor.from_pretrained(tmp_path / "theirs", trust_remote_code=not changes)
+    batch = processor.apply_chat_template(
+        asked([picture()]), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert batch["input_ids"].tolist() == asker.reader.read({"user": QUESTION}, [picture()]).prompts
+    theirs = processor.tokenizer
+    assert bos not in theirs("red")["input_ids"] + theirs("red", "blue")["input_ids"]
+    assert theirs.bos_token_id == bos
+    same = [one.backend_tokenizer.encode("the red", add_special_tokens=False) for one in (theirs, asker.tokenizer)]
+    assert same[0].offsets == same[1].offsets
+
+
 def test_the_file_for_tiles_cuts_pictures_as_training_does():
     for enlarge, with_global in ((True, True), (False, True), (False, False)):
         tokens = dict(tiny_vlm().vlm_extra_tokens)
@@ -142,6 +170,34 @@ def test_the_file_for_tiles_cuts_pictures_as_training_does():
             (tiles, grid), (pixels, same) = ours(image), theirs.tiles(image)
             assert grid == same
             torch.testing.assert_close(pixels, tiles.float(), atol=1e-3, rtol=0)
+
+
+def test_the_file_for_tiles_reads_every_kind_of_picture_as_training_does(tmp_path):
+    ours, theirs = ImageProcessor(tiny_vlm()), NanoVLMImageProcessor(16, 64, image_mean=0.0, image_std=1 / 255)
+    clear = picture(40, 20, "RGBA")
+    clear.putalpha(picture(40, 20, "L", seed=1))
+    palette = picture(40, 20, "P")
+    palette.info["transparency"] = palette.getpixel((3, 3))
+    noise = np.random.default_rng(0).integers(0, 4096, (20, 40))
+    deep = {
+        f"{number}_bits": Image.fromarray((noise * scale).astype(np.uint16)) for number, scale in ((12, 1), (16, 16))
+    }
+    float_grey = {"float": Image.fromarray((noise / 4095).astype(np.float32))}
+    plain = {mode: picture(40, 20, mode) for mode in ("RGB", "L", "1", "CMYK", "LA")}
+    pictures = {"clear": clear, "palette": palette} | deep | float_grey | plain
+    for name, image in pictures.items():
+        kind = "tiff" if name in ("float", "CMYK") else "png"
+        image.save(tmp_path / f"{name}.{kind}")
+    for kind in ("jpg", "png", "tiff", "webp"):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        picture(40, 20).save(tmp_path / f"turned.{kind}", exif=exif)
+    paths = sorted(tmp_path.iterdir())
+    for source in (*pictures.values(), *paths, *map(str, paths), *map(Image.open, paths)):
+        tiles, grid = ours(source)
+        pixels, same = theirs.tiles(source)
+        assert grid == same
+        torch.testing.assert_close(pixels, tiles.float(), atol=1e-3, rtol=0)
 
 
 def test_back_again_nothing_has_changed(tmp_path):

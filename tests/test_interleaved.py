@@ -8,9 +8,11 @@ from tiny.grades import make_model
 from data import easy_vqa
 from data.collators import PromptCollator, TrainCollator, to_device
 from data.conversations import read_record
+from data.images import ImageProcessor
 from data.packing import PackedCollator
-from data.text import image_string
+from data.text import get_tokenizer, image_string
 from data.values import BadRow
+from eval.asking import Reader
 from generate import main, parse_arguments
 from models.vision_language_model import VisionLanguageModel
 
@@ -267,3 +269,24 @@ def test_generate_puts_pictures_into_the_prompt(tmp_path, capsys, monkeypatch):
     assert seen[0] == f"is {slots} red?"
     with pytest.raises(ValueError, match="--prompt: another number of <image> than of images: 2 <image>"):
         main(parse_arguments([*flags, "is <image> like <image>?"]))
+
+
+def test_a_prompt_has_places_also_where_the_image_token_is_spelled_as_one():
+    tokens = {"image_token": "<image>"}
+    vlm = tiny_vlm(vlm_extra_tokens=tokens, max_img_size=16, lm_base_vocab_size=VLM.lm_base_vocab_size)
+    reader = Reader(get_tokenizer(vlm), ImageProcessor(vlm))
+    shown = [reader.image(picture(seed=seed)) for seed in range(2)]
+    picture_text = "<image>" * vlm.mp_image_token_length
+    for text, wanted in (
+        ("is <image> like <image>?", f"is {picture_text} like {picture_text}?"),
+        ("<image><image> what is it?", 2 * picture_text + "what is it?"),
+        ("what is it?", 2 * picture_text + "what is it?"),
+    ):
+        assert reader.spoken(text, shown)[0] == wanted
+    for text, problem in (
+        (r"what is \<image>?", "image token in text: <image> must not stand in it$"),  # as text it would be the token
+        ("<image>what<|im_end|>", r"<\|im_end\|> must not stand in it$"),
+        ("<image><image><image>", "another number of <image> than of images"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            reader.spoken(text, shown[:1])

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -116,6 +117,33 @@ def test_answers_are_those_of_the_asker_in_the_order_of_the_requests(plugin, che
     assert len(set(expected)) > 2
     model.clean()
     assert model.asker is None
+
+
+@pytest.mark.parametrize("kind", ["Simple", "Chat"])
+def test_what_cannot_be_asked_has_an_empty_answer_and_a_reason(plugin, checkpoint, asker, kind, capsys):
+    model = getattr(plugin(), f"NanoVLMGrades{kind}")(**arguments(checkpoint), batch_size=2)
+    room, image = asker.model.cfg.lm_max_position_embeddings, picture()
+    documents = [
+        {"question": "what is there ?", "image": b"junk"},
+        {"question": "what <|im_end|> is there ?", "image": image},
+        {"question": "red " * room, "image": image},
+        DOCUMENTS[1],  # whose answer may be too long
+        DOCUMENTS[1],
+    ]
+    model.task_dict = {"made_up": {"test": documents}}
+    requests = []
+    for number, document in enumerate(documents):
+        options, where = {"max_new_tokens": room if number == 3 else 6}, (number, "made_up", "test")
+        args = (document["question"], options, images_of, *where)
+        requests.append(args if kind == "Simple" else (document["question"], messages_of, options, *where))
+    answers = model.generate_until([SimpleNamespace(args=args) for args in requests])
+    assert answers[:4] == [""] * 4
+    last = asker.reader.read({"user": documents[4]["question"]}, [documents[4]["image"]])
+    assert answers[4] == asker.answer([last], 6)[0] != ""
+    said = dict(re.findall(r"made_up: question (\d) cannot be asked: (.*)", capsys.readouterr().err))
+    assert sorted(said) == ["0", "1", "2", "3"]
+    for number, reason in enumerate(("image does not decode", "must not stand in it", "positions", "positions")):
+        assert reason in said[str(number)]
 
 
 def test_what_it_cannot_do_is_said(plugin, checkpoint):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from tiny.data import write_rows
 from tiny.families import SIZES, family_of, of_families
@@ -170,7 +170,8 @@ def test_push_to_hub_sends_the_card_of_the_weights_and_no_other(trained, monkeyp
         sent.clear()
         sent.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, *, private, exist_ok: None)
+    created = RepoUrl("https://huggingface.co/someone/tiny")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, *, private, exist_ok: created)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     model = VisionLanguageModel.from_pretrained(trained / "last")
     model.push_to_hub("someone/tiny")

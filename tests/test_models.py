@@ -143,6 +143,19 @@ def test_right_padding_leaves_real_positions_alone(model):
     assert logits.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_cast_to_half_precision_takes_uint8_pictures(model, dtype):
+    """They are scaled in float32 and then rounded to the weights' dtype."""
+    vit, pictures = model.to(dtype).vision_encoder, torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    scales, shifts = torch.tensor(model.cfg.pixel_scaling())[:, :, None, None].transpose(0, 1)
+    scaled = pictures.float() * scales - shifts
+    features = vit(pictures)
+    assert features.dtype == dtype
+    assert torch.equal(features, vit(scaled.to(dtype)))
+    model.generate(with_image(text(2, 7)), pictures, max_new_tokens=2, greedy=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool])
 def test_padded_and_cached_decoding_equals_full_forward(model, dtype, mask_dtype):

@@ -1,10 +1,18 @@
 """The notebooks run from the first cell to the last, on a run of twenty steps, and are kept without outputs."""
 
+import json
+import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
+from tiny.grades import make_model
+
+from grades import find_components
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -28,6 +36,42 @@ def pictures(outputs: list[nbformat.NotebookNode]) -> int:
 def test_no_outputs_are_committed(name):
     nbformat.validate(read(name))
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in read(name).cells)
+
+
+def test_what_was_unfrozen_is_live_in_the_checkpoint_notebook(tmp_path, monkeypatch, capsys):
+    """Its cells, on a run in which two matrices were frozen at step 4 and one of them was unfrozen at step 12."""
+    model, run = make_model(), tmp_path / "run"
+    components = find_components(model)
+    kept, unfrozen = components[0], components[1]
+    model.save_pretrained(run / "checkpoints" / "step_10")
+    with torch.no_grad():
+        for component in components:
+            if component is not kept:
+                model.get_parameter(f"{component.name}.weight").add_(1)
+    model.save_pretrained(run / "checkpoints" / "step_20")
+    history = {
+        "total_steps": 20,
+        "components": [{key: getattr(one, key) for key in ("name", "tower", "layer", "kind")} for one in components],
+        "events": [
+            {"step": 4, "name": kept.name}, {"step": 4, "name": unfrozen.name},
+            {"step": 12, "name": unfrozen.name, "unfrozen": True},
+        ],
+    }  # fmt: skip
+    (run / "grades_history.json").write_text(json.dumps(history))
+    monkeypatch.setenv("NOTEBOOK_OUTPUT", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(plt, "show", lambda: None)
+    monkeypatch.chdir(NOTEBOOKS)
+    names: dict = {}
+    for cell in read("checkpoint").cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+    drawn = np.concatenate([axis.images[0].get_array().compressed() for axis in names["figure"].axes[:2]])
+    plt.close(names["figure"])
+    assert drawn.tolist() == [4]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "largest change" in line]
+    assert [line[0] for line in lines if line[1] == "frozen"] == [kept.name]
+    assert len(lines) == len(components)
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ class TheirWrapper:
         (TILE_TOKENS, 64, [(40, 25)]),  # tiles and the whole image
         (TILE_TOKENS, 64, [(40, 25), (16, 16), (64, 20)]),
         (WITHOUT_GLOBAL, 64, [(40, 25)]),
+        (WITHOUT_GLOBAL, 64, [(16, 16)]),
         ({"image_token": "<|image|>"}, 16, [(40, 25)]),  # no tiles, as in nanoVLM-222M
         (TILE_TOKENS, 64, []),
     ],
@@ -106,6 +107,13 @@ def test_the_tokens_are_attributes_as_in_nanovlm(tmp_path):
     assert (tokenizer.image_token, tokenizer.r1c1) == ("<|image|>", "<row_1_col_1>")
     assert tokenizer.image_token_id == easy_vqa.VOCAB_SIZE
     assert tokenizer.convert_ids_to_tokens(tokenizer.image_token_id) == tokenizer.image_token
+
+
+def test_a_single_tile_without_a_global_token_has_its_name(tmp_path):
+    from data.processors import get_image_string
+
+    tokenizer = TheirWrapper(save_model(tmp_path / "model", WITHOUT_GLOBAL, max_img_size=64)).tokenizer
+    assert get_image_string(tokenizer, [(1, 1)], 2) == "<row_1_col_1><|image|><|image|>"
 
 
 def test_a_template_that_is_not_given_is_the_tokenizers_own_or_chatml():

@@ -65,16 +65,23 @@ def dataset(rows, vlm=None, train_cfg=None, train: bool = True, cache: bool = Fa
     return VQADataset(rows, get_tokenizer(vlm), ImageProcessor(vlm), vlm, train_cfg or tiny_train(), train, cache)
 
 
-def byte_level_tokenizer(folder) -> int:
-    """Write a small byte-level BPE tokenizer with ChatML's tokens into the folder; returns its size."""
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+def byte_level_tokenizer(folder, bos: str | None = None) -> int:
+    """Write a small byte-level BPE tokenizer with ChatML's tokens into the folder; returns its size.
+
+    bos: which of its special tokens it puts before a text.
+    """
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     texts = ["user\nassistant\nwhat is the colour of the shape\n\n\nthe shape is red"] * 3
     made = ByteLevelBPETokenizer()
     made.train_from_iterator(texts, vocab_size=320, special_tokens=special, show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(made.to_str())).save_pretrained(folder)
+    backend = Tokenizer.from_str(made.to_str())
+    if bos:
+        before = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A $B:1", [(bos, backend.token_to_id(bos))])
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), before])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos).save_pretrained(folder)
     return made.get_vocab_size()
 
 

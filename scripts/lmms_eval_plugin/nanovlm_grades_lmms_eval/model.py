@@ -122,7 +122,8 @@ class NanoVLMGradesSimple(_NanoVLMGrades):
     is_simple = True
 
     def _request(self, context: str, options: dict, to_visual: Callable, number: int, task: str, split: str) -> Request:
-        return Request(partial(self._simple, context, to_visual, number, task, split), self._decoding(options))
+        read = partial(self._simple, context, to_visual, number, task, split)
+        return Request(read, self._decoding(options), f"{task}: question {number}")
 
 
 class NanoVLMGradesChat(_NanoVLMGrades):
@@ -131,7 +132,8 @@ class NanoVLMGradesChat(_NanoVLMGrades):
     is_simple = False
 
     def _request(self, _: str, to_messages: Callable, options: dict, number: int, task: str, split: str) -> Request:
-        return Request(partial(self._chat, to_messages, number, task, split), self._decoding(options))
+        read = partial(self._chat, to_messages, number, task, split)
+        return Request(read, self._decoding(options), f"{task}: question {number}")
 
     def _chat(self, to_messages: Callable, number: int, task: str, split: str) -> Questions:
         messages = to_messages(self._document(task, split, number))
