@@ -40,6 +40,7 @@ class ViTPatchEmbeddings(nn.Module):
             patches = patches.to(torch.float32)
             for color, (scale, shift) in zip(patches.chunk(len(self.scaling), dim=-1), self.scaling, strict=True):
                 color.mul_(scale).sub_(shift)
+            patches = patches.to(self.conv.weight.dtype)  # of a model cast to half precision
         x = F.linear(patches, self.conv.weight.flatten(1), self.conv.bias)
         if self.has_class_token:
             x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
