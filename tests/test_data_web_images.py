@@ -53,6 +53,9 @@ def test_an_image_is_fetched_once_into_the_cache(server):
         ("circle", "more than 5 redirects", 6),
         ("moved?ftp://example.org/a.png", "is no http or https URL", 1),
         ("hangs_up", "RemoteDisconnected", 3),
+        ("moved?https://[hostname]/a.png", "redirected to 'https://[hostname]/a.png', which is no URL", 1),
+        ("spaced", "is no URL (URL can't contain control characters", 1),
+        ("digits", "the answer cannot be read: Exceeds the limit", 1),
     ],
 )
 def test_what_cannot_be_fetched_has_its_reason_and_is_not_asked_for_again(server, path, wanted, tries):
@@ -130,7 +133,11 @@ def test_one_private_address_of_a_name_is_enough(server, monkeypatch):
         fetched("http://example.org/a.png")
 
 
-@pytest.mark.parametrize("url", ["http://", "http:///a.png", "https://[::1", "http://a:b/", "http://" + "a" * 70 + "/"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http:///a.png", "https://[::1", "http://a:b/", "http://" + "a" * 70 + "/", "http://exa mple.org/a.png",
+     "https://exa\x01mple.org/a.png", "https://[hostname]/a.png", "http://example.org/\ud800.png"],
+)  # fmt: skip
 def test_what_is_no_url(server, url):
     with pytest.raises(FetchError, match="is no"):
         fetched(url)

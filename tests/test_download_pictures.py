@@ -31,6 +31,8 @@ BAD = {
     "moved?ftp://example.org/a.png": "no URL",
     "moved?http://127.0.0.2/a.png": "no public address",
     "moved?http://169.254.169.254/latest": "no public address",
+    "moved?https://[hostname]/a.png": "no URL",
+    "spaced": "no URL",
     "other": "another image than the row's",
 }
 
@@ -134,3 +136,23 @@ def test_a_full_disk_ends_the_fetch(server, tmp_path, monkeypatch):
     fetcher = Fetcher(tmp_path, tmp_path / "failures.jsonl", 1, 1, local, say=lambda _: None)
     found = fetcher.fetch({f"{server.url}/a.png?{i}": "" for i in range(9)})
     assert (found.failed, found.stopped) == (1, "cannot be written: no space left")
+
+
+def test_malformed_urls_and_unexpected_errors_are_one_failed_picture_each(server, tmp_path, monkeypatch):
+    wanted = {"http://exa mple.org/a.png": "no URL", "https://[hostname]/a.png": "no URL",
+              "http://example.org/\ud800.png": "no URL", f"{server.url}/strange": "unexpected error"}  # fmt: skip
+    real = pictures.fetch_into
+
+    def strange(folder, url, *more):
+        if url.endswith("strange"):
+            raise RuntimeError("nobody knows")
+        return real(folder, url, *more)
+
+    monkeypatch.setattr(pictures, "fetch_into", strange)
+    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 1, 1, local, say=lambda _: None)
+    found = fetcher.fetch(dict.fromkeys([*wanted, f"{server.url}/a.png"], ""))
+    assert (found.new, found.stopped) == (1, "")
+    lines = map(json.loads, (tmp_path / "failures.jsonl").read_text().splitlines())
+    assert {one["url"]: (one["reason"], one["again"]) for one in lines} == {
+        url: (reason, False) for url, reason in wanted.items()
+    }

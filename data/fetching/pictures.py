@@ -23,7 +23,7 @@ from data.web_images import BROKEN_OFF, NO_CONNECTION, NO_HOST, NOT_WRITTEN, SIL
 from grades.files import written_beside
 
 DECODING = threading.Semaphore(4)  # a large picture takes half a GB
-NO_PICTURE = "no picture that decodes"
+NO_PICTURE, UNEXPECTED = "no picture that decodes", "unexpected error"
 # What says of a host that it may not be there at all; any other failure is an answer.
 HOST_PROBLEMS = (NO_CONNECTION, NO_HOST, SILENT, BROKEN_OFF, GIVEN_UP)
 
@@ -113,7 +113,7 @@ class Fetcher:
     def _rewrite(self, failed: Mapping[str, dict[str, Any]]) -> None:
         with written_beside(self.failures) as path, path.open("w", encoding="utf-8") as file:
             for one in failed.values():
-                file.write(json.dumps(one, ensure_ascii=False) + "\n")
+                file.write(json.dumps(one) + "\n")
 
 
 @dataclass
@@ -144,6 +144,8 @@ class _Run:
                 answered = error.reason not in HOST_PROBLEMS
                 pause_s = (error.wait_s or PAUSE_S) if error.reason == "HTTP 429" else 0.0
                 self._count(url, error)
+            except Exception as error:  # one URL in a million is of a kind that nobody has thought of
+                self._count(url, FetchError(f"{url}: {type(error).__name__}: {error}", UNEXPECTED))
             except BaseException:
                 self.queue.stop()
                 raise
@@ -158,7 +160,7 @@ class _Run:
                 one = {"url": url, "host": host_of(url), "reason": error.reason, "again": error.again,
                        "found": str(error)}  # fmt: skip
                 self.failed[url] = one
-                self.file.write(json.dumps(one, ensure_ascii=False) + "\n")
+                self.file.write(json.dumps(one) + "\n")
                 self.file.flush()
                 if error.reason == NOT_WRITTEN:  # a full disk: none of the others would be written either
                     self.stopped = str(error)

@@ -93,6 +93,9 @@ class PictureHandler(BaseHTTPRequestHandler):
     def negative(self, _):
         self.say(PNG, length=-5)
 
+    def digits(self, _):
+        self.say(PNG, -1, Content_Length="9" * 5000)
+
     def large(self, _):
         self.say(b"", length=10**12)
 
@@ -125,6 +128,9 @@ class PictureHandler(BaseHTTPRequestHandler):
 
     def moved(self, query):
         self.say(b"", status=302, Location=query)
+
+    def spaced(self, _):
+        self.say(b"", status=302, Location="http://exa mple.org/a.png")
 
     def circle(self, _):
         self.say(b"", status=301, Location="/circle")
