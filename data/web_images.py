@@ -58,7 +58,8 @@ class FetchError(Exception):
         self.kind, self.reason, self.again, self.wait_s = NOT_REACHED, reason, again, wait_s
 
 
-FAILED: dict[str, FetchError] = {}  # by URL: a process tries each in vain once
+# By URL (text, reason): a process tries each in vain once. Not the errors: their tracebacks hold what the server sent.
+FAILED: dict[str, tuple[str, str]] = {}
 
 
 def cache_folder() -> Path:
@@ -74,11 +75,11 @@ def fetched(url: str) -> Path:
     if path.exists():
         return path
     if url in FAILED:
-        raise FAILED[url]
+        raise FetchError(*FAILED[url])
     try:
         return fetch_into(cache_folder(), url)
     except FetchError as error:
-        FAILED[url] = error
+        FAILED[url] = (str(error), error.reason)
         raise
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 import time
+import traceback
 
 import pytest
 from tiny.data import dataset
@@ -70,6 +71,23 @@ def test_what_cannot_be_fetched_has_its_reason_and_is_not_asked_for_again(server
     assert len(server.asked) == tries
     assert time.monotonic() - began < 4
     assert not list(cache_folder().rglob("*"))
+
+
+def test_of_a_failure_its_words_alone_are_kept(server):
+    url = f"{server.url}/garbage"
+    errors = []
+    for _ in range(3):
+        with pytest.raises(FetchError) as error:
+            fetched(url)
+        errors.append(error.value)
+    kept = web_images.FAILED[url]
+    assert kept == (str(errors[0]), "no image")
+    assert len({id(error) for error in errors}) == 3
+    assert {(str(error), error.reason, error.kind) for error in errors} == {
+        (str(errors[0]), "no image", "image cannot be fetched")
+    }
+    depths = [len(list(traceback.walk_tb(error.__traceback__))) for error in errors]
+    assert depths[1] == depths[2]
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, monkeypatch, tmp_path):
