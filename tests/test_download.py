@@ -107,6 +107,23 @@ def test_check_finds_what_is_wrong_on_disk(server, run, tmp_path, capsys):
     assert "cosyn-point: not downloaded" in capsys.readouterr().out
 
 
+def test_check_counts_the_failures_among_the_pictures_that_were_wanted(server, run, tmp_path, capsys):
+    rows = question_rows(server, "a.png", "a.png?2", "nothing?1", "nothing?2", "nothing?3")
+    server.repos[QUESTIONS] = {"train.parquet": parquet(rows)}
+    assert run("--dataset", QUESTIONS) == 1
+    capsys.readouterr()
+    assert run("--check") == 1
+    assert "3 pictures could not be fetched" in capsys.readouterr().out
+    wanted = downloads.chosen({row["image_url"]: "" for row in rows}, 2)
+    failed = sum("nothing" in url for url in wanted)
+    assert run("--dataset", QUESTIONS, "--max_images", "2") == (failed > 0)
+    capsys.readouterr()
+    run("--check")
+    said = capsys.readouterr().out
+    assert ("pictures could not be fetched" in said) == (failed > 0)
+    assert "3 pictures could not be fetched" not in said
+
+
 def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path, capsys):
     repo = "allenai/pixmo-docs"
     rows = [{"image": {"bytes": PNG, "path": None}, "questions": {"question": ["what?"], "answer": ["red"]}}]

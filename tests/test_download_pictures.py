@@ -11,7 +11,7 @@ from tiny.web import PNG, HubHandler, local
 
 from data import web_images
 from data.fetching import hosts, pictures
-from data.fetching.pictures import Fetcher
+from data.fetching.pictures import Fetcher, known_failures
 from data.web_images import FetchError, fetch_into, place_of
 
 SHA = hashlib.sha256(PNG).hexdigest()
@@ -107,6 +107,22 @@ def test_a_killed_fetch_continues(server, tmp_path, monkeypatch):
     assert len(asked) == 8
     assert sorted(server.asked) == sorted(url.removeprefix(server.url) for url in urls)  # each once
     assert (found.there + found.new, found.reasons) == (12, {"HTTP 404": 4})
+
+
+def test_a_smaller_fetch_keeps_the_failures_of_a_larger_one(server, tmp_path):
+    urls = {f"{server.url}/{path}": "" for path in ("a.png", "nothing?1", "nothing?2", "always_busy")}
+    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 1, 1, local, say=lambda _: None)
+    assert fetcher.fetch(urls).failed == 3
+    first = known_failures(tmp_path / "failures.jsonl")
+    assert len(first) == 3
+    found = fetcher.fetch(dict.fromkeys([f"{server.url}/a.png", f"{server.url}/nothing?1"], ""))
+    assert (found.there, found.failed) == (1, 1)
+    assert known_failures(tmp_path / "failures.jsonl") == first
+    place = place_of(tmp_path / "fetched", f"{server.url}/always_busy")  # another set has fetched it meanwhile
+    place.parent.mkdir(parents=True)
+    place.write_bytes(PNG)
+    fetcher.fetch({f"{server.url}/a.png": ""})
+    assert known_failures(tmp_path / "failures.jsonl").keys() == first.keys() - {f"{server.url}/always_busy"}
 
 
 def test_the_time_that_a_server_asks_for_is_kept(server, tmp_path, monkeypatch):

@@ -163,11 +163,11 @@ def problems_of(one: PublicSet, options: Options) -> Iterator[str]:
 def _picture_problems(places: Places, max_pictures: int | None) -> Iterator[str]:
     """Pictures that are not there though nothing says why, and such as are not what they should be."""
     files, known = row_files(places.hub), known_failures(places.failures)
-    absent = 0
+    absent = failed = 0
     for url, wanted in chosen(links_of(files, places.one), max_pictures).items():
         path = place_of(places.pictures, url)
         if not path.exists():
-            absent += url not in known
+            absent, failed = absent + (url not in known), failed + (url in known)
             continue
         data = path.read_bytes()
         try:
@@ -178,8 +178,8 @@ def _picture_problems(places: Places, max_pictures: int | None) -> Iterator[str]
             yield f"{path} ({url}): its SHA-256 is not {wanted}"
     if absent:
         yield f"{absent:,} pictures were never asked for"
-    if known:
-        yield f"{len(known):,} pictures could not be fetched: {places.failures}"
+    if failed:
+        yield f"{failed:,} pictures could not be fetched: {places.failures}"
 
 
 def _row_problems(places: Places) -> Iterator[str]:

@@ -106,7 +106,9 @@ class Fetcher:
                     run.queue.stop()
                     raise
         result.stopped = run.stopped
-        self._rewrite({**kept, **run.failed})
+        # Also of URLs that were not asked for now: of a larger run, or because this one was stopped.
+        before = {url: one for url, one in known.items() if not place_of(self.folder, url).exists()}
+        self._rewrite({**before, **run.failed})
         result.reasons = Counter(one["reason"] for one in (*kept.values(), *run.failed.values()))
         return result
 
