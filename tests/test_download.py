@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny.data import encoded, picture
 from tiny.web import PNG, REVISION, local
 
+from data import molmo2_sets
 from data.fetching import download as downloads
 from data.fetching.download import Options
 from data.molmo2_sets import SETS, named, of_stage
@@ -145,6 +147,33 @@ def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path
     server.revision = "b" * 40  # the hub moves on; the locked revision is not there any more
     assert run("--dataset", "pixmo-docs") == 1
     assert "the hub has no such revision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pixmo-docs", "pixmo-ask-model-anything"])
+def test_of_a_new_revision_with_other_files_only_its_rows_are_there(server, run, tmp_path, monkeypatch, capsys, name):
+    def rows(question: str) -> bytes:
+        image = {"image": {"bytes": PNG, "path": None}, "questions": {"question": [question], "answer": ["red"]}}
+        link = {"image_url": f"{server.url}/a.png", "image_sha256": SHA, "question": question, "answer": "red"}
+        return parquet([image if name == "pixmo-docs" else link])
+
+    def asked() -> list[str]:
+        read = load_rows(str(tmp_path / "out" / name))
+        return [row["texts"][0]["user"] for row in map(read.__getitem__, range(len(read)))]
+
+    one = named(name)
+    server.repos[one.repo] = {"train-0-of-2.parquet": rows("old?"), "train-1-of-2.parquet": rows("older?")}
+    assert run("--dataset", name) == 0
+    assert asked() == ["old?", "older?"]
+    server.revision = "b" * 40
+    server.repos[one.repo] = {"train-0-of-1.parquet": rows("new?")}
+    monkeypatch.setitem(molmo2_sets.BY_NAME, name, replace(one, revision=server.revision))
+    assert run("--dataset", name) == 0
+    assert asked() == ["new?"]
+    assert run("--check", "--dataset", name) == 0
+    stray = tmp_path / "out" / name / "train-7.parquet"
+    shutil.copy(stray.with_name("train-0-of-1.parquet"), stray)
+    assert run("--check", "--dataset", name) == 1
+    assert f"{stray} is not of this revision" in capsys.readouterr().out
 
 
 def test_a_file_of_the_hub_that_is_not_what_its_hash_says(server, run, tmp_path, capsys):
