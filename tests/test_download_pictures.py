@@ -1,17 +1,21 @@
 """Pictures behind links are fetched or have a reason: servers of this machine that misbehave."""
 
 import hashlib
+import io
 import json
 import shutil
 import ssl
 import subprocess
+import sys
 
 import pytest
+from PIL import Image, UnidentifiedImageError
+from tiny.data import encoded, picture
 from tiny.web import PNG, HubHandler, local
 
-from data import web_images
+from data import images, web_images
 from data.fetching import hosts, pictures
-from data.fetching.pictures import Fetcher, known_failures
+from data.fetching.pictures import Fetcher, check_picture, known_failures
 from data.web_images import FetchError, fetch_into, place_of
 
 SHA = hashlib.sha256(PNG).hexdigest()
@@ -123,6 +127,35 @@ def test_a_smaller_fetch_keeps_the_failures_of_a_larger_one(server, tmp_path):
     place.write_bytes(PNG)
     fetcher.fetch({f"{server.url}/a.png": ""})
     assert known_failures(tmp_path / "failures.jsonl").keys() == first.keys() - {f"{server.url}/always_busy"}
+
+
+def test_pictures_that_training_reads_are_kept(server, tmp_path, monkeypatch):
+    """Beyond PIL's own limit on pixels, in several threads, and in HEIC; not beyond that of data.images."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    heic = io.BytesIO()
+    pillow_heif.from_pillow(picture(width=64, height=64)).save(heic)
+    files = {f"big{i}": encoded(picture(width=40, height=20, seed=i)) for i in range(12)} | {"heic": heic.getvalue()}
+    files["huge"] = encoded(picture(width=65, height=64))
+    HubHandler.file_of = lambda self, name: self.say(files[name])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are an error
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64)
+    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 8, 8, local, say=lambda _: None)
+    found = fetcher.fetch({f"{server.url}/file_of?{name}": "" for name in files})
+    assert (found.new, found.reasons) == (13, {"no picture that decodes": 1})
+    assert "65 x 64 pixels are more than" in (tmp_path / "failures.jsonl").read_text()
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_picture_that_needs_a_package_is_asked_for_again(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "open", unidentified)
+    with pytest.raises(FetchError, match="pip install") as error:
+        check_picture(b"\0\0\0\x18ftypheic")
+    assert (error.value.reason, error.value.again) == ("HEIC image, which needs pillow-heif", True)
+
+
+def unidentified(*_):
+    raise UnidentifiedImageError
 
 
 def test_the_time_that_a_server_asks_for_is_kept(server, tmp_path, monkeypatch):

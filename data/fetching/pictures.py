@@ -6,7 +6,6 @@ remembered too: such a URL is asked for again with `again` alone.
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 from collections import Counter
@@ -16,13 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from data.fetching.hosts import GIVEN_UP, PAUSE_S, HostQueue, host_of
 from data.web_images import BROKEN_OFF, NO_CONNECTION, NO_HOST, NOT_WRITTEN, SILENT, FetchError, fetch_into, place_of
 from grades.files import written_beside
 
-DECODING = threading.Semaphore(4)  # a large picture takes half a GB
+DECODING = threading.Semaphore(4)  # the largest picture takes more than 1 GB
 NO_PICTURE, UNEXPECTED = "no picture that decodes", "unexpected error"
 # What says of a host that it may not be there at all; any other failure is an answer.
 HOST_PROBLEMS = (NO_CONNECTION, NO_HOST, SILENT, BROKEN_OFF, GIVEN_UP)
@@ -43,12 +40,19 @@ class Fetched:
 
 
 def check_picture(data: bytes) -> None:
-    """Raise FetchError unless the bytes are a whole picture: all of it is decoded."""
+    """Raise FetchError unless the bytes are a whole picture for training: all of it is decoded.
+
+    Of threads within images.pil_limits.
+    """
+    # torch, which takes long to import and is not needed to list data sets
+    from data.images import CUT_OFF, NOT_DECODED, TOO_MANY_PIXELS, ImageDecodeError, check_whole
+
     try:
-        with DECODING, Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # decoders raise nearly anything at damaged files
-        raise FetchError(f"{type(error).__name__}: {error}", NO_PICTURE) from None
+        with DECODING:
+            check_whole(data)
+    except ImageDecodeError as error:
+        lacks_package = error.kind not in (CUT_OFF, NOT_DECODED, TOO_MANY_PIXELS)
+        raise FetchError(str(error), error.kind if lacks_package else NO_PICTURE, again=lacks_package) from None
 
 
 def known_failures(path: Path) -> dict[str, dict[str, Any]]:
@@ -85,6 +89,8 @@ class Fetcher:
 
     def fetch(self, urls: Mapping[str, str], again: bool = False) -> Fetched:
         """urls: each with the SHA-256 of its bytes, or "". again: also those that failed for good before."""
+        from data.images import pil_limits
+
         result, known = Fetched(), known_failures(self.failures)
         wanted, kept = [], {}
         for url in urls:
@@ -97,7 +103,7 @@ class Fetcher:
         self.failures.parent.mkdir(parents=True, exist_ok=True)
         with self.failures.open("a", encoding="utf-8") as file:
             run = _Run(self, urls, HostQueue(wanted, self.per_host), result, len(wanted), file)
-            with ThreadPoolExecutor(self.workers) as pool:
+            with pil_limits(), ThreadPoolExecutor(self.workers) as pool:
                 working = [pool.submit(run.work) for _ in range(min(self.workers, len(wanted)))]
                 try:
                     for one in working:
