@@ -223,11 +223,19 @@ def _request_of(url: str) -> tuple[http.client.HTTPConnection, str]:
         raise FetchError(f"is no URL ({error})", NO_URL) from None
 
 
+def _as_utf8(place: str) -> str:
+    """A header, which http.client reads as Latin-1; most servers that write other letters than ASCII write UTF-8."""
+    try:
+        return place.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return place
+
+
 def _read(response: http.client.HTTPResponse) -> bytes | str:
     """What an answer holds: the image, or the place that it redirects to. Raises FetchError."""
     status = response.status
     if status in (301, 302, 303, 307, 308) and (place := response.headers.get("Location")):
-        return place
+        return _as_utf8(place)
     if status != 200:
         said, wait = f"HTTP {status} {response.reason}", response.headers.get("Retry-After", "")
         wait_s = min(float(wait) if wait.isdecimal() else 0.0, LONGEST_WAIT_S)

@@ -73,6 +73,26 @@ def test_what_cannot_be_fetched_has_its_reason_and_is_not_asked_for_again(server
     assert not list(cache_folder().rglob("*"))
 
 
+@pytest.mark.parametrize(
+    ("sent", "asked"),
+    [
+        ("é", "%C3%A9"),
+        ("é".encode().decode("latin-1"), "%C3%A9"),
+        ("Å".encode().decode("latin-1"), "%C3%85"),
+        ("%C3%A9", "%C3%A9"),
+    ],
+)
+def test_a_redirect_to_letters_beyond_ascii_is_followed_as_meant(server, monkeypatch, sent, asked):
+    """The handler sends headers in Latin-1, as letters of that or as the bytes of UTF-8."""
+
+    def to_letters(self, _):
+        self.say(b"", status=302, Location=f"/a.png?caf{sent}")
+
+    monkeypatch.setattr(PictureHandler, "to_letters", to_letters, raising=False)
+    assert fetched(f"{server.url}/to_letters").read_bytes() == PNG
+    assert server.asked[-1] == f"/a.png?caf{asked}"
+
+
 def test_of_a_failure_its_words_alone_are_kept(server):
     url = f"{server.url}/garbage"
     errors = []
