@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,10 +221,46 @@ def test_archives_are_unpacked_beside_themselves_and_nowhere_else(server, run, t
     server.revision = "c" * 40
     server.repos[repo] = {"short/1.tar.gz": tar_of(**{"..__..__..__evil": b"x"})}
     assert run("--dataset", "llava-video-178k") == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "1.tar.gz is not unpacked: a name or a link in it leads elsewhere" in capsys.readouterr().err
     assert not list(tmp_path.rglob("evil"))
     assert run("--check") == 1
     assert "is not unpacked" in capsys.readouterr().out
+
+
+def zip_of(content: bytes) -> bytearray:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.mp4", content)
+    return bytearray(file.getvalue())
+
+
+def spoilt(kind: str) -> bytes:
+    """A zip file that cannot be unpacked."""
+    data = zip_of(b"a film " * 100)
+    directory = data.rindex(b"PK\1\2")
+    if kind == "data":  # no such kind of block
+        data[30 + len("a.mp4")] = 0xFF
+    elif kind == "encrypted":
+        data[6] |= 1
+        data[directory + 8] |= 1
+    else:  # method 97 is none that zipfile knows
+        data[8] = data[directory + 10] = 97
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("data", "is damaged (Error -3"), ("encrypted", "cannot be unpacked: File "),
+     ("method", "cannot be unpacked: That compression method")],
+)  # fmt: skip
+def test_an_archive_that_cannot_be_unpacked_does_not_stop_the_other_sets(server, run, capsys, kind, said):
+    server.repos["lmms-lab/LLaVA-Video-178K"] = {"short/1.zip": spoilt(kind)}
+    rows = [{"image": {"bytes": PNG, "path": None}, "questions": {"question": ["what?"], "answer": ["red"]}}]
+    server.repos["allenai/pixmo-docs"] = {"train.parquet": parquet(rows)}
+    assert run("--dataset", "llava-video-178k", "--dataset", "pixmo-docs") == 1
+    found = capsys.readouterr()
+    assert f"1.zip {said}" in found.err
+    assert "done pixmo-docs" in found.out
 
 
 def test_what_fails_is_said_and_noted(server, run, tmp_path, monkeypatch, capsys):
