@@ -43,6 +43,8 @@ SPEAKERS = {
     "tool": "tool",
 }
 SPOKEN = ("LLaVA conversations", "OpenAI messages")
+# Formats of which a turn may rest on those before it ("And its color?"); of others each is an annotation by itself.
+CHAINED = (*SPOKEN, "question chains")
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 PART_KEYS = ("image_url", "image", "video_url", "video", "url", "path", "base64", "bytes")

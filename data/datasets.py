@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data.control_tokens import ControlTokens
+from data.conversations import CHAINED
 from data.draws import answer_rarity, draw_turns, turn_weights
 from data.drops import (
     LOW_RATING,
@@ -248,7 +249,7 @@ class VQADataset:
             return PreparedSample([], row["id"], {bad.reason: 1})
         conversations, kept_turns = [], []
         image_texts = self._image_texts(row, grids)
-        apart = self.cfg.turns_per_image or (self.cfg.message_tree and grids)
+        apart = self.cfg.turns_per_image or (self.cfg.message_tree and grids and row.get("format") not in CHAINED)
         for group in [[turn] for turn in turns] if apart else [turns]:
             try:
                 ids, labels = self._conversation(group, image_texts, row)

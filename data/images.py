@@ -102,28 +102,44 @@ def within(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
 
 
+def check_whole(source: Source) -> None:
+    """Raise ImageDecodeError unless all of the image decodes."""
+    with _opened(source) as (image, _):
+        image.load()
+
+
+@contextlib.contextmanager
+def pil_limits(use_truncated: bool = False) -> Iterator[None]:
+    """PIL's limit on pixels is off in here, MAX_PIXELS takes its place, and use_truncated is what it does at an image
+    that breaks off. Both are the process's: of several threads that decode, all have to be within one of these."""
+    limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, use_truncated
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limits
+
+
 @contextlib.contextmanager
 def _opened(source: Source, use_truncated: bool = False) -> Iterator[tuple[Image.Image, int]]:
     """The image, of which only the header is read, and the EXIF orientation that is left to apply once it is loaded.
 
-    Whatever a decoder raises becomes an ImageDecodeError. PIL's limit on pixels, which is the process's, is off in
-    here, and so is what it does at an image that breaks off (so only one thread of a process may decode).
+    Within `pil_limits`. Whatever a decoder raises becomes an ImageDecodeError.
     """
-    limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, use_truncated
     found: Any = None
     try:
-        found = (source.get("bytes") or source["path"]) if isinstance(source, dict) else source
-        found = fetched(found.url) if isinstance(found, WebImage) else found
-        is_open = isinstance(found, Image.Image)
-        image = found if is_open else _read_header(io.BytesIO(found) if isinstance(found, bytes) else found)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageDecodeError(
-                f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", TOO_MANY_PIXELS
-            )
-        # PIL itself turns a TIFF. Not image.getexif(): for a PNG that decodes the pixels to look behind them.
-        exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
-        yield image, exif.get(ExifTags.Base.Orientation, 1)
+        with pil_limits(use_truncated):
+            found = (source.get("bytes") or source["path"]) if isinstance(source, dict) else source
+            found = fetched(found.url) if isinstance(found, WebImage) else found
+            is_open = isinstance(found, Image.Image)
+            image = found if is_open else _read_header(io.BytesIO(found) if isinstance(found, bytes) else found)
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageDecodeError(
+                    f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", TOO_MANY_PIXELS
+                )
+            # PIL itself turns a TIFF. Not image.getexif(): for a PNG that decodes the pixels to look behind them.
+            exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
+            yield image, exif.get(ExifTags.Base.Orientation, 1)
     except ImageDecodeError:
         raise
     except FetchError as error:
@@ -135,8 +151,6 @@ def _opened(source: Source, use_truncated: bool = False) -> Iterator[tuple[Image
         if cut_off:
             raise ImageDecodeError(f"{error}; --truncated_images use takes what is there", CUT_OFF) from error
         raise ImageDecodeError(f"{error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limits
 
 
 def _read_header(file: Any) -> Image.Image:

@@ -126,10 +126,11 @@ class MixtureOrder:
         """int64 [n, 2]: (epoch of the set, row) of its visits, int64 [n] in ascending order."""
         indices = self.indices[number]
         found = np.stack([visits // len(indices), visits % len(indices)], axis=1)
-        for epoch in np.unique(found[:, 0]).tolist():
+        epochs, starts = np.unique(found[:, 0], return_index=True)
+        ends = [*starts.tolist()[1:], len(visits)]  # they ascend: the visits of an epoch stand side by side
+        for epoch, start, end in zip(epochs.tolist(), starts.tolist(), ends, strict=False):
             order = np.random.default_rng((self.seed, number, epoch)).permutation(indices)
-            mine = found[:, 0] == epoch
-            found[mine, 1] = order[found[mine, 1]]
+            found[start:end, 1] = order[found[start:end, 1]]
         return found
 
 
@@ -199,8 +200,7 @@ class EpochOrder:
         keys: list[Key] = []
         for epoch in count(self.start_epoch):
             keys += self.visits.keys(epoch)[self.start_key if epoch == self.start_epoch else 0 :]
-            while len(keys) >= self.batch_size:
-                yield keys[: self.batch_size]
-                keys = keys[self.batch_size :]
-            if self.leaves_out:
-                keys = []
+            whole = len(keys) - len(keys) % self.batch_size
+            for first in range(0, whole, self.batch_size):
+                yield keys[first : first + self.batch_size]
+            keys = [] if self.leaves_out else keys[whole:]

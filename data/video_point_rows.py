@@ -27,16 +27,30 @@ def molmo2_points(record: Record) -> Record:
     """Of allenai/Molmo2-VideoPoint: percent of the picture, a list for each time of the whole video. The answer's times
     count from where the clip begins, as allenai/molmo2 f3cb108 has them."""
     made = video_of_id(record)
-    start = seconds_of(made.get("clip_start", 0))
-    times = [seconds_of(time) - start for time in list_of(record["two_fps_timestamps"])]
-    if any(time < 0 for time in times):
-        raise BadRow("a point before the clip begins", f"{min(times) + start:g} s, the clip begins at {start:g} s")
+    times = _of_clip([seconds_of(time) for time in list_of(record["two_fps_timestamps"])], made.get("clip_start"))
     lists = [list_of(one) for one in list_of(record["points"])]
-    total = sum(map(len, lists))
-    if record.get("count") is not None and str(record["count"]) != str(total):
-        raise BadRow(COUNT_DIFFERS, f"count {shown(record['count'])}, {total} points")
+    _is_counted(record, lists)
     answer = video_points(times, lists, text_of(record["label"], "label") or "", "percent", count=True)
     return made | {"question": record["question"], "answer": answer, "source": record.get("category")}
+
+
+def _of_clip(times: list[float], start: Any, end: Any = None) -> list[float]:
+    """Seconds of a video as those of its clip, as frames and subtitles have them. start, end: of the clip, None: of the
+    video. Raises BadRow for a time outside."""
+    start = 0.0 if start is None else seconds_of(start)
+    if times and min(times) < start:
+        raise BadRow("a point before the clip begins", f"{min(times):g} s, the clip begins at {start:g} s")
+    if times and end is not None and max(times) > seconds_of(end):
+        raise BadRow("a point after the clip ends", f"{max(times):g} s, the clip ends at {seconds_of(end):g} s")
+    return [time - start for time in times]
+
+
+def _is_counted(record: Record, lists: list[list]) -> bool:
+    """Whether the row has a count. Raises BadRow where it is not the number of points."""
+    count, total = record.get("count"), sum(map(len, lists))
+    if count is not None and str(count) != str(total) and not (is_number(count) and float(count) == total):
+        raise BadRow(COUNT_DIFFERS, f"count {shown(count)}, {total} points")
+    return count is not None
 
 
 def molmo2_tracks(record: Record) -> Record:
@@ -108,17 +122,26 @@ def _first_and_last(frames: list[dict]) -> list[dict]:
 
 
 def local_points(record: Record) -> Record:
-    """Of one's own: `points` [{"x", "y", "timestamp", "object_id"}], in 0-1 unless `points_unit` says percent."""
-    frames = by_time(_timed(record, "points"))
+    """Of one's own: `points` [{"x", "y", "timestamp", "object_id"}], in 0-1 unless `points_unit` says percent. With a
+    `count` they are counted."""
+    frames = _frames(record, "points")
     times, lists = [one["time"] for one in frames], [one["points"] for one in frames]
-    query = text_of(record["query"], "query") or ""
-    return _shown(record) | {"question": query, "answer": video_points(times, lists, _label(record), _unit(record))}
+    is_count = _is_counted(record, lists)
+    answer = video_points(times, lists, _label(record), _unit(record), count=is_count)
+    return _shown(record) | {"question": text_of(record["query"], "query") or "", "answer": answer}
 
 
 def local_tracks(record: Record) -> Record:
     """The same under `tracks`, for objects that are followed by their object_id."""
-    answer = video_tracks(by_time(_timed(record, "tracks")), _label(record), _unit(record))
+    answer = video_tracks(_frames(record, "tracks"), _label(record), _unit(record))
     return _shown(record) | {"question": record["query"], "answer": answer}
+
+
+def _frames(record: Record, key: str) -> list[dict]:
+    """The points by their times, which count from where the clip begins. Raises BadRow."""
+    frames = by_time(_timed(record, key))
+    times = _of_clip([one["time"] for one in frames], record.get("clip_start"), record.get("clip_end"))
+    return [one | {"time": time} for one, time in zip(frames, times, strict=True)]
 
 
 def _shown(record: Record) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 NOT_FETCHED = "image is a URL, which --fetch_images fetches"
 NOT_REACHED = "image cannot be fetched"
@@ -58,7 +58,8 @@ class FetchError(Exception):
         self.kind, self.reason, self.again, self.wait_s = NOT_REACHED, reason, again, wait_s
 
 
-FAILED: dict[str, FetchError] = {}  # by URL: a process tries each in vain once
+# By URL (text, reason): a process tries each in vain once. Not the errors: their tracebacks hold what the server sent.
+FAILED: dict[str, tuple[str, str]] = {}
 
 
 def cache_folder() -> Path:
@@ -74,11 +75,11 @@ def fetched(url: str) -> Path:
     if path.exists():
         return path
     if url in FAILED:
-        raise FAILED[url]
+        raise FetchError(*FAILED[url])
     try:
         return fetch_into(cache_folder(), url)
     except FetchError as error:
-        FAILED[url] = error
+        FAILED[url] = (str(error), error.reason)
         raise
 
 
@@ -153,23 +154,17 @@ def _fetch(url: str, is_allowed: Callable[[str], bool]) -> bytes:
             raise FetchError(f"{url}{way}: {error}", error.reason, error.again, error.wait_s) from None
         if isinstance(answer, bytes):
             return answer
-        at = urljoin(at, answer)
+        try:
+            at = urljoin(at, answer)
+        except ValueError as error:
+            raise FetchError(f"{url}: redirected to {answer!r}, which is no URL ({error})", NO_URL) from None
     raise FetchError(f"{url}: more than {REDIRECTS} redirects", "too many redirects")
 
 
 def _answer(url: str, is_allowed: Callable[[str], bool]) -> bytes | str:
     """An image, or where to look instead. Raises FetchError."""
-    try:
-        parts = urlsplit(url)
-        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
-    except ValueError as error:  # UnicodeError too
-        raise FetchError(f"is no URL ({error})", NO_URL) from None
-    if parts.scheme.lower() not in SCHEMES or not host:
-        raise FetchError("is no http or https URL of a host", NO_URL)
-    secure = parts.scheme.lower() == "https"
-    port = port or (443 if secure else 80)
-    make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = make(host, port)
+    connection, target = _request_of(url)
+    host, port, secure = connection.host, connection.port, isinstance(connection, http.client.HTTPSConnection)
     timed_out = threading.Event()
     link = _connected(_allowed_addresses(host, port, is_allowed))
 
@@ -186,7 +181,7 @@ def _answer(url: str, is_allowed: Callable[[str], bool]) -> bytes | str:
             link = _tls().wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
             link.do_handshake()
         connection.sock = link
-        connection.request("GET", _target(parts), headers=HEADERS)
+        connection.request("GET", target, headers=HEADERS)
         with connection.getresponse() as response:
             return _read(response)
     except TimeoutError:
@@ -197,6 +192,8 @@ def _answer(url: str, is_allowed: Callable[[str], bool]) -> bytes | str:
         is_certificate = isinstance(error, ssl.SSLCertVerificationError)
         reason = "certificate not valid" if is_certificate else BROKEN_OFF
         raise FetchError(f"{type(error).__name__}: {error}", reason, again=not is_certificate) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise FetchError(f"the answer cannot be read: {error}", "answer cannot be read") from None
     except FetchError as error:
         if timed_out.is_set():  # it looked like the end of the answer
             raise FetchError(f"no whole answer in {TOTAL_S:g} s", SLOW, again=True) from None
@@ -206,17 +203,39 @@ def _answer(url: str, is_allowed: Callable[[str], bool]) -> bytes | str:
         link.close()
 
 
-def _target(parts: SplitResult) -> str:
-    """The path and query to ask for, in the letters that HTTP allows."""
-    query = f"?{quote(parts.query, safe=ALLOWED)}" if parts.query else ""
-    return quote(parts.path or "/", safe=ALLOWED) + query
+def _request_of(url: str) -> tuple[http.client.HTTPConnection, str]:
+    """(a connection that is not made yet, the path and query to ask for in the letters that HTTP allows).
+
+    Raises FetchError.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+        target = quote(parts.path or "/", safe=ALLOWED) + (
+            f"?{quote(parts.query, safe=ALLOWED)}" if parts.query else ""
+        )
+        if parts.scheme.lower() not in SCHEMES or not host:
+            raise FetchError("is no http or https URL of a host", NO_URL)
+        if parts.scheme.lower() == "https":
+            return http.client.HTTPSConnection(host, port or 443), target
+        return http.client.HTTPConnection(host, port or 80), target
+    except (ValueError, http.client.InvalidURL) as error:  # UnicodeError too
+        raise FetchError(f"is no URL ({error})", NO_URL) from None
+
+
+def _as_utf8(place: str) -> str:
+    """A header, which http.client reads as Latin-1; most servers that write other letters than ASCII write UTF-8."""
+    try:
+        return place.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return place
 
 
 def _read(response: http.client.HTTPResponse) -> bytes | str:
     """What an answer holds: the image, or the place that it redirects to. Raises FetchError."""
     status = response.status
     if status in (301, 302, 303, 307, 308) and (place := response.headers.get("Location")):
-        return place
+        return _as_utf8(place)
     if status != 200:
         said, wait = f"HTTP {status} {response.reason}", response.headers.get("Retry-After", "")
         wait_s = min(float(wait) if wait.isdecimal() else 0.0, LONGEST_WAIT_S)

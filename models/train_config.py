@@ -67,7 +67,7 @@ class TrainConfig(Checked):
     )
     message_tree: bool = doc(
         "take the turns of a row with images as questions that do not know of each other, in one sequence that has the "
-        "images once: each turn sees the images and itself alone",
+        "images once: each turn sees the images and itself alone; conversations and chains of questions stay whole",
         False,
     )
     train_on: str = doc(

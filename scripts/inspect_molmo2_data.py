@@ -25,8 +25,13 @@ SHOWN_LETTERS = 400  # of a text
 
 def parser() -> ArgumentParser:
     """Of the flags that inspect_data.py does not have."""
-    found = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    found.add_argument("dataset_name", nargs="?", help="one set, by its name or hub id")
+    found = ArgumentParser(
+        usage="inspect_molmo2_data.py [DATASET] [--stage STAGE] [--data_dir DIR] [--num_samples N] [flags of "
+        "inspect_data.py]",
+        description=f"{__doc__}\nDATASET is one set, by its name or hub id.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     found.add_argument("--stage", choices=[*STAGES, "all"], help="the sets of a stage")
     names = ("--data_dir", "--data-dir", "--output_dir", "--output-dir")
     found.add_argument(*names, default=DATA, metavar="DIR", help=f"where they were downloaded to [{DATA}]")
@@ -34,12 +39,12 @@ def parser() -> ArgumentParser:
     return found
 
 
-def wanted(flags: Namespace) -> list[PublicSet]:
-    """The sets that were asked for, without such a wish those that are there. Raises ValueError."""
+def wanted(name: str | None, flags: Namespace) -> list[PublicSet]:
+    """The set of the name, or those of the stage, or without both those that are there. Raises ValueError."""
     if flags.num_samples < 1:
         raise ValueError(f"--num_samples {flags.num_samples}: must be 1 or more")
-    if flags.dataset_name:
-        return [named(flags.dataset_name)]
+    if name:
+        return [named(name)]
     if flags.stage:
         return of_stage(flags.stage)
     found = [one for one in SETS if Places(Path(flags.data_dir), one).folder.is_dir()]
@@ -90,10 +95,12 @@ def short(text: str | None) -> str:
 
 def main(argv: list[str]) -> int:
     """The exit code."""
-    flags, others = parser().parse_known_args(argv)
+    # A name stands first: anywhere else it may be the value of a flag of inspect_data.py.
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    flags, others = parser().parse_known_args(argv[1:] if name else argv)
     failed = []
     try:
-        sets = wanted(flags)
+        sets = wanted(name, flags)
     except ValueError as error:
         print(f"inspect_molmo2_data.py: error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +118,8 @@ def main(argv: list[str]) -> int:
         if others:
             import inspect_data
 
-            code = inspect_data.main([str(folder), "--rows", str(flags.num_samples), *others])
+            rows = ["--rows", str(flags.num_samples)]
+            code = inspect_data.main([str(folder), *rows, "--mixture", "none", *others])
             failed += [one.name] if code else []
     if failed:
         print(f"\ninspect_molmo2_data.py: not shown: {', '.join(failed)}", file=sys.stderr)

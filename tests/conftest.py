@@ -53,6 +53,21 @@ def data(tmp_path):
     return write_rows(tmp_path / "rows", 16)
 
 
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A hub and a server of pictures on this machine, which are asked without long waits."""
+    from tiny.web import REVISION, HubHandler, impatient, serving
+
+    from data.fetching import hub, pictures
+
+    impatient(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(pictures, "PAUSE_S", 0.05)
+    monkeypatch.setattr(hub, "WAITS_S", (0.0, 0.0))
+    with serving(HubHandler) as made:
+        made.repos, made.revision = {}, REVISION
+        yield made
+
+
 @pytest.fixture(scope="session")
 def hf():
     """The module tiny.trainer, which imports transformers."""

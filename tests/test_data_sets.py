@@ -309,6 +309,8 @@ SEVERAL = {"images": ["a.png", "b.png"], "labels": ["x", "x"], "points": [[{"x":
 POINTED = {"video_id": "x", "label": "cats", "question": "How many?", "count": 3, "two_fps_timestamps": [1.0, 2.5],
            "points": [[{"x": 50, "y": 20}, {"x": 10, "y": 5}], [{"x": 0, "y": 100}]]}  # fmt: skip
 TIMED = {"video_path": "a.mp4", "query": "the cat"}
+CLIP = TIMED | {"clip_start": 60, "clip_end": 75.5}
+SPOT = {"x": 0.5, "y": 0.25, "timestamp": 61, "object_id": 7}
 CHAIN = {"image_url": URL.format(1), "answer": "2"}
 EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
 
@@ -340,10 +342,28 @@ EXPLAINED = {"image_url": URL.format(1), "question": "?", "inline_text": ["x"]}
         (TIMED | {"points": [{"x": 0.5, "y": 0.5}]}, "a point of a video without a timestamp"),
         (TIMED | {"points": [{"x": 5, "y": 0.5, "timestamp": 1}]}, "a point lies outside 0-1"),
         (TIMED | {"tracks": [], "points_unit": "pixels"}, "points_unit is not known"),
+        (CLIP | {"points": [SPOT | {"timestamp": 59.5}]}, "a point before the clip begins"),
+        (CLIP | {"tracks": [SPOT | {"timestamp": 76}]}, "a point after the clip ends"),
+        (CLIP | {"points": [SPOT], "count": 2}, "count is not the number of points"),
+        (CLIP | {"points": [SPOT], "count": "one"}, "count is not the number of points"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_row_is_its_reason(read, record, reason):
     assert str(read(record)["bad"]) == reason
+
+
+def test_own_points_of_a_clip_have_its_clock_and_may_be_counted(read):
+    def answer(**more) -> str:
+        return read(CLIP | more)["texts"][0]["assistant"]
+
+    pointed = '<points coords="1.0 1 500 250">the cat</points>'
+    assert answer(points=[SPOT]) == pointed
+    assert answer(points=[SPOT], clip_start=None) == pointed.replace("1.0 1", "61.0 1")
+    for count in (1, 1.0, "1"):  # as JSON, a column with gaps and CSV have it
+        assert answer(points=[SPOT], count=count) == f"Counting the {pointed} shows a total of 1."
+    assert answer(points=[], count=0) == "There are none."
+    later = SPOT | {"timestamp": 75.5}
+    assert answer(tracks=[SPOT, later]) == '<tracks coords="1.0 1 500 250;15.5 1 500 250">the cat</tracks>'
 
 
 def test_any_value_at_any_place_is_read_or_counted(tmp_path):

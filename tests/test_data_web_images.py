@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 import time
+import traceback
 
 import pytest
 from tiny.data import dataset
@@ -53,6 +54,9 @@ def test_an_image_is_fetched_once_into_the_cache(server):
         ("circle", "more than 5 redirects", 6),
         ("moved?ftp://example.org/a.png", "is no http or https URL", 1),
         ("hangs_up", "RemoteDisconnected", 3),
+        ("moved?https://[hostname]/a.png", "redirected to 'https://[hostname]/a.png', which is no URL", 1),
+        ("spaced", "is no URL (URL can't contain control characters", 1),
+        ("digits", "the answer cannot be read: Exceeds the limit", 1),
     ],
 )
 def test_what_cannot_be_fetched_has_its_reason_and_is_not_asked_for_again(server, path, wanted, tries):
@@ -67,6 +71,43 @@ def test_what_cannot_be_fetched_has_its_reason_and_is_not_asked_for_again(server
     assert len(server.asked) == tries
     assert time.monotonic() - began < 4
     assert not list(cache_folder().rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked"),
+    [
+        ("é", "%C3%A9"),
+        ("é".encode().decode("latin-1"), "%C3%A9"),
+        ("Å".encode().decode("latin-1"), "%C3%85"),
+        ("%C3%A9", "%C3%A9"),
+    ],
+)
+def test_a_redirect_to_letters_beyond_ascii_is_followed_as_meant(server, monkeypatch, sent, asked):
+    """The handler sends headers in Latin-1, as letters of that or as the bytes of UTF-8."""
+
+    def to_letters(self, _):
+        self.say(b"", status=302, Location=f"/a.png?caf{sent}")
+
+    monkeypatch.setattr(PictureHandler, "to_letters", to_letters, raising=False)
+    assert fetched(f"{server.url}/to_letters").read_bytes() == PNG
+    assert server.asked[-1] == f"/a.png?caf{asked}"
+
+
+def test_of_a_failure_its_words_alone_are_kept(server):
+    url = f"{server.url}/garbage"
+    errors = []
+    for _ in range(3):
+        with pytest.raises(FetchError) as error:
+            fetched(url)
+        errors.append(error.value)
+    kept = web_images.FAILED[url]
+    assert kept == (str(errors[0]), "no image")
+    assert len({id(error) for error in errors}) == 3
+    assert {(str(error), error.reason, error.kind) for error in errors} == {
+        (str(errors[0]), "no image", "image cannot be fetched")
+    }
+    depths = [len(list(traceback.walk_tb(error.__traceback__))) for error in errors]
+    assert depths[1] == depths[2]
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, monkeypatch, tmp_path):
@@ -130,7 +171,11 @@ def test_one_private_address_of_a_name_is_enough(server, monkeypatch):
         fetched("http://example.org/a.png")
 
 
-@pytest.mark.parametrize("url", ["http://", "http:///a.png", "https://[::1", "http://a:b/", "http://" + "a" * 70 + "/"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http:///a.png", "https://[::1", "http://a:b/", "http://" + "a" * 70 + "/", "http://exa mple.org/a.png",
+     "https://exa\x01mple.org/a.png", "https://[hostname]/a.png", "http://example.org/\ud800.png"],
+)  # fmt: skip
 def test_what_is_no_url(server, url):
     with pytest.raises(FetchError, match="is no"):
         fetched(url)

@@ -1,56 +1,30 @@
-"""Public data sets are downloaded whole or with a reason: a hub and servers of this machine that misbehave."""
+"""Public data sets are downloaded whole or with a reason: a hub and a server of this machine that misbehave."""
 
 import hashlib
 import io
 import json
 import os
 import shutil
-import ssl
 import subprocess
 import sys
 import tarfile
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny.data import encoded, picture
-from tiny.web import PNG, HubHandler, impatient, serving
+from tiny.web import PNG, REVISION, local
 
-from data import web_images
+from data import molmo2_sets
 from data.fetching import download as downloads
-from data.fetching import hosts, hub, pictures
 from data.fetching.download import Options
-from data.fetching.pictures import Fetcher
 from data.molmo2_sets import SETS, named, of_stage
 from data.rows import load_rows
-from data.web_images import FetchError, fetch_into, place_of
 from scripts import download_datasets
 
-REVISION = "a" * 40
 SHA = hashlib.sha256(PNG).hexdigest()
 QUESTIONS = "allenai/pixmo-ask-model-anything"
-
-
-def local(address: str) -> bool:
-    return address == "127.0.0.1"
-
-
-def parquet(rows: list[dict]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), file)
-    return file.getvalue()
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    impatient(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(pictures, "PAUSE_S", 0.05)
-    monkeypatch.setattr(hub, "WAITS_S", (0.0, 0.0))
-    with serving(HubHandler) as made:
-        made.repos, made.revision = {}, REVISION
-        yield made
 
 
 @pytest.fixture
@@ -64,135 +38,17 @@ def run(server, tmp_path):
     return call
 
 
+def parquet(rows: list[dict]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
 def status(tmp_path, name: str) -> dict:
     return json.loads((tmp_path / "out" / ".download_status.json").read_text())[name]
-
-
-# Pictures
-
-
-BAD = {
-    "nothing": "HTTP 404",
-    "garbage": "no image",
-    "html": "no image",
-    "cut": "no picture that decodes",
-    "longer": "answer breaks off",
-    "shorter": "no picture that decodes",
-    "large": "too large",
-    "stalls": "no answer in time",
-    "drips": "no whole answer in time",
-    "always_busy": "HTTP 503",
-    "circle": "too many redirects",
-    "hangs_up": "connection breaks off",
-    "moved?ftp://example.org/a.png": "no URL",
-    "moved?http://127.0.0.2/a.png": "no public address",
-    "moved?http://169.254.169.254/latest": "no public address",
-    "other": "another image than the row's",
-}
-
-
-def test_pictures_are_fetched_or_have_a_reason(server, tmp_path, monkeypatch):
-    good = ["a.png", "no_length", "busy", "busy?429", "busy?500", "moved?/a.png"]
-    hashes = {f"{server.url}/{path}": "" for path in (*good, *BAD)}
-    hashes |= {f"{server.url}/a.png": SHA, f"{server.url}/other": "0" * 64}
-    HubHandler.other, HubHandler.cut = HubHandler.a_png, lambda self, _: self.say(PNG[:60])
-    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 8, 8, local, say=lambda _: None)
-    monkeypatch.setattr(hosts, "FAILURES", 100)
-    found = fetcher.fetch(hashes)
-    lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
-    assert {one["url"].removeprefix(f"{server.url}/"): one["reason"] for one in lines} == BAD
-    assert (found.there, found.new, found.failed) == (0, len(good), len(BAD))
-    assert found.reasons["no public address"] == 2
-    assert all(place_of(tmp_path / "fetched", f"{server.url}/{path}").read_bytes() == PNG for path in good)
-    assert len([path for path in (tmp_path / "fetched").rglob("*") if path.is_file()]) == len(good)
-    # Once more: what is there and what failed for good is not asked for.
-    server.asked.clear()
-    again = fetcher.fetch(hashes)
-    tried = {"longer", "stalls", "drips", "always_busy", "hangs_up"}
-    assert {path.split("?")[0].strip("/") for path in server.asked} == tried
-    assert (again.there, again.new, again.reasons) == (len(good), 0, found.reasons)
-    server.asked.clear()
-    fetcher.fetch({url: sha for url, sha in hashes.items() if url.endswith("/nothing")}, again=True)
-    assert server.asked == ["/nothing"]
-
-
-def test_private_addresses_are_refused_unless_they_are_allowed(server, tmp_path):
-    with pytest.raises(FetchError, match="no public address") as error:
-        fetch_into(tmp_path, f"{server.url}/a.png")
-    assert (error.value.reason, server.asked) == ("no public address", [])
-    assert fetch_into(tmp_path, f"{server.url}/a.png", is_allowed=local).read_bytes() == PNG
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_certificate_that_nobody_signed_is_refused(server, tmp_path):
-    files = [str(tmp_path / name) for name in ("key.pem", "certificate.pem")]
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj",
-            "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files[0], "-out",
-            files[1]]  # fmt: skip
-    subprocess.run(made, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(files[1], files[0])
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    url = f"{server.url.replace('http:', 'https:')}/a.png"
-    with pytest.raises(FetchError) as error:
-        fetch_into(tmp_path, url, is_allowed=local)
-    assert (error.value.reason, error.value.again, server.asked) == ("certificate not valid", False, [])
-
-
-def test_a_killed_fetch_continues(server, tmp_path, monkeypatch):
-    urls = {f"{server.url}/a.png?{i}": "" for i in range(12)} | {f"{server.url}/nothing?{i}": "" for i in range(4)}
-    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 1, 1, local, say=lambda _: None)
-    real, calls = pictures.fetch_into, []
-
-    def killed(*args, **more):
-        calls.append(args)
-        if len(calls) > 8:
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
-    monkeypatch.setattr(pictures, "fetch_into", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fetcher.fetch(urls)
-    with (tmp_path / "failures.jsonl").open("a") as file:
-        file.write('{"url": "http://cut o')
-    monkeypatch.setattr(pictures, "fetch_into", real)
-    asked = list(server.asked)
-    found = fetcher.fetch(urls)
-    assert len(asked) == 8
-    assert sorted(server.asked) == sorted(url.removeprefix(server.url) for url in urls)  # each once
-    assert (found.there + found.new, found.reasons) == (12, {"HTTP 404": 4})
-
-
-def test_the_time_that_a_server_asks_for_is_kept(server, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(web_images.time, "sleep", waits.append)
-    HubHandler.later = lambda self, seconds: self.say(b"", status=429, Retry_After=seconds)
-    for seconds, wanted in (("7", 7.0), ("100000", web_images.LONGEST_WAIT_S), ("soon", 0.0)):
-        with pytest.raises(FetchError, match="HTTP 429") as error:
-            fetch_into(tmp_path, f"{server.url}/later?{seconds}", is_allowed=local)
-        assert waits == [wanted] * 2
-        assert error.value.wait_s == wanted
-        waits.clear()
-
-
-def test_a_host_that_never_answers_is_given_up(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "FAILURES", 3)
-    urls = {f"http://127.0.0.1:9/{i}": "" for i in range(10)}
-    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 1, 1, local, say=lambda _: None)
-    assert fetcher.fetch(urls).reasons == {"no connection": 3, "host given up": 7}
-
-
-def test_a_full_disk_ends_the_fetch(server, tmp_path, monkeypatch):
-    def full(*args, **_):
-        raise FetchError("cannot be written: no space left", web_images.NOT_WRITTEN, again=True)
-
-    monkeypatch.setattr(pictures, "fetch_into", full)
-    fetcher = Fetcher(tmp_path, tmp_path / "failures.jsonl", 1, 1, local, say=lambda _: None)
-    found = fetcher.fetch({f"{server.url}/a.png?{i}": "" for i in range(9)})
-    assert (found.failed, found.stopped) == (1, "cannot be written: no space left")
-
-
-# Data sets
 
 
 def question_rows(server, *paths: str) -> list[dict]:
@@ -254,6 +110,23 @@ def test_check_finds_what_is_wrong_on_disk(server, run, tmp_path, capsys):
     assert "cosyn-point: not downloaded" in capsys.readouterr().out
 
 
+def test_check_counts_the_failures_among_the_pictures_that_were_wanted(server, run, tmp_path, capsys):
+    rows = question_rows(server, "a.png", "a.png?2", "nothing?1", "nothing?2", "nothing?3")
+    server.repos[QUESTIONS] = {"train.parquet": parquet(rows)}
+    assert run("--dataset", QUESTIONS) == 1
+    capsys.readouterr()
+    assert run("--check") == 1
+    assert "3 pictures could not be fetched" in capsys.readouterr().out
+    wanted = downloads.chosen({row["image_url"]: "" for row in rows}, 2)
+    failed = sum("nothing" in url for url in wanted)
+    assert run("--dataset", QUESTIONS, "--max_images", "2") == (failed > 0)
+    capsys.readouterr()
+    run("--check")
+    said = capsys.readouterr().out
+    assert ("pictures could not be fetched" in said) == (failed > 0)
+    assert "3 pictures could not be fetched" not in said
+
+
 def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path, capsys):
     repo = "allenai/pixmo-docs"
     rows = [{"image": {"bytes": PNG, "path": None}, "questions": {"question": ["what?"], "answer": ["red"]}}]
@@ -275,6 +148,33 @@ def test_files_of_the_hub_are_held_at_their_first_revision(server, run, tmp_path
     server.revision = "b" * 40  # the hub moves on; the locked revision is not there any more
     assert run("--dataset", "pixmo-docs") == 1
     assert "the hub has no such revision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pixmo-docs", "pixmo-ask-model-anything"])
+def test_of_a_new_revision_with_other_files_only_its_rows_are_there(server, run, tmp_path, monkeypatch, capsys, name):
+    def rows(question: str) -> bytes:
+        image = {"image": {"bytes": PNG, "path": None}, "questions": {"question": [question], "answer": ["red"]}}
+        link = {"image_url": f"{server.url}/a.png", "image_sha256": SHA, "question": question, "answer": "red"}
+        return parquet([image if name == "pixmo-docs" else link])
+
+    def asked() -> list[str]:
+        read = load_rows(str(tmp_path / "out" / name))
+        return [row["texts"][0]["user"] for row in map(read.__getitem__, range(len(read)))]
+
+    one = named(name)
+    server.repos[one.repo] = {"train-0-of-2.parquet": rows("old?"), "train-1-of-2.parquet": rows("older?")}
+    assert run("--dataset", name) == 0
+    assert asked() == ["old?", "older?"]
+    server.revision = "b" * 40
+    server.repos[one.repo] = {"train-0-of-1.parquet": rows("new?")}
+    monkeypatch.setitem(molmo2_sets.BY_NAME, name, replace(one, revision=server.revision))
+    assert run("--dataset", name) == 0
+    assert asked() == ["new?"]
+    assert run("--check", "--dataset", name) == 0
+    stray = tmp_path / "out" / name / "train-7.parquet"
+    shutil.copy(stray.with_name("train-0-of-1.parquet"), stray)
+    assert run("--check", "--dataset", name) == 1
+    assert f"{stray} is not of this revision" in capsys.readouterr().out
 
 
 def test_a_file_of_the_hub_that_is_not_what_its_hash_says(server, run, tmp_path, capsys):
@@ -321,10 +221,46 @@ def test_archives_are_unpacked_beside_themselves_and_nowhere_else(server, run, t
     server.revision = "c" * 40
     server.repos[repo] = {"short/1.tar.gz": tar_of(**{"..__..__..__evil": b"x"})}
     assert run("--dataset", "llava-video-178k") == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "1.tar.gz is not unpacked: a name or a link in it leads elsewhere" in capsys.readouterr().err
     assert not list(tmp_path.rglob("evil"))
     assert run("--check") == 1
     assert "is not unpacked" in capsys.readouterr().out
+
+
+def zip_of(content: bytes) -> bytearray:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.mp4", content)
+    return bytearray(file.getvalue())
+
+
+def spoilt(kind: str) -> bytes:
+    """A zip file that cannot be unpacked."""
+    data = zip_of(b"a film " * 100)
+    directory = data.rindex(b"PK\1\2")
+    if kind == "data":  # no such kind of block
+        data[30 + len("a.mp4")] = 0xFF
+    elif kind == "encrypted":
+        data[6] |= 1
+        data[directory + 8] |= 1
+    else:  # method 97 is none that zipfile knows
+        data[8] = data[directory + 10] = 97
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("data", "is damaged (Error -3"), ("encrypted", "cannot be unpacked: File "),
+     ("method", "cannot be unpacked: That compression method")],
+)  # fmt: skip
+def test_an_archive_that_cannot_be_unpacked_does_not_stop_the_other_sets(server, run, capsys, kind, said):
+    server.repos["lmms-lab/LLaVA-Video-178K"] = {"short/1.zip": spoilt(kind)}
+    rows = [{"image": {"bytes": PNG, "path": None}, "questions": {"question": ["what?"], "answer": ["red"]}}]
+    server.repos["allenai/pixmo-docs"] = {"train.parquet": parquet(rows)}
+    assert run("--dataset", "llava-video-178k", "--dataset", "pixmo-docs") == 1
+    found = capsys.readouterr()
+    assert f"1.zip {said}" in found.err
+    assert "done pixmo-docs" in found.out
 
 
 def test_what_fails_is_said_and_noted(server, run, tmp_path, monkeypatch, capsys):

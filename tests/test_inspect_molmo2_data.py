@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny.data import encoded, picture
 
 from data.molmo2_sets import SETS, table_lines
@@ -53,6 +54,19 @@ def test_other_flags_are_those_of_inspect_data(folder, capsys):
     said = capsys.readouterr().out
     assert "question pairs" in said
     assert "30 x 20" in said
+
+
+def test_a_recipe_with_a_mixture_is_looked_at_without_it(folder, tmp_path, capsys):
+    recipe = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    recipe.pop("train_dataset_path", None)
+    recipe |= {"mixture": [{"name": "a", "share": 1.0, "sets": [{"path": "x"}]}], "val_size": 0}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(recipe))
+    flags = ["--data_dir", str(folder), "--num_samples", "2", "--config", str(tmp_path / "mixed.yaml")]
+    assert inspect_molmo2_data.main(["--stage", "2", *flags]) == 1  # the other sets of the stage are not there
+    said = capsys.readouterr()
+    assert "question pairs" in said.out
+    assert "not shown: pixmo-cap, " in said.err
+    assert "pixmo-docs" not in said.err
 
 
 def test_the_page_has_the_table_of_the_code():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.collators import TrainCollator
+from data.conversations import read_record
 from data.loader import eval_batches
 from data.message_tree import grow_trees, positions_of
 from data.packing import PackedCollator
@@ -64,6 +65,26 @@ def test_a_tree_has_the_images_once_and_each_branch_as_it_is_alone():
     [(text_ids, _)], [text_branches] = text.conversations, text.branches  # a conversation stays one
     assert not text_branches.any()
     assert len(text_ids) == len(samples(message_tree=False)[1].conversations[0][0])
+
+
+CHAIN = {"image_url": "https://example.org/a.png", "answer": "red",
+         "question": "[USER] is there a circle? [ASSISTANT] yes [USER] what is the shape? [ASSISTANT]"}  # fmt: skip
+SAID = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "what is the shape?"}, {"from": "gpt", "value": "red"}]  # fmt: skip
+PAIRS = {"image": "a.png", "qa_pairs": {"question": ["is there a circle?", "what?"], "answer": ["yes", "red"]}}
+
+
+@pytest.mark.parametrize(
+    ("record", "branches"), [(CHAIN, 0), ({"image": "a.png", "conversations": SAID}, 0), (PAIRS, 2)]
+)
+def test_a_question_that_may_rest_on_the_turns_before_it_has_them(record, branches):
+    given = read_record(record, None) | {"id": "one", "images": [encoded(picture())]}
+    [tree] = samples([given])
+    [(ids, labels)] = tree.conversations
+    assert int(tree.branches[0].max()) == branches
+    [whole] = samples([given], message_tree=False)
+    assert torch.equal(ids, whole.conversations[0][0]) == (branches == 0)
+    assert int((labels == dataset(ROWS).tokenizer.eos_token_id).sum()) == 2  # both answers are learned
 
 
 @pytest.mark.parametrize("packed", [False, True])

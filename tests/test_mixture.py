@@ -1,7 +1,9 @@
 """Mixtures of data sets: their shares over any stretch of samples, their settings, and resuming inside of them."""
 
 import copy
+import itertools
 import json
+import time
 from collections import Counter
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from data.mixture import MixtureError, mixture_of, sets_of, shares_of
 from data.mixture_rows import MixtureRows, load_training_rows, mixture_lines
-from data.order import EpochOrder, MixtureOrder, row_visits, schedule, whole_parts
+from data.order import EpochIndices, EpochOrder, MixtureOrder, row_visits, schedule, whole_parts
 from data.pipeline import load_data
 from data.splits import split_by
 from tests.tiny.data import drawn, encoded, picture, row, same, tiny_train, tiny_vlm, write_rows
@@ -30,6 +32,21 @@ def rows_of(sets, sizes) -> MixtureRows:
     return MixtureRows(
         sets, [[row(name=f"{one.label}/{i}") for i in range(n)] for one, n in zip(sets, sizes, strict=True)]
     )
+
+
+class BySubset:
+    """So many rows of each subset, one subset after the other."""
+
+    def __init__(self, **sizes: int):
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def by_subset(self) -> dict[str, np.ndarray]:
+        ends = np.cumsum(list(self.sizes.values()))
+        parts = np.split(np.arange(len(self)), ends[:-1])
+        return dict(zip(self.sizes, parts, strict=True))
 
 
 def order_of(mixture, sizes, seed=0) -> MixtureOrder:
@@ -84,6 +101,40 @@ def test_each_set_goes_through_its_own_epochs_and_no_sample_is_left_out_between_
     for start in (1, 2, 3, 7):  # where an epoch ends inside a batch too
         assert next(iter(EpochOrder(order, 5, start))) == taken[start]
     assert order_of(groups(big=0.7, small=0.3), [11, 3], seed=1).keys(0) != order.keys(0)
+
+
+@pytest.mark.parametrize(("sizes", "readers", "batch_size"), [([40, 3], 1, 4), ([11, 1], 2, 5), ([7, 9], 3, 100)])
+def test_the_order_is_that_of_each_visit_by_itself(sizes, readers, batch_size):
+    order = order_of(groups(a=0.7, b=0.3), sizes, seed=3)
+
+    def slow(reader: int):
+        """Whose turn it is, and that set's visit by its number: one sample after the other."""
+        turns, begin = order.schedule, reader * len(order.schedule) // readers
+        for taken in itertools.count():
+            place = begin + taken
+            number = turns[place % len(turns)]
+            before = sum(turns[i % len(turns)] == number for i in range(begin, place))
+            epoch, at = divmod(before * readers + reader, sizes[number])
+            indices = order.indices[number]
+            yield epoch, np.random.default_rng((3, number, epoch)).permutation(indices)[at]
+
+    for reader in range(readers):
+        found = [key for epoch in range(3) for key in order.keys(epoch, reader, readers)]
+        assert found == list(itertools.islice(slow(reader), len(found)))
+    keys = [key for epoch in range(30) for key in order.keys(epoch)]
+    for start in (0, 1, 2):
+        batches = list(itertools.islice(EpochOrder(order, batch_size, start), 2))
+        first = start * batch_size
+        assert [key for batch in batches for key in batch] == keys[first : first + 2 * batch_size]
+
+
+def test_the_time_for_an_order_grows_with_its_rows_and_not_faster():
+    began = time.process_time()
+    batches = EpochOrder(EpochIndices(range(150_000), {}, 0), 1)
+    assert sum(len(batch) for batch in itertools.islice(batches, 150_000)) == 150_000
+    order = MixtureOrder(BySubset(big=299_980, small=20), sets_of(tiny_train(mixture=groups(big=0.7, small=0.3))), 0)
+    assert len(order.keys(0)) == 300_000
+    assert time.process_time() - began < 4
 
 
 def test_readers_divide_the_visits_of_each_set_and_keep_to_the_shares_each():

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 import train
+from data.layouts import FRAME
 from data.mixture import sets_of
 from data.points import find_points
 from data.rows import load_rows
+from data.text import image_string
 from eval.own_rows import open_own_rows
 from examples import train_with_stage_dataloaders as door
 from scripts import make_shapes, train_stages
@@ -224,7 +226,8 @@ def test_molmo2_stages_hold_what_its_scripts_say(stage):
         1: (2536, 0, 31_000, 200, 2_000), 2: (16_384, 128, 30_000, 200, 200), 3: (36_864, 384, 2_000, 200, 200),
     }[stage]  # fmt: skip
     assert (cfg.max_sample_length, vlm.lm_max_length, cfg.max_training_steps) == (length, length, steps)
-    assert stage == 1 or (vlm.max_video_frames, frames * 81 < length) == (frames, True)
+    assert stage == 1 or (vlm.max_video_frames, frames * 83 < length) == (frames, True)
+    assert image_string([FRAME], vlm) == f"<frame_start>{'<im_patch>' * 81}<frame_end>"
     shares = {group["name"]: group["share"] for group in cfg.mixture}
     assert shares == (
         {"captions": 0.6, "points": 0.3, "text": 0.1}

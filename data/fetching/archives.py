@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import shutil
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from data.fetching.places import Places, put_json, read_json
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
 UNPACKED = "unpacked.json"
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
 def archives(folder: Path) -> list[Path]:
@@ -25,7 +29,7 @@ def packed(places: Places) -> list[Path]:
 
 
 def unpack(places: Places) -> int:
-    """Unpack what is not unpacked yet; how many that were. Raises ValueError that names a damaged one, OSError."""
+    """Unpack what is not unpacked yet; how many that were. Raises ValueError that names one that cannot be, OSError."""
     found = packed(places)
     for path in found:
         size = path.stat().st_size
@@ -33,7 +37,11 @@ def unpack(places: Places) -> int:
             raise ValueError(f"{path} cannot be unpacked: {free / 1e9:.1f} GB of the disk are free")
         try:
             _unpack(path)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        except tarfile.FilterError as error:
+            raise ValueError(f"{path} is not unpacked: a name or a link in it leads elsewhere ({error})") from None
+        except RuntimeError as error:  # encrypted, or packed in a way that zipfile does not know
+            raise ValueError(f"{path} cannot be unpacked: {error}") from None
+        except DAMAGED as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and it is fetched again") from None
         put_json(places.own / UNPACKED, read_json(places.own / UNPACKED) | {_name(path, places): _facts(path)})
     return len(found)

@@ -76,7 +76,9 @@ def download(one: PublicSet, remote: Remote, options: Options) -> Outcome:
     try:
         check_disk(places, hub.missing_bytes(places, remote), "its files")
         hub.fetch(places, remote, options.endpoint, options.cache_dir, options.again)
-        outcome = _linked(places, options) if one.kind == "url" else Outcome(one.name, DONE, "its files are there")
+        outcome = (
+            _linked(places, remote, options) if one.kind == "url" else Outcome(one.name, DONE, "its files are there")
+        )
         if one.kind == "archive":
             outcome.words += f", {archives.unpack(places)} archives unpacked"
     except (HubError, ValueError, OSError) as error:
@@ -94,9 +96,15 @@ def note(places: Places, outcome: Outcome, remote: Remote | None = None, max_pic
     set_status(places.output, places.one.name, facts | {"time": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
-def _linked(places: Places, options: Options) -> Outcome:
+def _files(places: Places, remote: Remote) -> list[Path]:
+    """The parquet files of the revision."""
+    names = {places.hub / file.path for file in remote.files}
+    return [path for path in row_files(places.hub) if path in names]
+
+
+def _linked(places: Places, remote: Remote, options: Options) -> Outcome:
     """Fetch the pictures of the rows, and write the rows that have theirs."""
-    files = row_files(places.hub)
+    files = _files(places, remote)
     if not files:
         raise ValueError(f"{places.one.repo}: holds no parquet file")
     links = links_of(files, places.one)
@@ -152,22 +160,27 @@ def problems_of(one: PublicSet, options: Options) -> Iterator[str]:
         yield from (f"{one.name}: {found}" for _, found in hub.damage(places, remote, hashes=True))
         if one.kind == "url":
             facts = read_json(options.output / STATUS).get(one.name, {})
-            yield from (f"{one.name}: {found}" for found in _picture_problems(places, facts.get("max_images")))
+            wanted = facts.get("max_images")
+            yield from (f"{one.name}: {found}" for found in _picture_problems(places, remote, wanted))
         elif one.kind == "archive":
             yield from (f"{one.name}: {path} is not unpacked" for path in archives.packed(places))
+        if one.kind != "archive":  # which may hold parquet files
+            names = {places.folder / file.path for file in remote.files}
+            strays = [path for path in row_files(places.folder) if path not in names]
+            yield from (f"{one.name}: {path} is not of this revision, and is trained on too" for path in strays)
         yield from (f"{one.name}: {found}" for found in _row_problems(places))
     except (ValueError, OSError) as error:
         yield f"{one.name}: {error}"
 
 
-def _picture_problems(places: Places, max_pictures: int | None) -> Iterator[str]:
+def _picture_problems(places: Places, remote: Remote, max_pictures: int | None) -> Iterator[str]:
     """Pictures that are not there though nothing says why, and such as are not what they should be."""
-    files, known = row_files(places.hub), known_failures(places.failures)
-    absent = 0
+    files, known = _files(places, remote), known_failures(places.failures)
+    absent = failed = 0
     for url, wanted in chosen(links_of(files, places.one), max_pictures).items():
         path = place_of(places.pictures, url)
         if not path.exists():
-            absent += url not in known
+            absent, failed = absent + (url not in known), failed + (url in known)
             continue
         data = path.read_bytes()
         try:
@@ -178,8 +191,8 @@ def _picture_problems(places: Places, max_pictures: int | None) -> Iterator[str]
             yield f"{path} ({url}): its SHA-256 is not {wanted}"
     if absent:
         yield f"{absent:,} pictures were never asked for"
-    if known:
-        yield f"{len(known):,} pictures could not be fetched: {places.failures}"
+    if failed:
+        yield f"{failed:,} pictures could not be fetched: {places.failures}"
 
 
 def _row_problems(places: Places) -> Iterator[str]:

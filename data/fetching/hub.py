@@ -89,13 +89,15 @@ def ask(places: Places, endpoint: str | None = None) -> Remote:
 def fetch(
     places: Places, remote: Remote, endpoint: str | None = None, cache_dir: str | None = None, again: bool = False
 ) -> None:
-    """Fetch the files that are not there, or all of them again, and write the lock file. Raises HubError.
+    """Fetch the files that are not there, or all of them again, and write the lock file. Raises HubError, ValueError.
 
-    A file that breaks off is continued by huggingface_hub; what has come is compared with the hub's hashes.
+    Files of the revision before that this one has not are removed, and rows made of them. A file that breaks off is
+    continued by huggingface_hub; what has come is compared with the hub's hashes.
     """
     missing = _missing(places, remote)
     for file in missing:  # else huggingface_hub takes a damaged one for what it wrote there
         (places.hub / file.path).unlink(missing_ok=True)
+    _remove_former(places, remote)
     put_json(places.lock, asdict(remote))
     for wait_s in (*WAITS_S, None):
         try:
@@ -112,6 +114,15 @@ def fetch(
         path.unlink(missing_ok=True)
     if found:
         raise HubError(f"{remote.repo}: {len(found)} files are not as the hub has them, the first: {found[0][1]}")
+
+
+def _remove_former(places: Places, remote: Remote) -> None:
+    """Else both revisions would be trained on: the folder itself is read as a data set."""
+    before, names = locked(places), {file.path for file in remote.files}
+    for file in before.files if before else ():
+        if file.path not in names:
+            for folder in (places.hub, places.folder):
+                (folder / file.path).unlink(missing_ok=True)
 
 
 def _snapshot(places: Places, remote: Remote, endpoint: str | None, cache_dir: str | None, again: bool) -> None:

@@ -6,7 +6,6 @@ remembered too: such a URL is asked for again with `again` alone.
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 from collections import Counter
@@ -16,14 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from data.fetching.hosts import GIVEN_UP, PAUSE_S, HostQueue, host_of
 from data.web_images import BROKEN_OFF, NO_CONNECTION, NO_HOST, NOT_WRITTEN, SILENT, FetchError, fetch_into, place_of
 from grades.files import written_beside
 
-DECODING = threading.Semaphore(4)  # a large picture takes half a GB
-NO_PICTURE = "no picture that decodes"
+DECODING = threading.Semaphore(4)  # the largest picture takes more than 1 GB
+NO_PICTURE, UNEXPECTED = "no picture that decodes", "unexpected error"
 # What says of a host that it may not be there at all; any other failure is an answer.
 HOST_PROBLEMS = (NO_CONNECTION, NO_HOST, SILENT, BROKEN_OFF, GIVEN_UP)
 
@@ -43,12 +40,19 @@ class Fetched:
 
 
 def check_picture(data: bytes) -> None:
-    """Raise FetchError unless the bytes are a whole picture: all of it is decoded."""
+    """Raise FetchError unless the bytes are a whole picture for training: all of it is decoded.
+
+    Of threads within images.pil_limits.
+    """
+    # torch, which takes long to import and is not needed to list data sets
+    from data.images import CUT_OFF, NOT_DECODED, TOO_MANY_PIXELS, ImageDecodeError, check_whole
+
     try:
-        with DECODING, Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # decoders raise nearly anything at damaged files
-        raise FetchError(f"{type(error).__name__}: {error}", NO_PICTURE) from None
+        with DECODING:
+            check_whole(data)
+    except ImageDecodeError as error:
+        lacks_package = error.kind not in (CUT_OFF, NOT_DECODED, TOO_MANY_PIXELS)
+        raise FetchError(str(error), error.kind if lacks_package else NO_PICTURE, again=lacks_package) from None
 
 
 def known_failures(path: Path) -> dict[str, dict[str, Any]]:
@@ -85,6 +89,8 @@ class Fetcher:
 
     def fetch(self, urls: Mapping[str, str], again: bool = False) -> Fetched:
         """urls: each with the SHA-256 of its bytes, or "". again: also those that failed for good before."""
+        from data.images import pil_limits
+
         result, known = Fetched(), known_failures(self.failures)
         wanted, kept = [], {}
         for url in urls:
@@ -97,7 +103,7 @@ class Fetcher:
         self.failures.parent.mkdir(parents=True, exist_ok=True)
         with self.failures.open("a", encoding="utf-8") as file:
             run = _Run(self, urls, HostQueue(wanted, self.per_host), result, len(wanted), file)
-            with ThreadPoolExecutor(self.workers) as pool:
+            with pil_limits(), ThreadPoolExecutor(self.workers) as pool:
                 working = [pool.submit(run.work) for _ in range(min(self.workers, len(wanted)))]
                 try:
                     for one in working:
@@ -106,14 +112,16 @@ class Fetcher:
                     run.queue.stop()
                     raise
         result.stopped = run.stopped
-        self._rewrite({**kept, **run.failed})
+        # Also of URLs that were not asked for now: of a larger run, or because this one was stopped.
+        before = {url: one for url, one in known.items() if not place_of(self.folder, url).exists()}
+        self._rewrite({**before, **run.failed})
         result.reasons = Counter(one["reason"] for one in (*kept.values(), *run.failed.values()))
         return result
 
     def _rewrite(self, failed: Mapping[str, dict[str, Any]]) -> None:
         with written_beside(self.failures) as path, path.open("w", encoding="utf-8") as file:
             for one in failed.values():
-                file.write(json.dumps(one, ensure_ascii=False) + "\n")
+                file.write(json.dumps(one) + "\n")
 
 
 @dataclass
@@ -144,6 +152,8 @@ class _Run:
                 answered = error.reason not in HOST_PROBLEMS
                 pause_s = (error.wait_s or PAUSE_S) if error.reason == "HTTP 429" else 0.0
                 self._count(url, error)
+            except Exception as error:  # one URL in a million is of a kind that nobody has thought of
+                self._count(url, FetchError(f"{url}: {type(error).__name__}: {error}", UNEXPECTED))
             except BaseException:
                 self.queue.stop()
                 raise
@@ -158,7 +168,7 @@ class _Run:
                 one = {"url": url, "host": host_of(url), "reason": error.reason, "again": error.again,
                        "found": str(error)}  # fmt: skip
                 self.failed[url] = one
-                self.file.write(json.dumps(one, ensure_ascii=False) + "\n")
+                self.file.write(json.dumps(one) + "\n")
                 self.file.flush()
                 if error.reason == NOT_WRITTEN:  # a full disk: none of the others would be written either
                     self.stopped = str(error)

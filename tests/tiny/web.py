@@ -12,6 +12,12 @@ from data import web_images
 from tiny.data import encoded, picture
 
 PNG = encoded(picture())
+REVISION = "a" * 40  # a commit of the hub
+
+
+def local(address: str) -> bool:
+    """Whether the address may be asked."""
+    return address == "127.0.0.1"
 
 
 class Server(ThreadingHTTPServer):
@@ -87,6 +93,9 @@ class PictureHandler(BaseHTTPRequestHandler):
     def negative(self, _):
         self.say(PNG, length=-5)
 
+    def digits(self, _):
+        self.say(PNG, -1, Content_Length="9" * 5000)
+
     def large(self, _):
         self.say(b"", length=10**12)
 
@@ -119,6 +128,9 @@ class PictureHandler(BaseHTTPRequestHandler):
 
     def moved(self, query):
         self.say(b"", status=302, Location=query)
+
+    def spaced(self, _):
+        self.say(b"", status=302, Location="http://exa mple.org/a.png")
 
     def circle(self, _):
         self.say(b"", status=301, Location="/circle")
