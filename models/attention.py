@@ -91,9 +91,13 @@ def plain_attention(
 
 
 def takes_flex_attention(device: torch.device, length: int, head_dim: int, dropout: float) -> bool:
-    """Whether FlexAttention can be used within documents: only on CUDA, without dropout, at lengths in whole blocks."""
-    in_blocks = length % FLEX_BLOCK == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return device.type == "cuda" and in_blocks and dropout == 0 and has_compiler()
+    """Whether FlexAttention can be used within documents: only on CUDA, with a compiler, where it suits."""
+    return device.type == "cuda" and suits_flex_attention(length, head_dim, dropout) and has_compiler()
+
+
+def suits_flex_attention(length: int, head_dim: int, dropout: float) -> bool:
+    """Whether FlexAttention knows such attention: lengths in whole blocks, heads of 16, 32, 64, ..., no dropout."""
+    return length % FLEX_BLOCK == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and dropout == 0
 
 
 @functools.cache

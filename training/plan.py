@@ -14,6 +14,7 @@ from grades import find_components
 from grades.components import Component
 from grades.config import ROLLBACK
 from grades.sampling import make_sampler
+from models.attention import FLEX_BLOCK, suits_flex_attention
 from models.lora import inject_lora
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -33,7 +34,7 @@ NOTES = """\
 
 # Of the device's memory, for what is counted: the rest is for what is not.
 COUNTED_SHARE = 0.85
-TOKENS = 64  # the length of rows that fit is told in steps of this many
+TOKENS = FLEX_BLOCK  # the length of rows that fit is told in steps of this many, so that FlexAttention takes them
 
 
 def fitting_tiles(settings: Settings, device: torch.device, memory: float, processes: int = 1) -> int:
@@ -150,8 +151,9 @@ def make_plan(model: VisionLanguageModel, settings: Settings, device: torch.devi
     if cfg.enable_grades:
         components = find_components(model, grades.target_components, grades.watch_connector)
     batch = full_batch(settings, META)
-    if device.type == "cuda":  # FlexAttention keeps documents apart without a mask
-        batch.pop("document_ids", None)
+    vlm = model.cfg
+    if device.type == "cuda" and suits_flex_attention(batch["input_ids"].shape[1], vlm.head_dim, vlm.lm_dropout):
+        batch.pop("document_ids", None)  # FlexAttention keeps documents apart without a mask
     dtype = setup.dtype_in_effect(setup.autocast(device, cfg.dtype))
     return Plan(
         processes=processes,
