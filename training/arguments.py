@@ -87,11 +87,14 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, flat as in a recipe, so that they are a recipe again."""
+        left_out = {"resume", "resume_override"}
+        if not self.shows_videos and self.vlm.max_video_frames == VLMConfig.max_video_frames:
+            left_out.add("max_video_frames")  # in a recipe it would say that there are videos
         return {
             name: value
             for config in (self.vlm, self.train, self.grades)
             for name, value in dataclasses.asdict(config).items()
-            if value is not None and name not in ("resume", "resume_override")
+            if value is not None and name not in left_out
         }
 
 
