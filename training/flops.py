@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from grades.marks import is_cut
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
@@ -87,7 +88,7 @@ class FlopCounter:
         self.done = self.unfrozen = 0
 
     def add(self, micro_batches: Iterable[dict]) -> None:
-        """Count a step; to be called while requires_grad is as it was in its passes."""
+        """Count a step; to be called while requires_grad and GradES's cuts are as they were in its passes."""
         flags = self._flags()
         if flags != self.flags:
             self.flags, self.cost = flags, model_cost(self.model)
@@ -100,7 +101,9 @@ class FlopCounter:
         self.done += sum(self.cost_forward.of(batch) for batch in batches)
 
     def _flags(self) -> bytes:
-        return bytes(parameter.requires_grad for parameter in self.parameters)
+        """All on which the cost depends that may change: what trains, and whether the lookup is cut off."""
+        trains = (parameter.requires_grad for parameter in self.parameters)
+        return bytes([*trains, is_cut(self.model.decoder.token_embedding)])
 
     def state_dict(self) -> dict[str, int]:
         """What this rank has counted."""
@@ -116,12 +119,13 @@ class FlopCounter:
 
 
 def model_cost(model: VisionLanguageModel) -> Cost:
-    """The cost with the parameters' present requires_grad."""
+    """The cost with the parameters' present requires_grad, and with what GradES has cut off."""
     vision, image_grad = _vision(model.vision_encoder)
     projector, patch = _projector(model.MP, image_grad)
     cfg = model.cfg
     decoder = model.decoder
-    flow = Flow(projector.grad or _trains(decoder.token_embedding))
+    lookup = decoder.token_embedding  # a tied one trains as the head where only its lookup is frozen
+    flow = Flow(projector.grad or (_trains(lookup) and not is_cut(lookup)))
     pair = sum(_decoder_block(block, flow) for block in decoder.blocks)
     token = flow.flops
     head = Flow(flow.grad or _trains(decoder.norm)).linears(decoder.head)
