@@ -97,14 +97,14 @@ def test_a_freeze_lowers_the_steps_after_it(model):
     data, counter = batch(), FlopCounter(model)
     counter.add([data, data])
     whole = 2 * model_cost(model).of(data)
-    assert counter.state_dict() == {"done": whole, "unfrozen": whole}
+    assert counter.state_dict() == {"done": whole, "measured": 0, "unfrozen": whole}
     model.vision_encoder.requires_grad_(False)
     counter.add([data])
     cheap = counter.done - whole
     assert cheap == model_cost(model).of(data) < whole / 2
     model.vision_encoder.requires_grad_(True)
     counter.add([data])
-    assert counter.state_dict() == {"done": 3 * whole // 2 + cheap, "unfrozen": 2 * whole}
+    assert counter.state_dict() == {"done": 3 * whole // 2 + cheap, "measured": 0, "unfrozen": 2 * whole}
 
 
 def test_a_tied_lookup_that_is_cut_off_lowers_the_steps_after_it():
@@ -124,13 +124,13 @@ def test_a_tied_lookup_that_is_cut_off_lowers_the_steps_after_it():
 
 
 @pytest.mark.parametrize(
-    ("rank", "world_size", "done", "unfrozen"),
-    [(0, 2, 3, 5), (1, 2, 7, 8), (0, 1, 10, 13), (0, 3, 10, 13), (2, 3, 0, 0)],
+    ("rank", "world_size", "done", "measured", "unfrozen"),
+    [(0, 2, 3, 0, 5), (1, 2, 7, 2, 8), (0, 1, 10, 2, 13), (0, 3, 10, 2, 13), (2, 3, 0, 0, 0)],
 )
-def test_counts_of_all_ranks_are_taken_over(model, rank, world_size, done, unfrozen):
+def test_counts_of_all_ranks_are_taken_over(model, rank, world_size, done, measured, unfrozen):
     counter = FlopCounter(model, rank, world_size)
-    counter.load_rank_states([{"done": 3, "unfrozen": 5}, {"done": 7, "unfrozen": 8}])
-    assert counter.state_dict() == {"done": done, "unfrozen": unfrozen}
+    counter.load_rank_states([{"done": 3, "unfrozen": 5}, {"done": 7, "measured": 2, "unfrozen": 8}])
+    assert counter.state_dict() == {"done": done, "measured": measured, "unfrozen": unfrozen}
 
 
 @pytest.mark.parametrize(

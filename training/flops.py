@@ -85,7 +85,7 @@ class FlopCounter:
         self.flags = self._flags()
         self.cost = self.cost_unfrozen = model_cost(model)
         self.cost_forward = forward_cost(model)
-        self.done = self.unfrozen = 0
+        self.done = self.measured = self.unfrozen = 0  # done: measured is a part of it
 
     def add(self, micro_batches: Iterable[dict]) -> None:
         """Count a step; to be called while requires_grad and GradES's cuts are as they were in its passes."""
@@ -98,7 +98,14 @@ class FlopCounter:
 
     def add_forward(self, batches: Iterable[dict]) -> None:
         """Count forward passes without a backward one, which GradES makes to measure."""
-        self.done += sum(self.cost_forward.of(batch) for batch in batches)
+        flops = sum(self.cost_forward.of(batch) for batch in batches)
+        self.done += flops
+        self.measured += flops
+
+    @property
+    def trained(self) -> int:
+        """Of the training steps alone, as is their time on the clock "train"."""
+        return self.done - self.measured
 
     def _flags(self) -> bytes:
         """All on which the cost depends that may change: what trains, and whether the lookup is cut off."""
@@ -107,7 +114,7 @@ class FlopCounter:
 
     def state_dict(self) -> dict[str, int]:
         """What this rank has counted."""
-        return {"done": self.done, "unfrozen": self.unfrozen}
+        return {"done": self.done, "measured": self.measured, "unfrozen": self.unfrozen}
 
     def load_rank_states(self, states: Sequence[dict[str, int]]) -> None:
         """states: the state_dict of each rank of the saved run. With another number of ranks now, rank 0 takes sums."""
@@ -116,6 +123,7 @@ class FlopCounter:
         elif self.rank > 0:
             states = []
         self.done, self.unfrozen = (sum(state[name] for state in states) for name in ("done", "unfrozen"))
+        self.measured = sum(state.get("measured", 0) for state in states)  # older checkpoints count it in done alone
 
 
 def model_cost(model: VisionLanguageModel) -> Cost:

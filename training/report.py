@@ -191,7 +191,7 @@ def make_summary(
         "stop_step": state.step if stop_reason in END_REASONS[1:] else None,
         "train_flops": flops.done,
         "train_flops_unfrozen_per_step": flops.unfrozen / state.step if state.step else None,
-        "train_tflops_per_s": flops.done / train_s / 1e12 if train_s else None,
+        "train_tflops_per_s": flops.trained / train_s / 1e12 if train_s else None,
         "peak_memory_gib": None if peak is None else peak / 2**30,
         "reserved_memory_gib": None if reserved is None else reserved / 2**30,
         "data_wait_time_s": meter.total_wait_s,
