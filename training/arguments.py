@@ -131,9 +131,10 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             check_settings(vlm, train, grades)
         except ValueError as error:
             problems += str(error).splitlines()
-    if train.mixture and "train_dataset_path" in flags:
-        allowed = "left out with a mixture, which --mixture none leaves out"
-        problems.append(problem("train_dataset_path", train.train_dataset_path, allowed))
+    for name in ("train_dataset_path", "train_dataset_name"):
+        if train.mixture and name in flags:
+            allowed = "left out with a mixture, which --mixture none leaves out"
+            problems.append(problem(name, getattr(train, name), allowed))
     if problems:
         end(problems)
     in_recipe = RECIPE_FIELDS & texts.keys() if is_named else ()
