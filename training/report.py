@@ -175,6 +175,7 @@ def make_summary(
 ) -> dict[str, Any]:
     """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
     seconds, flops, scores, train_s = meter.seconds, meter.flops, test or {}, meter.seconds["train"]
+    of_source = "test/exact_match/"  # then its name, which may have slashes too
     peak, reserved = peak_memory_bytes(meter.device), reserved_memory_bytes(meter.device)
     return {
         "total_time_s": sum(seconds.values()),
@@ -209,7 +210,7 @@ def make_summary(
         "val_exact_match": state.val.get("val/exact_match"),
         "test_exact_match": scores.get("test/exact_match"),
         "test_exact_match_by_source": {
-            name.split("/")[-1]: value for name, value in scores.items() if name.count("/") == 2
+            name.removeprefix(of_source): value for name, value in scores.items() if name.startswith(of_source)
         },
         "question_only_exact_match": question_only,
         "frozen_share": monitor.frozen_share() if monitor else None,
