@@ -100,3 +100,8 @@ def thaw_leftovers(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 def detach_output(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """A forward hook that ends the gradient here."""
     return output.detach()
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether the gradient ends at what the module returns."""
+    return detach_output in module._forward_hooks.values()

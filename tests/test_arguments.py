@@ -239,11 +239,14 @@ def test_a_recipes_taus_are_of_its_own_metric():
 
 
 def test_the_resolved_settings_are_a_recipe_again(tmp_path):
-    settings = parse_arguments(["--vision_tau", "0.7", "--target_components", "fc1", "q_proj", "--run_name", "007"])
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
-    again = parse_arguments(["--config", str(path)])
-    assert (again.vlm, again.train, again.grades) == (settings.vlm, settings.train, settings.grades)
+    path, words = tmp_path / "config.yaml", ["--vision_tau", "0.7", "--target_components", "fc1", "q_proj"]
+    default = str(VLMConfig.max_video_frames)
+    for more in (["--run_name", "007"], ["--max_video_frames", "3"], ["--max_video_frames", default]):
+        settings = parse_arguments([*words, *more])
+        path.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
+        again = parse_arguments(["--config", str(path)])
+        assert (again.vlm, again.train, again.grades) == (settings.vlm, settings.train, settings.grades)
+        assert again.shows_videos == settings.shows_videos == ("--max_video_frames" in more)
 
 
 # What names and paths tell

@@ -6,6 +6,7 @@ from tiny import grades as tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from grades.components import find_components
+from grades.marks import detach_output
 from training.flops import FlopCounter, card_tflops, model_cost
 
 LABELS = 7
@@ -49,6 +50,14 @@ def freeze(*parts):
     return parts[0]
 
 
+def freeze_prefix(model):
+    """As GradES does, but for the head that a tied lookup shares its matrix with."""
+    freeze(model.vision_encoder, model.MP, model.decoder.blocks[0])
+    if model.decoder.head.weight is not model.decoder.token_embedding.weight:
+        freeze(model.decoder.token_embedding)
+    return model.decoder.token_embedding.register_forward_hook(detach_output)
+
+
 FREEZES = {
     "nothing": lambda model: None,
     "language components": lambda model: freeze(
@@ -58,6 +67,7 @@ FREEZES = {
     "first blocks": lambda model: freeze(model.vision_encoder.patch_embedding, model.vision_encoder.blocks[0]),
     "all but the projector": lambda model: freeze(model).MP.requires_grad_(True),
     "all but one value projection": lambda model: freeze(model).decoder.blocks[0].attn.v_proj.requires_grad_(True),
+    "the first blocks and all before them": freeze_prefix,
     "all but LoRA": add_lora,
 }
 
@@ -87,24 +97,40 @@ def test_a_freeze_lowers_the_steps_after_it(model):
     data, counter = batch(), FlopCounter(model)
     counter.add([data, data])
     whole = 2 * model_cost(model).of(data)
-    assert counter.state_dict() == {"done": whole, "unfrozen": whole}
+    assert counter.state_dict() == {"done": whole, "measured": 0, "unfrozen": whole}
     model.vision_encoder.requires_grad_(False)
     counter.add([data])
     cheap = counter.done - whole
     assert cheap == model_cost(model).of(data) < whole / 2
     model.vision_encoder.requires_grad_(True)
     counter.add([data])
-    assert counter.state_dict() == {"done": 3 * whole // 2 + cheap, "unfrozen": 2 * whole}
+    assert counter.state_dict() == {"done": 3 * whole // 2 + cheap, "measured": 0, "unfrozen": 2 * whole}
+
+
+def test_a_tied_lookup_that_is_cut_off_lowers_the_steps_after_it():
+    model, data = tiny.make_model(lm_tie_weights=True, lm_n_blocks=2), batch()
+    freeze_prefix(model).remove()
+    counter, costs = FlopCounter(model), []
+    for is_cut in (False, True, False):  # requires_grad stays as it is
+        cut = freeze_prefix(model)
+        if not is_cut:
+            cut.remove()
+        before = counter.done
+        counter.add([data])
+        costs.append(counter.done - before)
+        assert costs[-1] == counted(model, data)
+        cut.remove()
+    assert costs[1] < costs[0] == costs[2]
 
 
 @pytest.mark.parametrize(
-    ("rank", "world_size", "done", "unfrozen"),
-    [(0, 2, 3, 5), (1, 2, 7, 8), (0, 1, 10, 13), (0, 3, 10, 13), (2, 3, 0, 0)],
+    ("rank", "world_size", "done", "measured", "unfrozen"),
+    [(0, 2, 3, 0, 5), (1, 2, 7, 2, 8), (0, 1, 10, 2, 13), (0, 3, 10, 2, 13), (2, 3, 0, 0, 0)],
 )
-def test_counts_of_all_ranks_are_taken_over(model, rank, world_size, done, unfrozen):
+def test_counts_of_all_ranks_are_taken_over(model, rank, world_size, done, measured, unfrozen):
     counter = FlopCounter(model, rank, world_size)
-    counter.load_rank_states([{"done": 3, "unfrozen": 5}, {"done": 7, "unfrozen": 8}])
-    assert counter.state_dict() == {"done": done, "unfrozen": unfrozen}
+    counter.load_rank_states([{"done": 3, "unfrozen": 5}, {"done": 7, "measured": 2, "unfrozen": 8}])
+    assert counter.state_dict() == {"done": done, "measured": measured, "unfrozen": unfrozen}
 
 
 @pytest.mark.parametrize(

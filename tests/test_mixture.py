@@ -269,6 +269,10 @@ def test_flags_that_do_not_go_with_a_mixture_and_files_that_are_not_there(tmp_pa
     for words, said in (
         (["--mixture", "no.yaml"], "--mixture no.yaml: cannot be read"),
         (["--mixture", str(file), "--train_dataset_path", "x"], "--train_dataset_path x: must be left out"),
+        (
+            ["--mixture", str(file), "--train_dataset_name", "a", "b"],
+            "--train_dataset_name ['a', 'b']: must be left out",
+        ),
         (["--mixture", str(file), "--mixture_weights", "a=1"], "--mixture_weights {'a': 1.0}: must be empty"),
     ):
         with pytest.raises(SystemExit):

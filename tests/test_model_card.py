@@ -77,6 +77,16 @@ def test_a_card_holds_what_was_measured_and_how_it_was_made(trained, data):
     assert not is_edited(trained / "last" / CARD)
 
 
+def test_a_card_counts_the_merged_weights_that_the_checkpoint_holds(data, tmp_path):
+    folder = run(data, tmp_path, "run", lora_rank=4)
+    model = VisionLanguageModel.from_pretrained(folder / "last")
+    text = (folder / "last" / CARD).read_text(encoding="utf-8")
+    assert f"with {sum(p.numel() for p in model.parameters()):,} parameters" in text
+    parts = {"vision tower": model.vision_encoder, "projector": model.MP, "language model": model.decoder}
+    for name, part in parts.items():
+        assert f"| {name} | {sum(p.numel() for p in part.parameters()):,} |" in text
+
+
 def test_the_curve_is_that_of_the_validations_so_far(data, tmp_path):
     folder = run(data, tmp_path, "run", eval_interval=2, keep_checkpoints=9)
     points = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]

@@ -151,6 +151,22 @@ def test_a_plan_says_what_real_steps_hold(words, monkeypatch):
     assert planned.step_flops == model_cost(model).of(full_batch(settings, CPU))
 
 
+@pytest.mark.parametrize(
+    ("words", "is_masked"),
+    [
+        ("--lm_max_length 256", False), ("--lm_max_length 200", True), ("--lm_max_length 256 --lm_dropout 0.1", True),
+        ("--lm_max_length 256 --lm_head_dim 24", True), ("--lm_max_length 256 --lm_head_dim 32", False),
+    ],
+)  # fmt: skip
+def test_packed_rows_on_a_gpu_have_a_mask_where_flex_attention_does_not_suit(words, is_masked):
+    words = f"--packing --max_images_per_example 1 --dtype bfloat16 --compile off {words}"
+    settings = made(words, "meta")[0]
+    on_gpu, on_cpu = (plan_of(settings, torch.device(kind)) for kind in ("cuda", "cpu"))
+    rows, length, blocks = on_gpu.rows, on_gpu.row_tokens, settings.vlm.lm_n_blocks
+    ids, biases = 4 * rows * length, 2 * rows * length**2 * blocks
+    assert on_cpu.held_bytes - on_gpu.held_bytes == (0 if is_masked else ids + biases)
+
+
 def test_tokens_and_flops():
     once, twice = plan("--max_training_steps 5"), plan("--gradient_accumulation_steps 2")
     assert (once.rows, once.row_tokens, once.images, once.step_tokens) == (6, 20, 2, 120)
@@ -284,7 +300,7 @@ def test_rows_as_long_as_fit_into_the_memory(words):
     line = fit_line(settings, CPU, memory)
     assert f"rows of up to {tokens:,} tokens (--{'lm_max' if PACKING in words else 'max_sample'}_length)" in line
     assert ("frames" in line) == settings.shows_videos
-    assert "no row of 64 tokens" in fit_line(settings, CPU, memory / 1000)
+    assert "no row of 128 tokens" in fit_line(settings, CPU, memory / 1000)
 
 
 def test_a_dry_run_says_how_long_rows_may_be_on_a_card_that_is_not_here(capsys):

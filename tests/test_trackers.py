@@ -28,7 +28,8 @@ class Run:
 def init(project, name=None, config=None, resume="never", embed=True, auto_log_gpu=None, auto_log_cpu=None):
     print("a screen of its own")
     run = Run()
-    run.name = f"{project}/{name}/{resume}"
+    known = {json.loads(line)[0] for line in STORE.read_text(encoding="utf-8").splitlines()} if STORE.exists() else ()
+    run.name = "brave-sunset-0" if resume == "never" and name in known else name
     return run
 def finish():
     pass
@@ -125,7 +126,7 @@ def test_wandb_asks_the_server_of_the_environment_and_its_own_settings(wandb, mo
 
     def init(mode=None, **options):
         asked.append(mode)
-        return SimpleNamespace(id="x", dir=str(tmp_path / "files"), offline=mode == "offline")
+        return FakeRun(tmp_path, offline=mode == "offline")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(wandb, "init", init)
@@ -140,6 +141,54 @@ def test_wandb_asks_the_server_of_the_environment_and_its_own_settings(wandb, mo
     assert asked == {"online": [None, "offline"], "offline": ["offline"] * 2, "disabled": [None] * 2}[mode]
 
 
+class FakeRun:
+    """A run of wandb: it drops what is logged at a step of its own before the one it has reached."""
+
+    id = "x"
+
+    def __init__(self, folder, offline=True, next_step=0):
+        self.dir, self.offline, self.next_step = str(folder / "files"), offline, next_step
+        self.points, self.summary, self.axes = [], {}, {}
+
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, values, step=None):
+        if step is not None and step < self.next_step:
+            return
+        self.points.append(values)
+        self.next_step = self.next_step + 1 if step is None else step
+
+    def finish(self):
+        self.next_step += 1
+
+
+def test_wandb_takes_the_evaluation_that_a_resumed_run_makes_again(wandb, monkeypatch, tmp_path):
+    runs, picture = [], tmp_path / "convergence.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
+
+    def init(**options):
+        runs.append(FakeRun(tmp_path, next_step=runs[-1].next_step if runs else 0))
+        return runs[-1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    cfg = settings(log_with="wandb", wandb_entity=None)
+    first = make_tracker(cfg, {}, tmp_path, print)
+    first.log({"train/loss": 0.5}, 2)
+    first.finish({"steps": 2}, [picture])  # interrupted in the evaluation of that step
+    again = make_tracker(cfg, {}, tmp_path, print, first.id, 2)
+    again.log({"val/loss": 0.25}, 2)
+    again.table("samples", ["question"], [["?"]], 2)
+    again.log({"train/loss": 0.125}, 4)
+    assert [run.axes for run in runs] == [{"*": "step"}] * 2
+    assert [(point["step"], *point) for point in runs[0].points] == [
+        (2, "train/loss", "step"),
+        (2, "convergence", "step"),
+    ]
+    assert [point["step"] for point in runs[1].points] == [2, 2, 4]
+    assert runs[1].points[0]["val/loss"] == 0.25
+
+
 def test_tensorboard_has_a_resumed_run_as_one(data, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = {"log_with": "tensorboard", "enable_grades": True, "alpha": 0.9, "max_training_steps": 4}
@@ -151,7 +200,9 @@ def test_tensorboard_has_a_resumed_run_as_one(data, tmp_path):
     events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     for name in ("train/loss", "val/loss", "grades/frozen_share"):
         expected = {line["step"]: line[name] for line in lines if name in line}
-        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
+        points = events.Scalars(name)
+        assert {event.step: event.value for event in points} == pytest.approx(expected)
+        assert len(points) == len(expected)
         assert max(expected) == 6
     assert {"convergence", "freezing"} <= set(events.Tags()["images"])
     assert {"settings/text_summary", "summary/text_summary", "samples/text_summary"} <= set(events.Tags()["tensors"])
@@ -159,15 +210,22 @@ def test_tensorboard_has_a_resumed_run_as_one(data, tmp_path):
     assert f'tensorboard --logdir "{folder / "tensorboard"}"' in log
 
 
-def test_tensorboard_leaves_out_what_came_after_the_checkpoint(tmp_path):
+def test_tensorboard_leaves_out_what_the_resumed_run_makes_again(tmp_path):
+    """All after the checkpoint, and of its step what metrics.jsonl no longer has."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, value in ((0, 1.0), (3, 2.0)):
         tracker = make_tracker(settings(log_with="tensorboard"), {}, tmp_path, print, step=first)
         for step in range(first + 1, 6):
             tracker.log({"loss": value}, step)
+        for step in range(max(first, 1), 6):
+            tracker.log({"evaluated": value}, step)
         tracker.finish({"steps": 5}, [])
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
+        lines = ({"step": step, "loss": step / 4, "evaluated": None} for step in (2, 3))
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    points = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in ("loss", "evaluated")}
+    assert points["loss"] == [(1, 1), (2, 1), (3, 0.75), (4, 2), (5, 2)]
+    assert points["evaluated"] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
 def test_trackio_continues_the_run_of_that_name(tmp_path, monkeypatch, capsys):
@@ -177,17 +235,18 @@ def test_trackio_continues_the_run_of_that_name(tmp_path, monkeypatch, capsys):
     folder, picture, said = tmp_path / "run", tmp_path / "convergence.png", []
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
     cfg = settings(log_with="trackio")
-    tracker = make_tracker(cfg, {"a": 1}, folder, said.append)
-    tracker.log({"train/loss": 0.5}, 2)
-    tracker = make_tracker(cfg, {"a": 1}, folder, said.append, tracker.id, 2)
-    tracker.log({"train/loss": 0.25}, 4)
-    tracker.finish({"steps": 4, "stop_step": None}, [picture])
-    stored = [json.loads(line) for line in (tmp_path / "store.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert stored == [
-        ["project/run/never", 2, {"train/loss": 0.5}],
-        ["project/run/allow", 4, {"train/loss": 0.25}],
-        ["project/run/allow", 4, {"summary/steps": 4, "convergence": "image"}],
-    ]
+    for name in ("run", "brave-sunset-0"):  # of the first run in a folder of that name, and of another one
+        tracker = make_tracker(cfg, {"a": 1}, folder, said.append)
+        tracker.log({"train/loss": 0.5}, 2)
+        tracker = make_tracker(cfg, {"a": 1}, folder, said.append, tracker.id, 2)
+        tracker.log({"train/loss": 0.25}, 4)
+        tracker.finish({"steps": 4, "stop_step": None}, [picture])
+        lines = (tmp_path / "store.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines[-3:]] == [
+            [name, 2, {"train/loss": 0.5}],
+            [name, 4, {"train/loss": 0.25}],
+            [name, 4, {"summary/steps": 4, "convergence": "image"}],
+        ]
     assert "trackio show --project project" in said[0]
     assert capsys.readouterr().out == ""
 

@@ -16,6 +16,7 @@ from tiny.runs import ROOT, TINY, arguments, same
 import train
 from data.images import ImageProcessor
 from data.text import encode_prompt, get_tokenizer, image_string
+from eval.evaluation import Evaluator
 from models.vision_language_model import VisionLanguageModel
 from training import checkpoint, setup
 from training.arguments import parse_arguments
@@ -185,6 +186,16 @@ def test_the_summary_says_where_time_and_flops_went(start):
     assert 0.5 * unfrozen < summary["train_flops"] <= unfrozen
     _, _, plain = start("plain")
     assert plain["train_flops"] == plain["train_flops_unfrozen_per_step"] * 8 == unfrozen
+
+
+def test_the_summary_names_each_source_in_full(start, monkeypatch, capsys):
+    found = {"": 0.5, "/a": 1.0, "/a/b": 0.25, "/c/b": 0.125}
+    scores = {f"test/exact_match{source}": value for source, value in found.items()}
+    monkeypatch.setattr(Evaluator, "answers", lambda self, split: scores)
+    _, _, summary = start(max_training_steps=1)
+    assert summary["test_exact_match"] == 0.5
+    assert summary["test_exact_match_by_source"] == {"a": 1.0, "a/b": 0.25, "c/b": 0.125}
+    assert "50.0 % (a 100.0 %, a/b 25.0 %, c/b 12.5 %)" in capsys.readouterr().out
 
 
 def test_a_non_finite_loss_ends_the_run_and_names_the_culprits(start, monkeypatch):

@@ -87,11 +87,14 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, flat as in a recipe, so that they are a recipe again."""
+        left_out = {"resume", "resume_override"}
+        if not self.shows_videos and self.vlm.max_video_frames == VLMConfig.max_video_frames:
+            left_out.add("max_video_frames")  # in a recipe it would say that there are videos
         return {
             name: value
             for config in (self.vlm, self.train, self.grades)
             for name, value in dataclasses.asdict(config).items()
-            if value is not None and name not in ("resume", "resume_override")
+            if value is not None and name not in left_out
         }
 
 
@@ -129,9 +132,10 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             check_settings(vlm, train, grades)
         except ValueError as error:
             problems += str(error).splitlines()
-    if train.mixture and "train_dataset_path" in flags:
-        allowed = "left out with a mixture, which --mixture none leaves out"
-        problems.append(problem("train_dataset_path", train.train_dataset_path, allowed))
+    for name in ("train_dataset_path", "train_dataset_name"):
+        if train.mixture and name in flags:
+            allowed = "left out with a mixture, which --mixture none leaves out"
+            problems.append(problem(name, getattr(train, name), allowed))
     if problems:
         end(problems)
     in_recipe = RECIPE_FIELDS & texts.keys() if is_named else ()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from grades.marks import is_cut
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
@@ -84,10 +85,10 @@ class FlopCounter:
         self.flags = self._flags()
         self.cost = self.cost_unfrozen = model_cost(model)
         self.cost_forward = forward_cost(model)
-        self.done = self.unfrozen = 0
+        self.done = self.measured = self.unfrozen = 0  # done: measured is a part of it
 
     def add(self, micro_batches: Iterable[dict]) -> None:
-        """Count a step; to be called while requires_grad is as it was in its passes."""
+        """Count a step; to be called while requires_grad and GradES's cuts are as they were in its passes."""
         flags = self._flags()
         if flags != self.flags:
             self.flags, self.cost = flags, model_cost(self.model)
@@ -97,14 +98,23 @@ class FlopCounter:
 
     def add_forward(self, batches: Iterable[dict]) -> None:
         """Count forward passes without a backward one, which GradES makes to measure."""
-        self.done += sum(self.cost_forward.of(batch) for batch in batches)
+        flops = sum(self.cost_forward.of(batch) for batch in batches)
+        self.done += flops
+        self.measured += flops
+
+    @property
+    def trained(self) -> int:
+        """Of the training steps alone, as is their time on the clock "train"."""
+        return self.done - self.measured
 
     def _flags(self) -> bytes:
-        return bytes(parameter.requires_grad for parameter in self.parameters)
+        """All on which the cost depends that may change: what trains, and whether the lookup is cut off."""
+        trains = (parameter.requires_grad for parameter in self.parameters)
+        return bytes([*trains, is_cut(self.model.decoder.token_embedding)])
 
     def state_dict(self) -> dict[str, int]:
         """What this rank has counted."""
-        return {"done": self.done, "unfrozen": self.unfrozen}
+        return {"done": self.done, "measured": self.measured, "unfrozen": self.unfrozen}
 
     def load_rank_states(self, states: Sequence[dict[str, int]]) -> None:
         """states: the state_dict of each rank of the saved run. With another number of ranks now, rank 0 takes sums."""
@@ -113,15 +123,17 @@ class FlopCounter:
         elif self.rank > 0:
             states = []
         self.done, self.unfrozen = (sum(state[name] for state in states) for name in ("done", "unfrozen"))
+        self.measured = sum(state.get("measured", 0) for state in states)  # older checkpoints count it in done alone
 
 
 def model_cost(model: VisionLanguageModel) -> Cost:
-    """The cost with the parameters' present requires_grad."""
+    """The cost with the parameters' present requires_grad, and with what GradES has cut off."""
     vision, image_grad = _vision(model.vision_encoder)
     projector, patch = _projector(model.MP, image_grad)
     cfg = model.cfg
     decoder = model.decoder
-    flow = Flow(projector.grad or _trains(decoder.token_embedding))
+    lookup = decoder.token_embedding  # a tied one trains as the head where only its lookup is frozen
+    flow = Flow(projector.grad or (_trains(lookup) and not is_cut(lookup)))
     pair = sum(_decoder_block(block, flow) for block in decoder.blocks)
     token = flow.flops
     head = Flow(flow.grad or _trains(decoder.norm)).linears(decoder.head)

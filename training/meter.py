@@ -21,7 +21,7 @@ class NonFiniteLossError(Exception):
 class Meter:
     """Losses stay on the device until `read`, which is the loop's one wait for it.
 
-    Time is divided among clocks, in seconds: "startup", "train", "eval", "test", "save". Time within
+    Time is divided among clocks, in seconds: "startup", "train", "eval", "test", "rollback", "save". Time within
     `with meter.clock(name)` is that clock's, all other time of the loop is "train"'s.
     """
 
@@ -35,7 +35,7 @@ class Meter:
         self.tokens = self.total_tokens = 0  # since the last report, and of the whole run; all ranks together
         self.images, self.wait_s = 0, 0.0  # since the last report: this rank's images or tiles, and waits for data
         self.total_wait_s = 0.0
-        self.reported_flops, self.reported_s = 0, 0.0  # as they stood at the last report: this rank's, training time
+        self.reported_flops, self.reported_s = 0, 0.0  # of training as at the last report: this rank's
 
     def start(self, process_started: float) -> None:
         """The loop begins. process_started: time.perf_counter() at the beginning of the process."""
@@ -94,7 +94,7 @@ class Meter:
         self.read()
         self._count("train")
         seconds = self.seconds["train"] - self.reported_s
-        flops, images = self.parallel.sum(self.flops.done - self.reported_flops, self.images)
+        flops, images = self.parallel.sum(self.flops.trained - self.reported_flops, self.images)
         tflops_per_s = flops / seconds / 1e12 if seconds else None
         peak, reserved, card = (known(self.device) for known in (peak_memory_bytes, reserved_memory_bytes, card_tflops))
         values = {
@@ -109,12 +109,15 @@ class Meter:
             "train/data_wait_time_s": self.wait_s,
         }
         self.losses, self.tokens, self.images, self.wait_s = [], 0, 0, 0.0
-        self.reported_flops, self.reported_s = self.flops.done, self.seconds["train"]
+        self.reported_flops, self.reported_s = self.flops.trained, self.seconds["train"]
         return values
 
     def sum_over_ranks(self) -> None:
         """At the end of the run: let rank 0's FLOPs be those of all ranks."""
-        self.flops.done, self.flops.unfrozen = map(int, self.parallel.sum(self.flops.done, self.flops.unfrozen))
+        flops = self.flops
+        flops.done, flops.measured, flops.unfrozen = map(
+            int, self.parallel.sum(flops.done, flops.measured, flops.unfrozen)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers. Raises NonFiniteLossError: of weights that are NaN no checkpoint shall be written."""

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 
 from data import easy_vqa
@@ -63,9 +64,8 @@ class ModelCard:
     ):
         """folder: of the run, with environment.json."""
         self.settings, self.folder, self.data, self.monitor = settings, folder, data, monitor
-        parts = (("vision tower", model.vision_encoder), ("projector", model.MP), ("language model", model.decoder))
-        self.sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts}
-        self.sizes["all"] = sum(parameter.numel() for parameter in model.parameters())
+        parts = {"vision tower": model.vision_encoder, "projector": model.MP, "language model": model.decoder}
+        self.sizes = {name: _merged_size(part) for name, part in (parts | {"all": model}).items()}
         self.meters: list[dict] = []  # of all ranks, at the latest checkpoint
 
     def take(self, content: Mapping[str, Any]) -> None:
@@ -303,6 +303,11 @@ def _task_lines(tasks: Mapping[str, Any]) -> list[str]:
             f"{task['prompt']['style']}; {decoding}"
         )
     return lines
+
+
+def _merged_size(part: nn.Module) -> int:
+    """Parameters of the part once its LoRA adapters are merged into its matrices, as a checkpoint holds them."""
+    return sum(parameter.numel() for name, parameter in part.named_parameters() if ".lora_" not in name)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -184,6 +184,7 @@ def make_summary(
 ) -> dict[str, Any]:
     """summary.json: times in seconds, shares in [0, 1], None where something was not measured."""
     seconds, flops, scores, train_s = meter.seconds, meter.flops, test or {}, meter.seconds["train"]
+    of_source = "test/exact_match/"  # then its name, which may have slashes too
     peak, reserved = peak_memory_bytes(meter.device), reserved_memory_bytes(meter.device)
     return {
         "total_time_s": sum(seconds.values()),
@@ -200,7 +201,7 @@ def make_summary(
         "stop_step": state.step if stop_reason in END_REASONS[1:] else None,
         "train_flops": flops.done,
         "train_flops_unfrozen_per_step": flops.unfrozen / state.step if state.step else None,
-        "train_tflops_per_s": flops.done / train_s / 1e12 if train_s else None,
+        "train_tflops_per_s": flops.trained / train_s / 1e12 if train_s else None,
         "peak_memory_gib": None if peak is None else peak / 2**30,
         "reserved_memory_gib": None if reserved is None else reserved / 2**30,
         "data_wait_time_s": meter.total_wait_s,
@@ -218,7 +219,7 @@ def make_summary(
         "val_exact_match": state.val.get("val/exact_match"),
         "test_exact_match": scores.get("test/exact_match"),
         "test_exact_match_by_source": {
-            name.split("/")[-1]: value for name, value in scores.items() if name.count("/") == 2
+            name.removeprefix(of_source): value for name, value in scores.items() if name.startswith(of_source)
         },
         "question_only_exact_match": question_only,
         "frozen_share": monitor.frozen_share() if monitor else None,

@@ -6,6 +6,7 @@ Each package is imported only where it is asked for. None of them ever asks a qu
 import contextlib
 import importlib.util
 import io
+import json
 import netrc
 import os
 import subprocess
@@ -133,23 +134,25 @@ class WandbTracker:
         except wandb.Error as error:
             say(f"wandb: {error}; recording offline instead")
             self.run = wandb.init(mode="offline", **options)
+        self.run.define_metric("*", step_metric="step")
         self.id = self.run.id
         self.upload = f"wandb sync {quoted(Path(self.run.dir).parent)}" if self.run.offline else None
         if self.upload:
             say(f"wandb records offline; upload later with: {self.upload}")
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self.run.log(values, step=step)
+        # Not as wandb's own step: of that a resumed run may log nothing more, where the earlier process has ended.
+        self.run.log(values | {"step": step})
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         image = self.wandb.Image
         cells = [[image(cell) if hasattr(cell, "shape") else cell for cell in row] for row in rows]
-        self.run.log({name: self.wandb.Table(columns=list[str | int](columns), data=cells)}, step=step)
+        self.log({name: self.wandb.Table(columns=list[str | int](columns), data=cells)}, step)
 
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> None:
         self.run.summary.update({name: value for name, value in summary.items() if value is not None})
         if pictures:
-            self.run.log({path.stem: self.wandb.Image(str(path)) for path in pictures})
+            self.log({path.stem: self.wandb.Image(str(path)) for path in pictures}, summary["steps"])
         self.run.finish()
         if self.upload:
             self.say(f"wandb recorded offline; upload with: {self.upload}")
@@ -172,12 +175,17 @@ class TensorBoardTracker:
     id = None  # the folder is the run
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say, step: int = 0):
-        """step: TensorBoard is told to leave out what an earlier process has recorded after it."""
+        """step: of the checkpoint that the run continues from. TensorBoard is told to leave out what an earlier process
+        has recorded from that step on, as its evaluation is made again. What is not, metrics.jsonl has kept."""
         from torch.utils.tensorboard import SummaryWriter
 
-        target = folder / "tensorboard"
-        self.writer = SummaryWriter(str(target), purge_step=step + 1 if target.exists() else None, flush_secs=10)
+        target, metrics = folder / "tensorboard", folder / "metrics.jsonl"
+        resumes = target.exists()
+        self.writer = SummaryWriter(str(target), purge_step=step if resumes else None, flush_secs=10)
         self.writer.add_text("settings", as_table(settings), step)
+        for line in metrics.read_text(encoding="utf-8").splitlines() if resumes and metrics.exists() else ():
+            if (values := json.loads(line)).pop("step") == step:
+                self.log({name: value for name, value in values.items() if value is not None}, step)
         say(f"TensorBoard shows the run with: tensorboard --logdir {quoted(target)}")
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -209,12 +217,13 @@ class TrackioTracker:
         """run_id: of the run to continue, whose points after the checkpoint stay: trackio cannot remove any."""
         import trackio
 
-        self.trackio, self.id = trackio, run_id or folder.name
+        self.trackio, name = trackio, run_id or folder.name
         with contextlib.redirect_stdout(io.StringIO()):  # a screen of its own
             self.run = trackio.init(
-                project=cfg.wandb_project, name=self.id, config=settings, resume="never" if run_id is None else "allow",
+                project=cfg.wandb_project, name=name, config=settings, resume="never" if run_id is None else "allow",
                 embed=False, auto_log_gpu=False, auto_log_cpu=False,
             )  # fmt: skip
+        self.id = self.run.name  # another one where an earlier run has that of the folder
         say(f"trackio shows the run with: trackio show --project {quoted(cfg.wandb_project)}")
 
     def log(self, values: dict[str, Any], step: int) -> None:
