@@ -58,15 +58,13 @@ SCHEDULES = {
 }
 CONSTANT_PEAK = 0.5
 # Table 10's first row, of the nanoVLM whose taus are 0.30 and 6.00.
+MATRIX_BY_MATRIX = "--enable_grades --monitor_grace --compute_interval 20 --patience 1 --freeze_order any"
 PAPER_FLAGS = (
-    "--enable_grades --metric weight_change --monitor_grace --alpha 0.28 --compute_interval 20 --vision_tau 0.30 "
-    "--language_tau 6.00 --feature_cache_gib 0"
+    f"{MATRIX_BY_MATRIX} --metric weight_change --alpha 0.28 --vision_tau 0.30 --language_tau 6.00 "
+    "--feature_cache_gib 0"
 )
 # The paper's Eq. 3. The recipe's taus are in another metric's unit, so they are found in the grace period.
-LORA_GRADES_FLAGS = (
-    "--enable_grades --metric gradient_norm --vision_tau auto --language_tau auto --monitor_grace --alpha 0.5 "
-    "--compute_interval 20"
-)
+LORA_GRADES_FLAGS = f"{MATRIX_BY_MATRIX} --metric gradient_norm --vision_tau auto --language_tau auto --alpha 0.5"
 # (rank, factor on the learning rate), by whether the recipe starts from pretrained backbones. The paper's Table 8: rank
 # 32, ten times the learning rate of full training, 2e-5. A recipe from scratch already has a learning rate near the
 # largest that trains: three times.

@@ -349,3 +349,15 @@ def test_the_tau_that_saves_a_share_of_the_updates():
     assert found == pytest.approx({0.1: 2, 0.3: 5, 0.5: 8}, rel=1e-5)
     steps = compare_metrics.frozen_by_taus(history, {"vision": found[0.3]})
     assert compare_metrics.saved_share(history, "vision", steps) == pytest.approx((1 + 2) / 8)
+
+
+def test_the_papers_row_is_its_recipe():
+    """On the quickstart, whose own rule is another one: all of GradES but where its files are."""
+    arguments = reproduce.parse(["--rows", "paper", "random", "--seeds", "1"])
+    [paper, random] = reproduce.make_specs(arguments)
+    recipe = parse_arguments(["--config", str(runs.PAPER_RECIPE), "--enable_grades"])
+    for spec in (paper, random):
+        ours = parse_arguments(list(spec.flags))
+        assert ours.grades == recipe.grades
+        for name in ("lr_mp", "lr_vision_backbone", "lr_language_backbone", "lr_schedule", "average_weights"):
+            assert getattr(ours.train, name) == getattr(recipe.train, name), name
