@@ -222,15 +222,23 @@ def make_summary(
             name.removeprefix(of_source): value for name, value in scores.items() if name.startswith(of_source)
         },
         "question_only_exact_match": question_only,
-        "frozen_share": monitor.frozen_share() if monitor else None,
-        **{f"frozen_share_{tower}": monitor.frozen_share(tower) if monitor else None for tower in SHARES_OF},
-        "converged_step": monitor.converged_step if monitor else None,  # after which its cooldown began
-        "undecided": undecided(monitor.history()) if monitor else [],
-        "still_learning": bool(monitor and still_learning(monitor.history())),  # by the last measurement
-        "freed_bytes": monitor.freed_bytes if monitor else None,
+        **of_grades(monitor),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dropped": {split: counter.plain() for split, counter in data.dropped.items() if counter},
         "first_dropped": {split: first for split, counter in data.dropped.items() if (first := counter.examples())},
+    }
+
+
+def of_grades(monitor: GradESMonitor | None) -> dict[str, Any]:
+    """What summary.json says of GradES."""
+    history = monitor.history() if monitor else None
+    return {
+        "frozen_share": monitor.frozen_share() if monitor else None,
+        **{f"frozen_share_{tower}": monitor.frozen_share(tower) if monitor else None for tower in SHARES_OF},
+        "converged_step": monitor.converged_step if monitor else None,  # after which its cooldown began
+        "undecided": undecided(history) if history else [],
+        "still_learning": still_learning(history) if history else False,  # by the last measurement
+        "freed_bytes": monitor.freed_bytes if monitor else None,
     }
 
 
