@@ -76,7 +76,7 @@ def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     }
     sampled = [check for check in history["checks"] if "loss" in check]
     whole = max((check.get("rows", 0) for check in sampled), default=0)
-    for label, is_whole in ((SAMPLE, True), (f"{SAMPLE}, its first rows", False)):
+    for label, is_whole in ((SAMPLE, True), (f"{SAMPLE}: a quarter of it", False)):
         checks = [check for check in sampled if (check.get("rows", 0) == whole) == is_whole]
         found[label] = [(check["step"], check["loss"]) for check in checks]
     return {label: points for label, points in found.items() if points} if found["averaged weights"] else {}
@@ -118,7 +118,8 @@ def _draw_losses(axis: Any, history: dict[str, Any], losses: dict[str, list[tupl
         style = (":" if label == SAMPLE else "") if label.startswith(SAMPLE) else "-"
         fill = "white" if label.startswith(SAMPLE) else color
         axis.plot(
-            *zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3, markerfacecolor=fill,
+            *zip(*points, strict=True), color=color, linestyle=style, marker="o" if style else "x", markersize=3,
+            markerfacecolor=fill,
             label=label,
         )  # fmt: skip
     if history["stopped_early"]:
