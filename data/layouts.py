@@ -161,6 +161,15 @@ def frame_tokens(cfg: VLMConfig) -> int:
     return (-(-cfg.vit_grid // frame_window(cfg))) ** 2
 
 
+def frame_length(cfg: VLMConfig) -> int:
+    """Tokens of one frame in a row, with those that it stands between: see data.text."""
+    marks = (
+        {"frame_start", "global_image_token"} & cfg.vlm_extra_tokens.keys(),
+        {"frame_end"} & cfg.vlm_extra_tokens.keys(),
+    )
+    return frame_tokens(cfg) + sum(map(bool, marks))
+
+
 def frame_window(cfg: VLMConfig) -> int:
     """Side of a frame's window."""
     return cfg.mp_video_pool_size if cfg.mp_type == "molmo" else cfg.mp_window

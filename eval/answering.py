@@ -187,9 +187,10 @@ def scored_answers(
 
 
 def letters_of(question: Question) -> Sequence[str]:
-    """The letters of its choices; empty where it has none."""
-    if "letters" in question.item.truth:  # of one's own rows
-        return question.item.truth["letters"]
+    """The letters of its choices; empty where it has none, and of own rows where two begin alike, as 1 and 10."""
+    if "letters" in question.item.truth:
+        own = question.item.truth["letters"]
+        return own if len({letter[:1] for letter in own} - {""}) == len(own) else ""
     letters = string.ascii_uppercase[: question.item.choices or 0]
     return letters if question.item.truth.get("answer") in list(letters) else ""
 

@@ -112,10 +112,10 @@ def files_of_split(folder: Path, config: str | None, split: str) -> list[Path]:
     """The files whose name, or whose folder's name, is that of the split or begins with it; all where the one file says
     nothing of a split. Parquet files, or else JSON. Raises ValueError, FileNotFoundError."""
     files = [file for file in sorted(folder.rglob("*")) if file_type(file) in (".parquet", *TYPES) and file.is_file()]
-    if config:
-        files = _files_of_config(files, folder, config, split)
     parquet = [file for file in files if file.suffix == ".parquet"]
     files = parquet or [file for file in files if file_type(file) in TYPES]
+    if config:
+        files = _files_of_config(files, folder, config, split)
     if not files:
         raise FileNotFoundError(f"--data_root {folder}: holds no .parquet, .json or .jsonl file and no save_to_disk")
     of_split = [file for file in files if _split_of(file) == split or file.parent.name == split]

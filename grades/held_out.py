@@ -61,7 +61,7 @@ class HeldOut:
 
     def _sample(self) -> list[Any]:
         """The first batches of the eval_dataset, or of the first one of several, on the CPU: with at least `rows` rows
-        on all ranks together. Raises ValueError where a batch has no label tokens."""
+        on all ranks together. Raises ValueError where a batch has no labels, or none of all rows a label token."""
         from accelerate.utils import send_to_device
 
         batches, count, labels = [], 0, 0
@@ -78,6 +78,10 @@ class HeldOut:
             count, labels = count + len(there) * processes, labels + int((there != -100).sum())
             if count >= self.rows:
                 break
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(of_ranks, labels)
+            labels = sum(of_ranks)  # no rank may end alone
         if not labels:
             raise ValueError(
                 f"metric rollback: the {count} rows of eval_dataset that it would compare have no label but -100"

@@ -75,9 +75,8 @@ def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
         for key, label in names.items()
     }
     sampled = [check for check in history["checks"] if "loss" in check]
-    whole = max((check.get("rows", 0) for check in sampled), default=0)
     for label, is_whole in ((SAMPLE, True), (f"{SAMPLE}: a quarter of it", False)):
-        checks = [check for check in sampled if (check.get("rows", 0) == whole) == is_whole]
+        checks = [check for check in sampled if check.get("is_whole", True) == is_whole]
         found[label] = [(check["step"], check["loss"]) for check in checks]
     return {label: points for label, points in found.items() if points} if found["averaged weights"] else {}
 

@@ -21,9 +21,7 @@ from grades.towers import CONNECTOR, VISION, Towers
 
 PER_STEPS = 100  # a gain is told per this many steps
 CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
-SCREEN_CERTAINTY = (
-    3.0  # standard errors by which a gain must be above its limit on the first rows to tell without others
-)
+SCREEN_CERTAINTY = 3.0  # standard errors by which a gain on the first rows must be above its limit to do without others
 SCREEN_ROWS = 16  # of fewer the standard error is not known well enough
 RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since a freeze to thaw it
 SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
@@ -75,6 +73,7 @@ class Rollback(Metric):
         self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
         self.scale, self.level, self.limits = PER_STEPS / interval, parts, dict(limits or {})
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
+        self.is_whole = True  # whether all rows were evaluated at the last check
         self.losses: Losses = ()  # at the last check, under the averaged weights, of the rows that it needed
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
         vision = Towers(model).of
@@ -112,12 +111,13 @@ class Rollback(Metric):
     def _screen(self, part: Part) -> tuple[Losses, Losses]:
         """The losses now and with the part put back: of the first rows alone where its gain is above its limit there
         beyond doubt, so that nothing can freeze at this check; else of all rows."""
-        limit = self.limits.get(part.name)
+        limit, self.is_whole = self.limits.get(part.name), True
         if limit is None or self.at_freeze:  # with something frozen all rows tell whether the loss has risen since
             return self._evaluate(FIRST, OTHERS), self._put_back(part)
         now, back = self._evaluate(FIRST), self._put_back(part, FIRST)
         gain, error = paired_difference(now, back)
         if len(now) >= SCREEN_ROWS and self.scale * (gain - SCREEN_CERTAINTY * error) > limit:
+            self.is_whole = False
             return now, back
         return [*now, *self._evaluate(OTHERS)], [*back, *self._put_back(part, OTHERS)]
 
@@ -134,13 +134,13 @@ class Rollback(Metric):
         return bool(averaged) and all(OLDER in self.averages.state[p] for p in averaged)
 
     def details(self) -> dict[str, Any]:
-        """For the history: the mean loss in nats and of how many rows, and (gain, standard error) of each part in nats
-        per 100 steps."""
+        """For the history: the mean loss in nats, of how many rows, whether these are all, and (gain, standard error)
+        of each part in nats per 100 steps."""
         if not self.losses:
             return {}
         loss, _ = mean_and_error(self.losses)
         gains = {part: [self.scale * value for value in pair] for part, pair in self.gains.items()}
-        return {"loss": loss, "rows": len(self.losses), "gains": gains}
+        return {"loss": loss, "rows": len(self.losses), "is_whole": self.is_whole, "gains": gains}
 
     def risen(self) -> list[str]:
         """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""

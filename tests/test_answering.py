@@ -173,6 +173,8 @@ def test_the_likeliest_letter_is_scored_too(checkpoint, data, tmp_path, capsys):
 
 def test_the_likeliest_letter_of_own_rows(checkpoint, tmp_path):
     rows = [
+        {"question": "which?", "choices": {"label": ["1", "10"], "text": ["red", "blue"]}, "answer": "red"},
+        {"question": "which?", "choices": {"label": ["", "B"], "text": ["red", "blue"]}, "answer": "blue"},
         {"question": "which?", "choices": ["red", "blue", "green"], "answer": "blue"},
         {"question": "who?", "answer": "I"},
     ]
@@ -181,8 +183,8 @@ def test_the_likeliest_letter_of_own_rows(checkpoint, tmp_path):
     evaluate.main(evaluate.parse_arguments([*map(str, flags), "--likelihood", "--num_workers", "0"]))
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     chosen = {row["id"]: row["answer"] for row in rows if row["task"] == "own/likelihood"}
-    assert list(chosen) == ["own.jsonl#0"]
-    assert chosen["own.jsonl#0"] in "ABC"
+    assert list(chosen) == ["own.jsonl#2"]
+    assert chosen["own.jsonl#2"] in "ABC"
 
 
 def test_rows_of_ones_own_are_asked_as_they_were_trained(checkpoint, tmp_path):

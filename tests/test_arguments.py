@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from grades.config import ROLLBACK_TAU
+from grades.config import DEFAULT_TAUS, ROLLBACK_TAU
 from grades.fields import allowed_values, is_allowed
 from models.config import VLMConfig
 from training import preflight
@@ -236,6 +236,8 @@ def test_a_recipes_taus_are_of_its_own_metric():
     assert parse_arguments([*paper, *rollback]).grades.tau_of("language", "mlp") == ROLLBACK_TAU
     assert parse_arguments([*paper, *rollback, "--language_tau", "0.01"]).grades.tau_of("language", "mlp") == 0.01
     assert parse_arguments([*paper, "--metric", "gradient_norm"]).grades.tau_of("language", "mlp") == 6.0
+    ours = ["--config", recipe_of("nlvr"), "--metric", "weight_change"]
+    assert parse_arguments(ours).grades.tau_of("language", "mlp") == DEFAULT_TAUS["language"]
 
 
 def test_the_resolved_settings_are_a_recipe_again(tmp_path):

@@ -10,6 +10,7 @@ from tiny.data import encoded, picture, row, tiny_train, turn
 
 from data import easy_vqa
 from data.formats import RATINGS, filter_turns
+from data.pipeline import identify
 from data.rows import load_rows, split_rows
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -235,3 +236,12 @@ def test_filter_turns_drops_low_ratings_and_keeps_unknown_ones():
     assert [t["user"] for t in filter_turns(rated, config)["texts"]] == ["2", "3", "4"]
     assert filter_turns(rated, tiny_train()) is rated
     assert filter_turns(row(texts=turns), config)["texts"] == turns
+
+
+def test_rows_of_choices_are_known_as_before_their_letters_were_kept(tmp_path):
+    """Else a resume would take the same rows for other ones."""
+    row = {"question": "which?", "choices": ["red", "blue"], "answer": "blue", "id": "a"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    rows = load_rows(str(tmp_path / "rows.jsonl"))
+    assert rows[0]["texts"][0]["letters"] == ["A", "B"]
+    assert identify(rows)["hash"] == "a637495c0293e60b11132659de7413b409f4f80efa0f66f86745d208500aca8e"

@@ -59,6 +59,9 @@ def test_the_data_of_another_configuration_is_not_taken(tmp_path):
     table("docvqa_val").to_parquet(files["DocVQA"])
     with pytest.raises(FileNotFoundError, match="no folder InfographicVQA; there are DocVQA"):
         files_of_split(tmp_path / "DocVQA", "InfographicVQA", "validation")
+    (tmp_path / "DocVQA" / "dataset_infos.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no folder InfographicVQA"):
+        files_of_split(tmp_path / "DocVQA", "InfographicVQA", "validation")
     table("docvqa_val").to_parquet(files["data"])
     assert files_of_split(tmp_path / "DocVQA", "DocVQA", "validation") == [files["DocVQA"]]
     assert files_of_split(tmp_path / "DocVQA", "InfographicVQA", "validation") == [files["data"]]

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from data.layouts import count_image_tokens, count_images, frame_tokens, frame_window, has_crops, largest_grid
+from data.layouts import (
+    count_image_tokens,
+    count_images,
+    frame_length,
+    frame_tokens,
+    frame_window,
+    has_crops,
+    largest_grid,
+)
 from grades import find_components
 from grades.components import Component
 from grades.config import ROLLBACK
@@ -85,7 +93,7 @@ def fitting_tokens(settings: Settings, device: torch.device, memory: float, proc
 
 def of_length(settings: Settings, tokens: int) -> Settings:
     """The settings with rows of so many tokens, and where there are videos with as many frames as these hold."""
-    frames = max(1, (tokens - 1) // frame_tokens(settings.vlm)) if settings.shows_videos else 1
+    frames = max(1, (tokens - 1) // frame_length(settings.vlm)) if settings.shows_videos else 1
     vlm = dataclasses.replace(settings.vlm, lm_max_length=tokens, max_video_frames=frames)
     return dataclasses.replace(settings, vlm=vlm, train=dataclasses.replace(settings.train, max_sample_length=tokens))
 
@@ -255,7 +263,7 @@ def _row_images(settings: Settings) -> tuple[int, float, int]:
     each = count_image_tokens(grid, vlm) / count if crops else vlm.mp_image_token_length
     tiles = fitting(count * packed, each)  # a picture with more than its share has a row of its own
     if settings.shows_videos:
-        frames = fitting(max(vlm.max_video_frames, packed), frame_tokens(vlm))
+        frames = fitting(max(vlm.max_video_frames, packed), frame_length(vlm))
         if frames >= tiles:
             side = frame_window(vlm)
             return frames, frame_tokens(vlm), side if side != vlm.mp_window else 0

@@ -183,8 +183,8 @@ class TensorBoardTracker:
         resumes = target.exists()
         self.writer = SummaryWriter(str(target), purge_step=step if resumes else None, flush_secs=10)
         self.writer.add_text("settings", as_table(settings), step)
-        for line in metrics.read_text(encoding="utf-8").splitlines() if resumes and metrics.exists() else ():
-            if (values := json.loads(line)).pop("step") == step:
+        for line in metrics.read_text(encoding="utf-8").split("\n") if resumes and metrics.exists() else ():
+            if line and (values := json.loads(line)).pop("step") == step:
                 self.log({name: value for name, value in values.items() if value is not None}, step)
         say(f"TensorBoard shows the run with: tensorboard --logdir {quoted(target)}")
 
