@@ -48,11 +48,7 @@ class HeldOut:
             for module in model.modules():  # FSDP2 keeps some weights whole; what is exchanged later are their shards
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, found)
-            found = [row for rows in everyone for row in rows]
-        return found
+        return [row for rows in of_all_ranks(found) for row in rows]
 
     def mean_loss(self) -> float:
         """Of all rows, under the model's present weights."""
@@ -78,11 +74,7 @@ class HeldOut:
             count, labels = count + len(there) * processes, labels + int((there != -100).sum())
             if count >= self.rows:
                 break
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(of_ranks, labels)
-            labels = sum(of_ranks)  # no rank may end alone
-        if not labels:
+        if not sum(of_all_ranks(labels)):  # no rank may end alone
             raise ValueError(
                 f"metric rollback: the {count} rows of eval_dataset that it would compare have no label but -100"
             )
@@ -112,10 +104,19 @@ class HeldOut:
         self.averages.load_state_dict(dict(state))
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value of each rank, on all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def row_losses(logits: torch.Tensor, labels: torch.Tensor, is_aligned: bool) -> list[tuple[float, int]]:
     """(summed loss in nats, label tokens) of each row. logits: [B, T, V]; labels: int [B, T], -100 where there is none.
 
-    is_aligned: logits at t are for labels at t (encoder-decoders); else for those at t + 1.
+    is_aligned: logits at t are for labels at t (encoder-decoders, masked language models); else for those at t + 1.
     """
     if not is_aligned:
         logits, labels = logits[:, :-1], labels[:, 1:]
