@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.datasets import Questions
-from data.images import ImageDecodeError
 from data.loader import init_worker
 from data.readers import as_it_is
 from eval.answers import match
@@ -196,10 +195,7 @@ def letters_of(question: Question) -> Sequence[str]:
 
 
 class Prompts(Dataset):
-    """What the model gets for each of some questions of a benchmark, or in words why it cannot be asked.
-
-    In words, as an error of a worker process would arrive with its traceback.
-    """
+    """What the model gets for each of some questions of a benchmark, or in words why it cannot be asked."""
 
     def __init__(
         self,
@@ -216,18 +212,15 @@ class Prompts(Dataset):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> Questions | str:
-        question = self.questions[index]
+        return self.reader.question(partial(self._read, self.questions[index]), self.max_new_tokens)
+
+    def _read(self, question: Question) -> Questions:
         turn: dict[str, Any] = {"user": question.prompt}
         images: list[Any] = []
-        try:
-            self.reader.check(f"{question.item.system or ''}\n{question.prompt}")
-            if not self.without_image:
-                turn, images = self.benchmark.asked(question)
-            system, prefix = question.item.system or "", question.answer_prefix
-            read = self.reader.read(turn, images, system, prefix, question.id)
-            return self.reader.too_long(read, self.max_new_tokens) or read
-        except (ImageDecodeError, ValueError, OSError) as error:
-            return str(error)
+        self.reader.check(f"{question.item.system or ''}\n{question.prompt}")
+        if not self.without_image:
+            turn, images = self.benchmark.asked(question)
+        return self.reader.read(turn, images, question.item.system or "", question.answer_prefix, question.id)
 
 
 class Progress(NamedTuple):

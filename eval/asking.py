@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from data.control_tokens import ControlTokens
 from data.datasets import Questions
 from data.drops import IMAGE_TOKEN_IN_TEXT
 from data.frames import decode_pictures, grid_of, picture_text, with_times
-from data.images import ImageProcessor
+from data.images import ImageDecodeError, ImageProcessor
 from data.layouts import FRAME, Grid, pool_index
 from data.places import PLACE, place_images, with_images
 from data.text import encode_chat, encode_prompt, get_tokenizer
@@ -122,6 +122,17 @@ class Reader:
         tiles = torch.cat([one.tiles for one in shown]) if shown else None
         windows = pool_index([grid for one in shown for grid in one.grids], self.processor.cfg)
         return Questions(tiles, [prompt], [""], [None], "", pool_index=windows)
+
+    def question(self, read: Callable[[], Questions], max_new_tokens: int) -> Questions | str:
+        """What `read` gives, or why it cannot be asked: in words, as an error of a worker process would arrive with its
+        traceback."""
+        try:
+            question = read()
+        except ImageDecodeError as error:
+            return f"{error.kind}: {error}"
+        except (ValueError, OSError) as error:
+            return str(error)
+        return self.too_long(question, max_new_tokens) or question
 
     def too_long(self, question: Questions, max_new_tokens: int) -> str | None:
         """What is wrong where the question and the longest answer are more tokens than the model has positions."""

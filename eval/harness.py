@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.datasets import Questions
-from data.images import ImageDecodeError
 from eval.asking import Asker, Reader, Shown
 from eval.batches import Batches
 from eval.prompts import styled
@@ -56,14 +55,8 @@ class Request:
     name: str = "a question"
 
     def question(self, reader: Reader) -> Questions | str:
-        """What `read` gives, or in words why it cannot be asked."""
-        try:
-            question = self.read()
-        except ImageDecodeError as error:
-            return f"{error.kind}: {error}"
-        except ValueError as error:
-            return str(error)
-        return reader.too_long(question, self.decoding.max_new_tokens) or question
+        """As the reader's `question`."""
+        return reader.question(self.read, self.decoding.max_new_tokens)
 
 
 def answer_requests(asker: Asker, requests: Sequence[Request], batches: Batches) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.datasets import Questions
-from data.images import ImageDecodeError
 from data.options import RowOptions
 from data.readers import as_it_is
 from eval.answering import check_same_settings
@@ -208,13 +208,9 @@ class ReadPrompts(Dataset):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> Questions | str:
-        question = self.questions[index]
+        return self.reader.question(partial(self._read, self.questions[index]), self.max_new_tokens)
+
+    def _read(self, question: Question) -> Questions:
         system = question.item.system or ""
-        try:
-            self.reader.check("\n".join([system, question.prompt]))
-            read = self.reader.read(*self.rows.asked(question), system, id=question.id)
-            return self.reader.too_long(read, self.max_new_tokens) or read
-        except ImageDecodeError as error:
-            return f"{error.kind}: {error}"
-        except ValueError as error:
-            return str(error)
+        self.reader.check("\n".join([system, question.prompt]))
+        return self.reader.read(*self.rows.asked(question), system, id=question.id)
