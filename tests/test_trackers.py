@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,10 +111,13 @@ def test_an_account_is_looked_up_at_the_server_that_is_used(monkeypatch, tmp_pat
 @pytest.mark.slow
 def test_wandb_records_offline_without_an_account(wandb, data, tmp_path):
     flags = {"log_wandb": True, "enable_grades": True, "max_training_steps": 2}
+    before = set(threading.enumerate())
     assert train.main(parse_arguments(arguments(data, tmp_path, "run", **flags))) == 0
     folder = tmp_path / "out" / "run"
     assert "wandb sync " in (folder / "log.txt").read_text(encoding="utf-8")
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    # The threads of its telemetry would ask wandb's server every minute.
+    assert not [thread.name for thread in set(threading.enumerate()) - before if "Otel" in thread.name]
     tables = [json.loads(path.read_text()) for path in folder.glob("wandb/offline-run-*/files/media/table/*.json")]
     [table] = tables
     assert table["columns"] == ["picture", "question", "source", "expected", "step 2"]

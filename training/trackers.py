@@ -123,6 +123,8 @@ class WandbTracker:
         found = wandb.setup().settings
         is_off = found.mode == "disabled"  # by a settings file
         is_offline = not is_off and (found.mode in ("offline", "dryrun") or not has_wandb_account(found.base_url))
+        if is_offline:  # of the process, not of the run alone: wandb's own telemetry asks these settings
+            found.mode = "offline"
         options: dict[str, Any] = {
             "project": cfg.wandb_project, "entity": cfg.wandb_entity, "name": folder.name, "dir": str(folder),
             "config": settings, "settings": quiet,
