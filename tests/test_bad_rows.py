@@ -1,13 +1,12 @@
 """Rows that cannot be used: dropped.jsonl, --max_bad_rows, --strict."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny.data import drawn, encoded, picture, row, tiny_train, tiny_vlm
-from tiny.runs import ROOT, arguments, before_steps
+from tiny.runs import arguments, before_steps
+from tiny.together import run_together
 
 import train
 from data.bad_rows import BadRowLimit
@@ -134,20 +133,12 @@ def test_the_bad_rows_of_two_processes_are_each_recorded_once(tmp_path):
     flags = {"batch_size": 2, "max_training_steps": 12, "gradient_accumulation_steps": 2, "eval_interval": 12}
     flags |= {"test_dataset_path": data, "max_bad_rows": 0.5, "num_workers": 0, "split_by": "row"}
 
-    def together(**more) -> tuple[int, str]:
-        words = arguments(data, tmp_path, "two", **flags, **more)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-        done = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
-        return done.returncode, done.stderr
-
-    code, said = together()
-    assert code == 0, said[-3000:]
+    two = arguments(data, tmp_path, "two", **flags)
+    few = arguments(data, tmp_path, "few", **flags | {"max_bad_rows": 1})
+    said = run_together(2, [two, few], tmp_path, last_fails=True)
     lines = [json.loads(line) for line in (tmp_path / "out" / "two" / "dropped.jsonl").read_text().splitlines()]
     rows = [line["row"] for line in lines if line["split"] != "test"]
     assert sorted(rows) == [f"rows/rows.jsonl#{i}" for i in (17, 26, 3, 31, 8)]
-    flags |= {"run_name": "few", "max_bad_rows": 1}
-    code, said = together()
-    assert code != 0
     assert said.count("--max_bad_rows 1:") == 1  # rank 0 says it
     summary = json.loads((tmp_path / "out" / "few" / "summary.json").read_text())
     assert summary["stop_reason"] == "bad_rows"

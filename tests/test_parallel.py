@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,14 +14,13 @@ from safetensors.torch import load_file
 from tiny.data import write_rows
 from tiny.families import FAMILIES, SIZES, words_of
 from tiny.runs import TINY
+from tiny.together import run_together, torchrun
 
 import evaluate
 import train
 from training.arguments import parse_arguments
 from training.checkpoint_folder import damage
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "tests" / "parallel_worker.py"
 # Each freeze is a round of its own, so that what lies before frozen matrices freezes when it does in one process.
 FLAGS = TINY | {
     "batch_size": 2, "gradient_accumulation_steps": 2, "lr_mp": 0.01, "enable_grades": True, "vision_tau": 0.12,
@@ -48,20 +46,6 @@ def some_texts(i: int) -> bool:
 def arguments(rows: Path, name: str, **flags) -> list[str]:
     given = {"train_dataset_path": rows, "test_dataset_path": rows, "output_dir": rows.parent, "run_name": name}
     return words_of(FLAGS | given | flags)
-
-
-def torchrun(processes: int, *command, **options) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True, **options)
-
-
-def run_together(processes: int, runs: list[list[str]], folder: Path) -> None:
-    """One run after the other in the same processes, as starting them takes longer than the runs."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    process = torchrun(processes, WORKER, folder / "runs.json", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-5000:]
 
 
 def step_4(folder: Path) -> Path:
