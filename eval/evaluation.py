@@ -17,7 +17,7 @@ from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
-BATCHES = 8  # into which at least the rows of row_losses are divided, so that every fourth stands for all
+BATCHES = 8  # into which at least the conversations of row_losses are divided, so that every fourth stands for all
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 
@@ -67,7 +67,8 @@ class Evaluator:
         """
         if not self.held_out:
             collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
-            size = min(self.cfg.eval_batch_size, math.ceil(rows / BATCHES))
+            count = rows * (self.cfg.turns_per_image or 1)
+            size = min(self.cfg.eval_batch_size, math.ceil(count / BATCHES))
             cfg = dataclasses.replace(self.cfg, eval_batch_size=size)
             self.held_out = list(eval_batches(self.data.drawn_validation_rows(), collator, cfg, first=rows))
             self.features = [None] * len(self.held_out)
