@@ -38,7 +38,7 @@ from models.vision_language_model import VisionLanguageModel
 from training import setup
 from training.build import build_model, compile_model
 from training.checkpoint import Checkpointer, MonitorState
-from training.evaluation import EvaluationSchedule
+from training.evaluation import EvaluationSchedule, HeldOutLosses
 from training.feature_cache import FeatureCache
 from training.flops import FlopCounter
 from training.logging import NoLog, RunLog
@@ -156,14 +156,6 @@ def watch(
     cfg = settings.train
     if not cfg.enable_grades:
         return None
-
-    def held_out_losses(same_vision: bool, first: bool) -> list[tuple[float, int]]:
-        """For the metric rollback; see grades.rollback.Evaluate."""
-        with meter.clock("rollback"):
-            losses = parallel.with_model(lambda: evaluator.row_losses(cfg.rollback_rows, same_vision, first))
-            meter.flops.add_forward(evaluator.measured)
-        return losses
-
     return GradESMonitor(
         settings.grades,
         model,
@@ -174,7 +166,7 @@ def watch(
         rewrap=parallel.on_requires_grad_change,  # DDP is wrapped again after a freeze
         broadcast=parallel.same_on_all,  # all ranks freeze alike
         averages=averages,
-        evaluate=held_out_losses,
+        evaluate=HeldOutLosses(evaluator, cfg.rollback_rows, parallel, meter),
     )
 
 
@@ -237,7 +229,10 @@ def train(
     if checkpoints.saved_step != state.step:
         with meter.clock("save"):
             checkpoints.save(state)
-    return "interrupted" if stop.requested else data.limit.reason or str(evaluations.end_reason(state))
+    reason = "interrupted" if stop.requested else data.limit.reason or str(evaluations.end_reason(state))
+    if monitor is not None:
+        monitor.has_cooled = reason == "converged"
+    return reason
 
 
 def test_and_report(

@@ -82,6 +82,10 @@ class Evaluator:
             batch["cached_images"] = len(features) if same_vision and features is not None else 0
         return losses
 
+    def release(self) -> None:
+        """Let go of the features of row_losses."""
+        self.features = [None] * len(self.held_out)
+
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the greedy answers to the questions of "val" or "test", and {split}/exact_match/SOURCE
         of each source of questions: shares in [0, 1], None where there is no question."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +44,11 @@ class AveragedWeights:
         self.parameters, self.optimizer = list(parameters), optimizer
         self.window = round(rate) if rate >= 2 else None
         self.decay = rate
+        self.updates = 0  # of the whole run
         self.steps = 0  # in the current block of the window
         self.before = 0  # in the block before: none, or the window
+        # Of parameters that joined later, by their place: how many steps (of the block, of both) were before that.
+        self.late: dict[int, tuple[int, int]] = {}
         self.is_swapped = False
 
     @property
@@ -63,6 +66,7 @@ class AveragedWeights:
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
         assert not self.is_swapped
+        self.updates += 1
         own = isinstance(self.optimizer, OwnState)
         updated = [p for p in self.parameters if p.requires_grad and (own or self.state.get(p))]
         new = [p for p in updated if AVERAGE not in self.state[p]]
@@ -70,33 +74,42 @@ class AveragedWeights:
             self.state[parameter][AVERAGE] = parameter.detach().clone()
         old = updated if not new else [p for p in updated if p not in set(new)]
         if self.window is None:
-            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), 0)  # type: ignore[no-untyped-call]
+            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), {})  # type: ignore[no-untyped-call]
             return
-        self._update_window(updated, old)
+        self._update_window(updated, set(new))
 
-    def _update_window(self, updated: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+    def _update_window(self, updated: list[nn.Parameter], new: set[nn.Parameter]) -> None:
         """BLOCK holds the mean of the current block, AVERAGE that of the block before and this one together."""
         assert self.window is not None
-        if self.steps == self.window:  # the block is whole: from here on it is the one before
+        if self.steps >= self.window:  # the block is whole: from here on it is the one before
             for parameter in updated:
                 if BLOCK in self.state[parameter]:
                     self.state[parameter][AVERAGE].copy_(self.state[parameter][BLOCK])
                     del self.state[parameter][BLOCK]
-            self.steps, self.before = 0, self.window
+            self.steps, self.before = 0, self.steps
+            self.late = {place: (0, block) for place, (block, _) in self.late.items() if block}
+        in_block, in_both = {}, {}
+        for place, parameter in enumerate(self.parameters):
+            if parameter in new and self.before + self.steps:
+                self.late[place] = self.steps, self.before + self.steps
+            block, both = self.late.get(place, (0, 0))
+            in_block[parameter], in_both[parameter] = self.steps - block, self.before + self.steps - both
         for parameter in updated:
             if BLOCK not in self.state[parameter]:
                 self.state[parameter][BLOCK] = parameter.detach().clone()
         mean = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
-        self._lerp(old, BLOCK, mean, self.steps)
-        self._lerp(old, AVERAGE, mean, self.before + self.steps)
+        old = [parameter for parameter in updated if parameter not in new]
+        self._lerp(old, BLOCK, mean, in_block)
+        self._lerp(old, AVERAGE, mean, in_both)
         self.steps += 1
 
-    def _lerp(self, parameters: list[nn.Parameter], key: str, average: Any, count: int) -> None:
-        """Move the averages of the parameters towards their weights. count: weights that are in the average."""
-        by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+    def _lerp(self, parameters: list[nn.Parameter], key: str, average: Any, counts: Mapping[nn.Parameter, int]) -> None:
+        """Move the averages of the parameters towards their weights. counts: of the weights that are in the average."""
+        by_kind: dict[tuple[torch.device, torch.dtype, int], list[nn.Parameter]] = {}
         for parameter in parameters:
-            by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        for group in by_kind.values():
+            kind = parameter.device, parameter.dtype, counts.get(parameter, 0)
+            by_kind.setdefault(kind, []).append(parameter)
+        for (_, _, count), group in by_kind.items():
             average([self.state[p][key] for p in group], [p.detach() for p in group], count)
 
     @contextlib.contextmanager
@@ -134,11 +147,13 @@ class AveragedWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the parameters' state."""
-        return {"steps": self.steps, "before": self.before, "is_swapped": self.is_swapped}
+        kept = ("updates", "steps", "before", "late", "is_swapped")
+        return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue; a checkpoint that was written while swapped holds the averages as its weights, and is swapped."""
         self.steps, self.before, self.is_swapped = state["steps"], state["before"], state["is_swapped"]
+        self.updates, self.late = state.get("updates", 0), dict(state.get("late", {}))
         if self.is_swapped:
             self.swap()
 

@@ -193,7 +193,7 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
         model gets the averaged weights where they are better (not where the trainer loads the best checkpoint).
         """
         try:
-            if self.held_out is not None and not args.load_best_model_at_end and not self.has_ended:
+            if self.held_out is not None and not args.load_best_model_at_end:
                 self.held_out.take_better()
                 self.held_out = None  # the weights that the model has now stay
         finally:

@@ -131,6 +131,7 @@ class Freezer:
         self.still.forget()
         self.decided -= names
         self.applied -= names
+        self.rounds_done = min(self.rounds_done, self._round_number())  # what freezes again is applied again
         for name in names:
             for parameter in self.by_name[name].parameters:
                 parameter.requires_grad_(True)

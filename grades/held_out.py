@@ -34,11 +34,13 @@ class HeldOut:
         """(summed loss in nats, label tokens) of each row of a part of the batches (see grades.rollback.Evaluate), in
         the same order on all ranks. Draws no random number."""
         model, found = self.trainer.model, []
+        every = 4 if len(self.batches) >= 4 else len(self.batches) + 1  # of few batches none stands for all
+        batches = [batch for i, batch in enumerate(self.batches, start=1) if (i % every == 0) == first]
         was_training = model.training
         model.eval()
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                for batch in [batch for i, batch in enumerate(self.batches) if (i % 4 == 0) == first]:
+                for batch in batches:
                     inputs = self.trainer._prepare_inputs(batch)
                     with self.trainer.compute_loss_context_manager():
                         logits = model(**inputs).logits

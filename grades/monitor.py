@@ -66,8 +66,7 @@ class GradESMonitor:
             )
         thaw_leftovers(model, optimizer)
         self.config = config = config.fixed()
-        self.is_closed = False
-        self.log, self.detail, self.broadcast = log, detail, broadcast
+        self.is_closed, self.log, self.detail, self.broadcast = False, log, detail, broadcast
         self.components, self.num_matrices = watched_components(model, config)
         self.towers = tuple(dict.fromkeys(component.tower for component in self.components))
         self.by_name = {component.name: component for component in self.components}
@@ -84,6 +83,7 @@ class GradESMonitor:
         self.frozen: dict[str, int] = {}  # name -> step of freezing
         self.streaks: dict[str, int] = {}  # name -> checks in a row below tau
         self.converged_step: int | None = None  # with on_converged cooldown, the step after which it begins
+        self.has_cooled = False  # the loop says so when it ends after that cooldown
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
         self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
@@ -104,10 +104,8 @@ class GradESMonitor:
         config = self.config
         if config.metric != ROLLBACK:
             return make_metric(config.metric, config.monitor_sample, optimizer)
-        return Rollback(
-            model, self.components, averages, evaluate, config.compute_interval, config.rollback_parts,
-            limits=config.rollback_limits({(c.tower, c.part) for c in self.components}),
-        )  # fmt: skip
+        limits = config.rollback_limits({(c.tower, c.part) for c in self.components})
+        return Rollback(model, self.components, averages, evaluate, config.rollback_parts, limits, config.freeze_to)
 
     def close(self) -> None:
         """Leave the model as it was before: everything trains again that was frozen here, and no hook, copy of a weight
@@ -323,7 +321,8 @@ class GradESMonitor:
             "total_steps": self.total_steps,
             "grace_steps": self.grace_steps,
             "last_step": self.last_step,
-            "stopped_early": self.enough_frozen() or self.converged_step is not None,
+            "stopped_early": self.enough_frozen() or self.has_cooled,
+            "converged_step": self.converged_step,
             "components": [
                 {"name": c.name, "tower": c.tower, "kind": c.kind, "layer": c.layer, "elements": c.elements}
                 | {"tau": self.taus.get(c.name)}
@@ -343,6 +342,7 @@ class GradESMonitor:
         return {
             "components": [component.name for component in self.components],
             "measure": self._measure_settings(),
+            "compute_interval": self.config.compute_interval,
             "frozen": dict(self.frozen),
             "streaks": dict(self.streaks),
             "taus": dict(self.taus),
@@ -366,7 +366,8 @@ class GradESMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state; what was frozen is frozen again at once. Taus that the config gives override it.
 
-        A "metric" of None (its tensors belong to other shards of the weights) means to measure from the beginning.
+        A "metric" of None (its tensors belong to other shards of the weights) means to measure from the beginning; so
+        does another compute_interval, as a change over other steps is no change to compare with tau.
         To be called before the model is wrapped or compiled. Raises ValueError for another model or another measure.
         """
         names = [component.name for component in self.components]
@@ -385,12 +386,12 @@ class GradESMonitor:
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }
-        self.last_step = state["last_step"]
+        self.last_step, self.grace_checks = state["last_step"], list(state["grace_checks"])
         self.checks, self.events = list(state["checks"]), list(state["events"])
-        self.grace_checks = list(state["grace_checks"])
         self.converged_step, self.validation = state.get("converged_step"), list(state.get("validation", ()))
         self.latest = dict(state["latest"])
-        if state["metric"] is not None:
+        interval = state.get("compute_interval", self.config.compute_interval)
+        if state["metric"] is not None and (interval == self.config.compute_interval or self.config.metric == ROLLBACK):
             self.metric.load_state_dict(state["metric"], self.components)
         self.scale.load_state_dict(state["scale"])
         self.freezer.load_state_dict(state["freezer"])

@@ -64,7 +64,7 @@ def summary(history: dict[str, Any]) -> list[str]:
 def undecided(history: dict[str, Any]) -> list[str]:
     """A line for each tower that trained to the end though its last rollback gain was below tau: not by its error."""
     lines: list[str] = []
-    if history["stopped_early"]:
+    if history["stopped_early"] or history.get("converged_step") is not None:
         return lines
     measured = (check["gains"] for check in reversed(history["checks"]) if check.get("gains"))
     gains: dict[str, tuple[float, float]] = next(measured, {})
@@ -72,7 +72,8 @@ def undecided(history: dict[str, Any]) -> list[str]:
     for tower, (gain, error) in gains.items():
         taus = [c["tau"] for c in history["components"] if c["tower"] == tower and c["name"] not in frozen]
         tau = max((tau for tau in taus if tau is not None), default=-math.inf)
-        if gain < tau <= gain + CERTAINTY * error:
+        may_freeze = history["config"].get(f"freeze_{tower}", True)
+        if may_freeze and gain < tau <= gain + CERTAINTY * error:
             times = math.ceil((CERTAINTY * error / (tau - gain)) ** 2)
             lines.append(
                 f"{tower}: the last gain, {gain:.4f} \u00b1 {error:.4f} nats per 100 steps, is below tau {tau:g} but "

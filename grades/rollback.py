@@ -29,9 +29,11 @@ SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
 Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
 # Gives the losses of a part of a fixed sample of held-out rows under the model's present weights. Its arguments:
 # whether the vision tower's weights are those of the latest call for these rows, whose image features then serve again;
-# and which part it is: True the first one, every fourth batch; False the others.
+# and which part it is: True the first one, every fourth batch; False the others. Its method `release`, if it has one,
+# is called when the features of the images cannot serve again.
 Evaluate = Callable[[bool, bool], Losses]
 FIRST, OTHERS = True, False
+KEPT = ("gains", "scale", "older_at", "is_measured", "is_whole")  # with the state, as they are
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,25 @@ class Rollback(Metric):
         components: Sequence[Component],
         averages: AveragedWeights | None,
         evaluate: Evaluate | None,
-        interval: int,
         parts: str = "towers",
         limits: Mapping[str, float] | None = None,
+        freeze_to: str = "average",
     ) -> None:
-        """interval: steps between two checks. parts: see `find_parts`. limits: of each tower, the value that keeps all
-        towers from freezing. Raises ValueError where averages or evaluate are missing."""
+        """parts: see `find_parts`. limits: of each tower, the value that keeps all towers from freezing. freeze_to: the
+        value that a part keeps. Raises ValueError where averages or evaluate are missing."""
         super().__init__()
         if averages is None or evaluate is None:
             raise ValueError("metric rollback: needs averaged weights and held-out rows: give average_weights 0.99")
         self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
-        self.scale, self.level, self.limits = PER_STEPS / interval, parts, dict(limits or {})
+        self.level, self.limits, self.freeze_to = parts, dict(limits or {}), freeze_to
+        self.scale = 1.0  # from the steps since the older averages to PER_STEPS
+        self.older_at: int | None = None  # updates of the averages when the older ones were kept
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
-        self.is_whole = True  # whether all rows were evaluated at the last check
-        self.losses: Losses = ()  # at the last check, under the averaged weights, of the rows that it needed
+        self.is_measured = False  # whether the last check evaluated anything
+        self.is_whole = True  # whether it evaluated all rows
+        self.losses: Losses = ()  # at the last check that did, under the averaged weights, of the rows that it needed
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
+        self.release: Callable[[], None] = getattr(evaluate, "release", lambda: None)
         vision = Towers(model).of
         self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
         self.seen: set[bool] = set()  # parts of the rows whose latest evaluation was with the vision tower of now
@@ -86,10 +92,12 @@ class Rollback(Metric):
         parts = find_parts(self.model, components, self.level)
         known = [part for part in parts if self._can_go_back(part)]
         bounds: dict[str, list[float]] = {}
-        self.gains = {}
+        self.gains, self.is_measured = {}, bool(known)
         if not known:
             self._remember()
             return dict.fromkeys((component.name for component in components), None)
+        assert self.older_at is not None
+        self.scale = PER_STEPS / (self.averages.updates - self.older_at)
         with self.averages.applied():
             known.sort(key=lambda part: part.tower == VISION)  # until then the images' features are the same
             self.losses, first = self._screen(known[0])
@@ -105,6 +113,7 @@ class Rollback(Metric):
                     break  # nothing can freeze at this check, and the vision tower is the dear one to measure
         if any(parameter.requires_grad for parameter in self.vision):
             self.seen.clear()
+            self.release()
         self._remember()
         return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}
 
@@ -131,12 +140,13 @@ class Rollback(Metric):
 
     def _can_go_back(self, part: Part) -> bool:
         averaged = self._averaged(part)
-        return bool(averaged) and all(OLDER in self.averages.state[p] for p in averaged)
+        since = 0 if self.older_at is None else self.averages.updates - self.older_at
+        return since > 0 and bool(averaged) and all(OLDER in self.averages.state[p] for p in averaged)
 
     def details(self) -> dict[str, Any]:
         """For the history: the mean loss in nats, of how many rows, whether these are all, and (gain, standard error)
         of each part in nats per 100 steps."""
-        if not self.losses:
+        if not self.is_measured:
             return {}
         loss, _ = mean_and_error(self.losses)
         gains = {part: [self.scale * value for value in pair] for part, pair in self.gains.items()}
@@ -144,9 +154,11 @@ class Rollback(Metric):
 
     def risen(self) -> list[str]:
         """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""
+        if not self.is_measured:
+            return []
         tokens = [count for _, count in self.losses]
         for name, before in self.at_freeze.items():
-            if [count for _, count in before] != tokens:  # resumed with other rows: the loss is compared from here on
+            if [count for _, count in before] != tokens:  # unknown or of other rows: it is compared from here on
                 self.at_freeze[name] = self.losses
         rises = {id(before): paired_difference(before, self.losses) for before in self.at_freeze.values()}
         return [
@@ -156,9 +168,10 @@ class Rollback(Metric):
         ]
 
     def forget(self, names: Iterable[str]) -> None:
-        """Remember the losses at which these froze, if they are known."""
+        """Remember the losses at which these froze, if they are known: where they keep their last values, it was
+        measured with others, and the next check tells."""
         if self.losses:
-            self.at_freeze |= dict.fromkeys(names, self.losses)
+            self.at_freeze |= dict.fromkeys(names, self.losses if self.freeze_to == "average" else ())
 
     def thaw(self, names: Iterable[str]) -> None:
         """These train again."""
@@ -192,6 +205,7 @@ class Rollback(Metric):
             if OLDER not in state:
                 state[OLDER] = torch.empty_like(state[AVERAGE])
             state[OLDER].copy_(state[AVERAGE])
+        self.older_at = self.averages.updates
 
     def state_dict(self) -> dict[str, Any]:
         """The older averages are in the parameters' state."""
@@ -199,11 +213,15 @@ class Rollback(Metric):
             "losses": list(self.losses),
             "at_freeze": dict(self.at_freeze),
             "seen": sorted(self.seen),
+            **{name: getattr(self, name) for name in KEPT},
         }
 
     def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
         self.losses, self.at_freeze = state["losses"], dict(state["at_freeze"])
         self.seen = set(state.get("seen", ()))
+        for name in KEPT:
+            if name in state:  # older checkpoints have none: the first check measures nothing then
+                setattr(self, name, state[name])
 
 
 def find_parts(model: nn.Module, components: Sequence[Component], level: str = "towers") -> list[Part]:

@@ -338,7 +338,8 @@ class TrainConfig(Checked):
         )
 
     def relations(self) -> Iterable[Relation]:
-        draws_turns = self.turns_per_image is not None
+        draws_turns, has_tasks = self.turns_per_image is not None, self.eval_tasks is not None
+        warmup_ratio = max(self.warmup_ratio, self.warmup_ratio_mp or 0)
         peak_lr = max(self.lr_mp, self.lr_vision_backbone, self.lr_language_backbone)
         return [
             (peak_lr > 0, "lr_mp", "> 0 where both towers' learning rates are 0: nothing would train"),
@@ -364,19 +365,16 @@ class TrainConfig(Checked):
                 "0, auto, or at least batch_size",
             ),
             (
-                self.eval_tasks is not None or self.best_metric in ("loss", "exact_match"),
+                has_tasks or self.best_metric in ("loss", "exact_match"),
                 "metric_for_best_model",
                 "loss or exact_match without eval_tasks",
             ),
+            (self.validates or self.best_metric != "exact_match", "val_size", "> 0 for exact_match of the best model"),
+            (has_tasks or self.eval_tasks_interval is None, "eval_tasks", "given with eval_tasks_interval"),
             (
-                self.validates or self.best_metric != "exact_match",
-                "val_size",
-                "> 0 for the exact_match of the best model",
-            ),
-            (
-                self.eval_tasks is not None or self.eval_tasks_interval is None,
-                "eval_tasks",
-                "given with eval_tasks_interval",
+                self.lr_schedule != "wsd" or warmup_ratio + self.cooldown_ratio <= 1,
+                "cooldown_ratio",
+                "at most 1 less the longest warm-up with lr_schedule wsd",
             ),
             (
                 self.resume_weights is None or not self.resume_from_vlm_checkpoint,

@@ -164,6 +164,15 @@ class Checkpointer:
                 part.load_state_dict(state, shards.get(name))
             else:
                 part.load_state_dict(state)
+        if self.averages is None and "averages" in saved["states"]:
+            self._leave_averages(saved["states"]["averages"])
+
+    def _leave_averages(self, averages: dict[str, Any]) -> None:
+        """This run averages no more: train on from the last weights, and hold nothing of the averages."""
+        former = AveragedWeights(self.model.parameters(), self.optimizer, 0)
+        former.load_state_dict(averages)  # which swaps them back
+        former.settle(former.parameters, to="last")
+        self.stateful["loop"].averaged_is_better = False
 
     def _load_optimizer(self, saved: dict) -> None:
         """Take up the moments; peak learning rates and the like stay as the settings have them."""

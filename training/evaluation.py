@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from grades import GradESMonitor
@@ -30,6 +31,18 @@ class Evaluator(Protocol):
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
 
 
+class RowLosses(Protocol):
+    """Measures rows one by one: eval.evaluation.Evaluator."""
+
+    measured: list[dict]  # the batches that the latest call took
+
+    def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each conversation of a part of the first rows."""
+
+    def release(self) -> None:
+        """Let go of the features of the images."""
+
+
 class Tasks(Protocol):
     """Lets the model answer benchmarks: eval.task_evaluation.TaskEvaluator."""
 
@@ -54,6 +67,27 @@ class Samples(Protocol):
 
     def page(self, title: str, freezes: list[tuple[int, str, bool]]) -> str:
         """The page. freezes: (step, tower, whether a matrix trains again instead of freezing)."""
+
+
+@dataclass
+class HeldOutLosses:
+    """What the metric rollback asks for; see grades.rollback.Evaluate."""
+
+    evaluator: RowLosses
+    rows: int
+    parallel: Parallel
+    meter: Meter
+
+    def __call__(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
+        """(summed loss in nats, label tokens) of each conversation of a part of the first rows. Counts the FLOPs."""
+        with self.meter.clock("rollback"):
+            losses = self.parallel.with_model(lambda: self.evaluator.row_losses(self.rows, same_vision, first))
+            self.meter.flops.add_forward(self.evaluator.measured)
+        return losses
+
+    def release(self) -> None:
+        """Let go of the features of the images."""
+        self.evaluator.release()
 
 
 class EvaluationSchedule:
@@ -89,7 +123,7 @@ class EvaluationSchedule:
         start = None if self.monitor is None else self.monitor.converged_step
         if start is not None and state.step >= start + cooldown_steps(self.cfg, start):
             return "converged"
-        if self.early_stopping is not None and self.early_stopping.is_over:
+        if start is None and self.early_stopping is not None and self.early_stopping.is_over:  # a cooldown goes on
             return "early_stopping"
         return "max_training_steps" if state.step >= self.cfg.max_training_steps else None
 

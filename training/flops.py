@@ -85,6 +85,8 @@ class FlopCounter:
         self.flags = self._flags()
         self.cost = self.cost_unfrozen = model_cost(model)
         self.cost_forward = forward_cost(model)
+        # A cache serves a vision tower that never trains without GradES too.
+        self.vision_trains = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
         self.done = self.measured = self.unfrozen = 0  # done: measured is a part of it
 
     def add(self, micro_batches: Iterable[dict]) -> None:
@@ -94,7 +96,7 @@ class FlopCounter:
             self.flags, self.cost = flags, model_cost(self.model)
         for batch in micro_batches:
             self.done += self.cost.of(batch)
-            self.unfrozen += self.cost_unfrozen.of(batch | {"cached_images": 0})
+            self.unfrozen += self.cost_unfrozen.of(batch | {"cached_images": 0} if self.vision_trains else batch)
 
     def add_forward(self, batches: Iterable[dict]) -> None:
         """Count forward passes without a backward one, which GradES makes to measure."""

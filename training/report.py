@@ -205,7 +205,7 @@ def make_summary(
         "peak_memory_gib": None if peak is None else peak / 2**30,
         "reserved_memory_gib": None if reserved is None else reserved / 2**30,
         "data_wait_time_s": meter.total_wait_s,
-        "feature_cache_hits": cache.hits if cache else None,  # images
+        "feature_cache_hits": cache.hits if cache else None,  # images of this process
         "feature_cache_lookups": cache.lookups if cache else None,
         "train_tokens": meter.total_tokens,
         "val_loss": state.val.get("val/loss"),

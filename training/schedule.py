@@ -20,18 +20,21 @@ def lr_factor(
     cooldown_start: the step after which the run converged and cools down; the rate never rises, as a schedule may be
     lower already. warmup_ratio: in place of cfg's.
     """
-    total = cfg.max_training_steps
-    warmup = int((cfg.warmup_ratio if warmup_ratio is None else warmup_ratio) * total)
-    if step <= warmup:
-        return step / warmup
-    planned = _planned((step - warmup) / max(1, total - warmup), step, cfg)
+    ratio = cfg.warmup_ratio if warmup_ratio is None else warmup_ratio
+    planned = _planned(step, cfg, ratio)
     if cooldown_start is None:
         return planned
-    return min(planned, _cooled((step - cooldown_start) / cooldown_steps(cfg, cooldown_start), cfg))
+    cooled = _cooled((step - cooldown_start) / cooldown_steps(cfg, cooldown_start), cfg)
+    return min(planned, cooled, _planned(cooldown_start, cfg, ratio))  # which may lie in the warm-up
 
 
-def _planned(progress: float, step: int, cfg: TrainConfig) -> float:
-    """The factor of the schedule. progress: the share of the steps after the warm-up."""
+def _planned(step: int, cfg: TrainConfig, warmup_ratio: float) -> float:
+    """The factor of the warm-up and the schedule."""
+    total = cfg.max_training_steps
+    warmup = int(warmup_ratio * total)
+    if step <= warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
     if cfg.lr_schedule == "constant":
         return 1.0
     if cfg.lr_schedule == "wsd":

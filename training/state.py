@@ -27,8 +27,8 @@ class LoopState:
         """Take in the numbers of a validation after this step."""
         self.val, self.val_step = val, self.step
         loss, averaged = val["val/loss"], val.get("val/loss_averaged")
-        if loss is not None and averaged is not None:
-            self.averaged_is_better = averaged <= loss
+        if loss is not None:
+            self.averaged_is_better = averaged is not None and averaged <= loss
 
     def val_of(self, metric: str) -> float | None:
         """The number of the latest validation by its name without "val/", the loss of the better weights."""
