@@ -59,6 +59,24 @@ def test_a_resumed_run_is_the_whole_run(hf, tmp_path):
     assert callback.monitor.checks == measured.monitor.checks
 
 
+def test_a_run_that_had_ended_leaves_the_same_weights_when_it_is_resumed(hf, tmp_path, monkeypatch):
+    monkeypatch.setattr(HeldOut, "mean_loss", lambda self: 1.0 if self.averages.is_swapped else 2.0)
+    flags = {"max_steps": 8, "save_steps": 2, "save_strategy": "steps"}
+    ended, _ = run(hf, tmp_path / "run", tau=ALWAYS, **flags)
+    assert ended.state.global_step == 4
+    again, _ = run(hf, tmp_path / "run", tau=ALWAYS, resume=str(tmp_path / "run" / "checkpoint-4"), **flags)
+    assert hf.same(ended.model, again.model)
+
+
+def test_of_few_batches_none_stands_for_all(hf, tmp_path):
+    arguments = hf.TrainingArguments(**hf.arguments(tmp_path) | {"per_device_eval_batch_size": 2})
+    rows = hf.rows()[:12]
+    for count, shares in ((4, (0, 4)), (6, (0, 6)), (8, (2, 6)), (10, (2, 8))):
+        trainer = hf.Trainer(hf.llama(), arguments, train_dataset=rows, eval_dataset=rows)
+        held_out = HeldOut(trainer, hf.settings(**FLAGS | {"rollback_rows": count}))
+        assert tuple(len(held_out.losses(False, first)) for first in (True, False)) == shares
+
+
 def test_it_asks_for_held_out_rows(hf, tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         hf.run(tmp_path, hf.settings(**FLAGS), hf.llama(), max_steps=2)
@@ -104,7 +122,7 @@ def test_masked_language_models_are_not_shifted(hf, tmp_path):
     model = BertForMaskedLM(config).eval()
     arguments = hf.TrainingArguments(**hf.arguments(tmp_path))
     trainer = hf.Trainer(model, arguments, train_dataset=hf.rows(), eval_dataset=hf.rows()[:4])
-    [(total, count), *_] = HeldOut(trainer, hf.settings(**FLAGS)).losses(False, first=True)
+    [(total, count), *_] = HeldOut(trainer, hf.settings(**FLAGS)).losses(False, first=False)
     ids = torch.tensor([hf.rows()[0]["input_ids"]])
     with torch.no_grad():
         assert total / count == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-4)

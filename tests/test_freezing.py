@@ -300,6 +300,16 @@ def test_a_tower_that_is_decided_whole_waits_for_no_share_of_the_other():
     assert not trainable(model, "vision_encoder")
 
 
+def test_what_thaws_and_freezes_again_is_applied_again(model):
+    freezer = Freezer(model, find_components(model), None, rewrap=lambda: None)
+    loss_of(model)
+    vision = {c.name for c in freezer.components if c.tower == "vision"}
+    for _ in range(2):
+        freezer.freeze(vision)
+        assert not trainable(model, "vision_encoder")
+        freezer.unfreeze(vision)
+
+
 def test_what_waited_for_a_round_is_applied_where_a_run_continues_without_rounds(model):
     freezer = Freezer(model, find_components(model), None, rounds=1, rewrap=lambda: None)
     freezer.freeze([c.name for c in freezer.components if c.tower == "vision"])

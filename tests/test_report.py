@@ -74,7 +74,9 @@ def test_a_gain_below_tau_within_its_error_is_told(gain, frozen, told):
     assert lines == [line for line in summary(history) if "held-out rows" in line]
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
-    assert not undecided(history | {"stopped_early": True})  # in the cooldown after it has converged, say
+    assert not undecided(history | {"stopped_early": True})
+    assert not undecided(history | {"converged_step": 10})  # its cooldown was cut short, say
+    assert not undecided(history | {"config": history["config"] | {"freeze_language": False}})
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,16 @@ def test_the_rate_never_rises_when_a_run_cools_down(schedule, converged):
     assert factors[converged - 31] == lr_factor(converged, cfg)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_rate_never_rises_in_a_cooldown_that_begins_in_a_warm_up(schedule):
+    flags = ["--max_training_steps", "1000", "--lr_schedule", schedule, "--min_lr_ratio", "0"]
+    cfg = parse_arguments(flags).train
+    factors = [lr_factor(step, cfg, 400, warmup_ratio=0.5) for step in range(400, 1001)]
+    assert factors[0] == lr_factor(400, cfg, warmup_ratio=0.5) == 0.8
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] == 0
+
+
 def test_each_part_has_its_own_peak_learning_rate():
     settings = parse_arguments([f"--{k}={v}" for k, v in TINY.items()] + ["--lr_mp=0.3", "--lr_vision_backbone=0"])
     model = VisionLanguageModel(settings.vlm)
