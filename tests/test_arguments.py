@@ -147,6 +147,9 @@ def test_every_impossible_value_is_named_at_once(capsys):
     assert isinstance(parse_arguments(["--val_size", "40"]).train.val_size, int)
     assert "--val_size 1.5" in errors_of(capsys, "--val_size", "1.5")
     assert "--log_with trackio" in errors_of(capsys, "--log_with", "trackio", "--log_wandb")
+    longest = ["--lr_schedule", "wsd", "--warmup_ratio_mp", "0.9"]
+    assert "--cooldown_ratio 0.3: must be at most" in errors_of(capsys, *longest, "--cooldown_ratio", "0.3")
+    assert parse_arguments([*longest, "--cooldown_ratio", "0.1"]).train.cooldown_ratio == 0.1
 
 
 def test_unknown_flags_and_values_of_another_kind_are_named_at_once(capsys):

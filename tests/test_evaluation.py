@@ -90,3 +90,15 @@ def test_an_evaluation_of_a_run_is_one_pass(decoded):
     assert len(decoded) == 5
     assert seen["val/loss"] > 0
     assert 0 <= seen["val/exact_match"] <= 1
+
+
+def test_early_stopping_ends_no_cooldown():
+    evaluator = make_evaluator(early_stopping=True, max_training_steps=100)
+    monitor = SimpleNamespace(enough_frozen=lambda: False, converged_step=None)
+    schedule = EvaluationSchedule(evaluator.cfg, evaluator, monitor, None, None, None, None)
+    for _ in range(1 + evaluator.cfg.es_patience):
+        schedule.early_stopping.update(1.0)
+    assert schedule.end_reason(LoopState(step=41)) == "early_stopping"
+    monitor.converged_step = 40
+    assert schedule.end_reason(LoopState(step=41)) is None
+    assert schedule.end_reason(LoopState(step=99)) == "converged"

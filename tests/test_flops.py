@@ -93,6 +93,14 @@ def test_text_alone_costs_no_vision(model):
     assert model_cost(model).of(data) == counted(model, data)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_cache_is_no_saving_of_grades_where_the_vision_tower_never_trains(model, trains):
+    model.vision_encoder.requires_grad_(trains)
+    counter = FlopCounter(model)
+    counter.add([batch() | {"cached_images": 2}])
+    assert (counter.done < counter.unfrozen) == trains
+
+
 def test_a_freeze_lowers_the_steps_after_it(model):
     data, counter = batch(), FlopCounter(model)
     counter.add([data, data])
