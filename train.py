@@ -229,10 +229,7 @@ def train(
     if checkpoints.saved_step != state.step:
         with meter.clock("save"):
             checkpoints.save(state)
-    reason = "interrupted" if stop.requested else data.limit.reason or str(evaluations.end_reason(state))
-    if monitor is not None:
-        monitor.has_cooled = reason == "converged"
-    return reason
+    return "interrupted" if stop.requested else data.limit.reason or str(evaluations.end_reason(state))
 
 
 def test_and_report(
@@ -255,6 +252,8 @@ def test_and_report(
     A signal during the test interrupts the run: once resumed it runs the test again.
     """
     scores = None
+    if monitor is not None:
+        monitor.has_cooled = stop_reason == "converged"
     if data.test_dataset is not None and stop_reason in END_REASONS:
         scores = evaluations.test(state)
         stop_reason = "interrupted" if stop.requested else stop_reason
