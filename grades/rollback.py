@@ -69,7 +69,10 @@ class Rollback(Metric):
         towers from freezing. Raises ValueError where averages or evaluate are missing."""
         super().__init__()
         if averages is None or evaluate is None:
-            raise ValueError("metric rollback: needs averaged weights and held-out rows: give average_weights 0.99")
+            raise ValueError(
+                "metric rollback: needs averaged weights and held-out rows: with train.py --average_weights 0.99; in a "
+                "loop of your own the arguments averages and evaluate of GradESMonitor (docs/grades.md)"
+            )
         self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
         self.scale, self.level, self.limits = PER_STEPS / interval, parts, dict(limits or {})
         self.gains: dict[str, tuple[float, float]] = {}  # by part, at the last check: (gain, standard error), nats
