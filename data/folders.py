@@ -12,9 +12,14 @@ from data.text_files import DELIMITERS, TYPES
 FILE_TYPES = (".parquet", *TYPES, ".tar")
 ARROW = ".arrow"  # what save_to_disk writes
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets: no rows
-SPLIT_WORDS = {"train": "train", "test": "test", "val": "validation", "validation": "validation", "dev": "validation"}
-# The split in the name of an annotation file of COCO or VQAv2.
-COCO_SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:-dev)?20\d\d(?=$|[-_.])")
+# Those of Hugging Face datasets. COCO's test-dev is of its test images.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test-dev", "test", "testing", "eval", "evaluation"), "test"),
+}
+LETTER = r"[^\W\d_]"
+SPLIT_WORD = re.compile(rf"(?<!{LETTER})(?:{'|'.join(SPLIT_WORDS)})(?!{LETTER})")
 
 
 def is_saved(folder: Path) -> bool:
@@ -47,12 +52,12 @@ def of_split(
     folder: Path,
     split: str,
     flag: str,
-    words_of: Callable[[Path], Sequence[str]] | None = None,
+    names_of: Callable[[Path], Sequence[str]] | None = None,
 ) -> list[Path]:
-    """All files; where names begin with a split ("train-00.parquet", "test/a.csv"), or hold one with its year
-    ("captions_val2017.json"), those of this one, the others being of train.
+    """All files; where names hold the word of a split ("my_train-00.parquet", "test/a.csv", "captions_val2017.json"),
+    those of this one, the others being of train.
 
-    words_of: what of a file's name may name a split.
+    names_of: which names may name a file's split, from the outermost: else its own and those of its folders.
     """
     if not files:
         raise FileNotFoundError(
@@ -60,9 +65,8 @@ def of_split(
         )
     splits: dict[str, list[Path]] = {}  # under "" those that name none
     for file in files:
-        words = words_of(file) if words_of else (re.split(r"[-_.]", file.name)[0], *file.relative_to(folder).parts[:-1])
-        words = [*words, *COCO_SPLIT.findall(file.name)]
-        splits.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), ""), []).append(file)
+        names = names_of(file) if names_of else file.relative_to(folder).parts
+        splits.setdefault(_named_split(names, f"--{flag} {file}"), []).append(file)
     if set(splits) == {""}:
         return files
     splits["train"] = sorted(splits.get("train", []) + splits.pop("", []))
@@ -70,3 +74,14 @@ def of_split(
         there = ", ".join(sorted(name for name, found in splits.items() if found))
         raise ValueError(f"--{flag} {folder}: no split {split}; there are {there}")
     return wanted
+
+
+def _named_split(names: Sequence[str], what: str) -> str:
+    """The split in the innermost name that holds the word of one; "" where none does."""
+    for name in reversed(names):
+        found = sorted({SPLIT_WORDS[word] for word in SPLIT_WORD.findall(name.lower())})
+        if len(found) > 1:
+            raise ValueError(f"{what}: the name {name} must hold one split, not {' and '.join(found)}; rename it")
+        if found:
+            return found[0]
+    return ""

@@ -49,17 +49,20 @@ class Loader:
         files = [file for file in data_files(path) if not any(file.is_relative_to(folder) for folder in saved)]
         if not files and not saved and (images := image_files(path)):
             return {"": partial(self._class_parts, images, path)}
+        with_splits = [one for one in saved if (one / "dataset_dict.json").exists()]
+        found = [*files, *(one for one in saved if one not in with_splits)]
+        of_split = with_splits + (self._of_split(found, path) if found or not saved else [])
+        subsets: Subsets = {one.name: partial(self._folder_parts, one, one.name) for one in saved if one in of_split}
         by_name: dict[str, list[Path]] = {}
-        for file in self._of_split(files, path) if files or not saved else []:
+        for file in (one for one in of_split if one not in saved):
             below = file.relative_to(path).parts
             by_name.setdefault(below[0] if len(below) > 1 else "", []).append(file)
-        subsets: Subsets = {one.name: partial(self._folder_parts, one, one.name) for one in saved}
         for name, found in by_name.items():
             subsets[name] = partial(self._file_parts, found, path / name, name, path.parent)
         return dict(sorted(subsets.items()))
 
-    def _of_split(self, files: list[Path], folder: Path, words_of: Callable | None = None) -> list[Path]:
-        return of_split(files, folder, self.split, self.flag, words_of)
+    def _of_split(self, files: list[Path], folder: Path, names_of: Callable | None = None) -> list[Path]:
+        return of_split(files, folder, self.split, self.flag, names_of)
 
     def _part(self, name: str, table: Any, subset: str, folder: Path | None, what: str) -> Part:
         """The part, if its rows have a known format."""

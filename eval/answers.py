@@ -66,13 +66,15 @@ def match(given: Iterable[tuple[str, str]], benchmark: Benchmark, missing: str =
     """Id -> answer, for ids of the benchmark.
 
     missing, for questions without an answer: "error"; "wrong", an empty answer; or "skip", which leaves them out.
-    Where the benchmark is a part of its questions, answers to others may be there; they are left out.
+    Where the benchmark is a part of its questions, answers to others may be there; they are left out, as are those to
+    questions without a truth.
     Raises ValueError that names the ids that are missing, there twice or unknown.
     """
     name, ids = benchmark.task.name, [question.id for question in benchmark.questions]
     by_number = {f"#{question.number}": question.id for question in benchmark.questions}
     known = set(ids)
     pairs = [(one if one in known else by_number.get(one, one), answer) for one, answer in given]
+    pairs = [(one, answer) for one, answer in pairs if one not in benchmark.without_truth]
     if benchmark.is_part and known & {one for one, _ in pairs}:
         pairs = [(one, answer) for one, answer in pairs if one in known]
     counts = Counter(one for one, _ in pairs)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.values import BadRow, image_of
+from data.web_images import WebImage
 from eval.prompts import STYLES, styled
 from eval.rules import Item, Question, Task
 from eval.tables import Table, open_table
@@ -35,6 +36,7 @@ class Benchmark:
     image_table: Table | None = None
     image_numbers: dict[str, int] = field(default_factory=dict)
     is_part: bool = False  # the first of the questions, or some that were drawn
+    without_truth: set[str] = field(default_factory=set)  # ids that may have answers, which cannot be scored
 
     @property
     def fingerprint(self) -> str:
@@ -174,14 +176,21 @@ def _read(task: Task, record: Mapping[str, Any], where: str) -> Item:
 
 def _digest(record: Mapping[str, Any], task: Task, folder: Path | None) -> str | None:
     """SHA-256 of the bytes of a record's first image; None where there is none to read."""
-    for column in task.images:
-        for image in _images(record.get(column), folder):
-            if isinstance(image, Mapping):
-                image = image.get("bytes") or image["path"]
-            if isinstance(image, str):
-                image = Path(image).read_bytes() if Path(image).is_file() else None
-            return hashlib.sha256(image).hexdigest() if image else None
-    return None
+    return next((digest_of(image) for column in task.images for image in _images(record.get(column), folder)), None)
+
+
+def digest_of(image: Any) -> str | None:
+    """SHA-256 of an image's bytes, or of its URL; None where there is none to read. image: see data.values.image_of."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image["path"]
+    if isinstance(image, WebImage):
+        image = image.url.encode()
+    if isinstance(image, str):
+        try:
+            image = Path(image).read_bytes()
+        except (OSError, ValueError):  # it is absent, or no path at all
+            return None
+    return hashlib.sha256(image).hexdigest() if image else None
 
 
 def _find_images(benchmark: Benchmark, root: Path | None, names: tuple[str, ...], columns: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from data.options import AS_THEY_ARE, RowOptions
 from data.rows import TableRows, load_rows
 from data.values import Reason
 from eval import metrics
-from eval.benchmarks import Benchmark, drawn
+from eval.benchmarks import Benchmark, digest_of, drawn
 from eval.rules import Item, Question, Rule, Task, each
 from eval.scorers import points, text
 from eval.scorers.judged import Judged
@@ -131,7 +131,13 @@ def open_own_rows(
         row_id = _own_value(rows, number, ID_KEYS) or row["id"]
         seen[row_id] += 1
         row_id = row_id if seen[row_id] == 1 else f"{row_id}#{seen[row_id]}"
-        found.questions += _questions(row, row_id, number, answered, _own_value(rows, number, CLUSTER_KEYS))
+        # No answer is scored without a truth: no need to read the images.
+        cluster = _own_value(rows, number, CLUSTER_KEYS) or (_first_shown(row) if answered else None)
+        for one in _questions(row, row_id, number, cluster or row_id):
+            if answered and (one.turn or {})["assistant"] is None:
+                found.without_truth.add(one.id)
+            else:
+                found.questions.append(one)
         has_points = has_points or row.get("format") in POINT_FORMATS
     if has_points:
         found.task = replace(found.task, rules=(*POINT_RULES, *RULES), max_new_tokens=POINT_TOKENS)
@@ -188,9 +194,18 @@ def _value_in(part: Part, number: int, keys: Sequence[str]) -> str | None:
     return None
 
 
-def _questions(row: Row, row_id: str, number: int, answered: bool, cluster: str | None) -> list[Question]:
-    asked = [turn for turn in row["texts"] if turn["user"] is not None]
-    turns = [turn for turn in asked if turn["assistant"] is not None or not answered]
+def _first_shown(row: Row) -> str | None:
+    """What rows share that show the same: their first image, as in benchmarks, or the path of their first video."""
+    if row["images"]:
+        return digest_of(row["images"][0])
+    video = next(iter(row.get("videos", ())), None)
+    video = video.get("path") if isinstance(video, Mapping) else video
+    return video if isinstance(video, str) else None
+
+
+def _questions(row: Row, row_id: str, number: int, cluster: str) -> list[Question]:
+    """All questions of a row, so that their ids are the same whether or not those without a truth are asked."""
+    turns = [turn for turn in row["texts"] if turn["user"] is not None]
     found = []
     for place, turn in enumerate(turns):
         truth: dict[str, Any] = {"answers": list(turn.get("answers") or [turn["assistant"]])}
@@ -201,5 +216,5 @@ def _questions(row: Row, row_id: str, number: int, answered: bool, cluster: str 
             turn["user"], turn["user"], truth, groups, len(truth.get("letters", ())) or None, system=row.get("system")
         )
         one = row_id if len(turns) == 1 else f"{row_id}/{place}"
-        found.append(Question(one, number, item, turn["user"], "", cluster or row_id, turn))
+        found.append(Question(one, number, item, turn["user"], "", cluster, turn))
     return found

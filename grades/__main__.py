@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     report.add_argument("--output", type=Path, help="where the pictures go (default: beside the history)")
     components = commands.add_parser("components", help="which matrices of a model are watched, and why others are not")
     components.add_argument("model", help="hub id, folder (of adapters too) or config.json; no weights are read")
-    components.add_argument("--taus", nargs="*", default=[], metavar="TOWER", help="further towers with a tau")
+    components.add_argument(
+        "--taus", nargs="*", default=[], metavar="TOWER", help="further towers with a tau, as audio or audio=0.1"
+    )
     given = parser.parse_args(arguments)
     try:
         print_report(given.folder, given.output) if given.command == "report" else print_components(given)
@@ -42,8 +44,12 @@ def print_components(given: argparse.Namespace) -> None:
     from grades import listing
     from grades.config import DEFAULT_TAUS
 
+    # NAME, or as the setting has it: NAME=TAU,NAME=TAU. What is watched does not depend on the tau.
+    towers = [one.partition("=")[0].strip() for taus in given.taus for one in taus.split(",")]
+    if not all(towers):
+        raise ValueError(f"--taus {' '.join(given.taus)}: must be names of towers, as audio or audio=0.1")
     model = listing.load(given.model)
-    found = listing.rows(model, (*DEFAULT_TAUS, *given.taus))
+    found = listing.rows(model, (*DEFAULT_TAUS, *towers))
     print(type(model).__name__, listing.table(found), sep="\n\n")
 
 

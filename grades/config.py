@@ -106,8 +106,8 @@ class GradESConfig(Checked):
         choices=("towers", "prefixes", "blocks"),
     )
     on_converged: str = doc(
-        "when all that may freeze has converged: stop the run; or begin the cooldown of the learning rate, in which "
-        "what converged last trains on, and stop after it",
+        "when max_frozen_ratio of all projection matrices has converged: stop the run; or begin the cooldown of the "
+        "learning rate, in which what converged last trains on, and stop after it",
         "stop",
         choices=("stop", "cooldown"),
     )
@@ -118,9 +118,9 @@ class GradESConfig(Checked):
     )
     freeze_order: str = doc(
         "any: whatever has converged freezes; front: only once all that lies before it is frozen; together: only when "
-        "all that may freeze has converged, so that the run ends and nothing freezes before; the metric rollback then "
-        "does not measure the vision tower while the language tower still gains, and only a quarter of the rows where "
-        "these leave no doubt",
+        "all that may freeze has converged, and nothing before; the run then ends, unless some may not freeze; the "
+        "metric rollback does not measure the vision tower while the language tower still gains, and only a quarter of "
+        "the rows where these leave no doubt",
         "any",
         choices=("any", "front", "together"),
     )

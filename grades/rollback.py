@@ -71,7 +71,10 @@ class Rollback(Metric):
         value that a part keeps. Raises ValueError where averages or evaluate are missing."""
         super().__init__()
         if averages is None or evaluate is None:
-            raise ValueError("metric rollback: needs averaged weights and held-out rows: give average_weights 0.99")
+            raise ValueError(
+                "metric rollback: needs averaged weights and held-out rows: with train.py --average_weights 0.99; in a "
+                "loop of your own the arguments averages and evaluate of GradESMonitor (docs/grades.md)"
+            )
         self.model, self.components, self.averages, self.evaluate = model, components, averages, evaluate
         self.level, self.limits, self.freeze_to = parts, dict(limits or {}), freeze_to
         self.scale = 1.0  # from the steps since the older averages to PER_STEPS

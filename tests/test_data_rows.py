@@ -129,6 +129,41 @@ def test_folder_of_files_by_split_and_subfolder(tmp_path):
         load_rows(str(tmp_path), names=["birds"])
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        ("rows_train.jsonl", "rows-valid.jsonl", "rows.test.jsonl"),
+        ("my_train/a.jsonl", "my_dev/a.jsonl", "2024 Test set/a.jsonl"),
+        ("training01.jsonl", "validation01.jsonl", "evaluation01.jsonl"),
+        ("eval/a_train.jsonl", "eval/a_val.jsonl", "eval/a_testing.jsonl"),  # the file's name before its folder's
+        ("test/train/a.jsonl", "test/val/a.jsonl", "train/eval/a.jsonl"),
+        ("trainable/contest/a.jsonl", "val_train_split/a_val.jsonl", "trainable/a_test-dev2015.jsonl"),
+    ],
+)
+def test_splits_are_named_as_in_hugging_face_datasets(tmp_path, train, validation, test):
+    files = {"train": train, "validation": validation, "test": test}
+    for split, name in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(tmp_path / name, {"images": [], "texts": [turn(split)]})
+    for split in files:
+        [found] = load_rows(str(tmp_path), split=split)
+        assert found["texts"][0]["user"] == split
+
+
+def test_a_name_with_two_splits_is_an_error(tmp_path):
+    for name in ("train.jsonl", "test_of_train.jsonl"):
+        write_lines(tmp_path / name, {"images": [], "texts": [turn()]})
+    with pytest.raises(ValueError, match=r"test_of_train.jsonl must hold one split, not test and train"):
+        load_rows(str(tmp_path))
+
+
+def test_subfolders_that_are_saved_data_sets_name_splits(tmp_path):
+    table(3).save_to_disk(tmp_path / "my_train")
+    table(2).save_to_disk(tmp_path / "my_test")
+    assert sizes(load_rows(str(tmp_path))) == {"my_train": 3}
+    assert sizes(load_rows(str(tmp_path), split="test")) == {"my_test": 2}
+
+
 def test_subfolders_of_every_format_are_subsets(tmp_path, capsys):
     import datasets
 

@@ -278,6 +278,19 @@ def test_a_bad_line_of_answers_is_named(tmp_path, text, words):
     assert words in str(error.value)
 
 
+def test_own_rows_that_show_the_same_are_known(tmp_path):
+    for name, data in {"a.png": b"one", "copy.png": b"one", "b.png": b"two"}.items():
+        (tmp_path / name).write_bytes(data)
+    shown = [{"image": "a.png"}, {"images": ["copy.png", "b.png"]}, {"image": "b.png"}, {"image": "gone.png"}]
+    shown += [{"image": "a.png", "cluster": "c"}, {"video": "v.mp4"}, {"video": "v.mp4"}, {}, {}]
+    rows = [one | {"question": "what?", "answer": "it"} for one in shown]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clusters = [one.cluster for one in open_own_rows(tmp_path / "my.jsonl", None).questions]
+    groups = [clusters.index(one) for one in clusters]
+    assert groups == [0, 0, 2, 3, 4, 5, 5, 7, 8]
+    assert clusters[3:5] == ["my.jsonl#3", "c"]
+
+
 def test_ones_own_rows(tmp_path, capsys):
     rows = [
         {"id": "x", "question": "what?", "answers": ["cat", "kitten"], "source": "one"},

@@ -229,13 +229,17 @@ def test_killed_answers_go_on_as_if_nothing_had_happened(checkpoint, prompts, tm
 
 def test_the_answers_can_be_scored(checkpoint, prompts, tmp_path, capsys):
     rows = [{"image": image, "question": "is it red?", "answer": "yes"} for image in ("0.png", "gone.png", "1.png")]
+    rows.append({"id": "talk", "texts": [{"user": "what?"}, {"user": "red?", "assistant": "no"}, {"user": "what?"}]})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answered(checkpoint, prompts, tmp_path / "a.jsonl")
+    made = answered(checkpoint, prompts, tmp_path / "a.jsonl")
+    assert [row["id"] for row in made[3:]] == ["talk/0", "talk/1", "talk/2"]
     flags = ["--answers", tmp_path / "a.jsonl", "--tasks", prompts, "--output", tmp_path / "out"]
-    with pytest.raises(ValueError, match=r"1 of 3 questions have no answer: rows\.jsonl#1"):
+    with pytest.raises(ValueError, match=r"1 of 4 questions have no answer: rows\.jsonl#1"):
         evaluate.main(evaluate.parse_arguments([str(one) for one in flags]))
     evaluate.main(evaluate.parse_arguments([*map(str, flags), "--missing", "wrong"]))
-    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 3
+    scored = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in scored] == ["rows.jsonl#0", "rows.jsonl#1", "rows.jsonl#2", "talk/1"]
+    assert scored[3]["answer"] == made[4]["answer"]  # to the question in the middle, the one with a truth
 
 
 def test_out_of_memory_names_the_flag(checkpoint, prompts, tmp_path, monkeypatch):

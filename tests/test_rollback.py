@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from grades.components import tower_of
 from grades.plots import convergence
 from grades.rollback import find_parts, mean_and_error, paired_difference
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 
 
@@ -60,6 +63,37 @@ def loop(config: dict, evaluate=None, **others) -> Loop:
 
 
 NEVER = {"vision_tau": 1e-12, "language_tau": 1e-12}
+
+
+@pytest.mark.parametrize("on_converged", ["stop", "cooldown"])
+def test_the_loop_of_the_docs_freezes_by_rollback(on_converged):
+    text = (ROOT / "docs" / "grades.md").read_text(encoding="utf-8").split("## In your own loop")[1]
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    settings = f'vision_tau=1e9, language_tau=1e9, alpha=0, on_converged="{on_converged}", compute_interval=3'
+    inner = make_model()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, row):
+            return self.inner(**batch(row))[1]
+
+    model = Model()
+    given = {
+        "torch": torch, "GradESConfig": GradESConfig, "GradESMonitor": GradESMonitor, "model": model,
+        "optimizer": make_optimizer(inner), "total_steps": STEPS, "batches": range(STEPS), "held_out": list(ROWS),
+        "row_loss": lambda row: (float(model(row)) * 20, 20),
+    }  # fmt: skip
+    exec(code.replace("compute_interval=50", settings), given)
+    monitor, averages = given["monitor"], given["averages"]
+    assert set(monitor.checks[-1]["gains"]) == {"vision", "language"}
+    assert averages.is_swapped
+    if on_converged == "stop":
+        assert (monitor.last_step, monitor.converged_step, set(monitor.frozen.values())) == (6, None, {6})
+    else:
+        assert (monitor.last_step, monitor.converged_step, monitor.frozen) == (STEPS, 6, {})
 
 
 def test_the_gain_is_what_a_slow_computation_says():
@@ -219,7 +253,7 @@ def test_the_parts(level, names):
 
 
 def test_it_says_what_it_needs():
-    with pytest.raises(ValueError, match="average_weights"):
+    with pytest.raises(ValueError, match=r"--average_weights 0.99; .* averages and evaluate of GradESMonitor"):
         GradESMonitor(GradESConfig(metric="rollback"), make_model(), total_steps=10)
     with pytest.raises(ValueError, match="rollback"):
         GradESConfig(metric="rollback", tau_mode="relative").check()

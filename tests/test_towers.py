@@ -255,8 +255,13 @@ def test_the_table_says_of_every_matrix_whether_it_is_watched(transformers, tmp_
         assert lines["model.language_model.embed_tokens"].endswith("no: no projection")
         assert lines["language:"] == "language: 14 matrices watched"
         assert lines["audio:"] == "audio: 0 matrices watched"
-    main(["components", str(tmp_path), "--taus", "audio"])
-    assert "audio: 12 matrices watched" in capsys.readouterr().out
+    for taus in (["audio"], ["audio=0.1"], ["time", "audio"], ["time=auto,audio=0.1"]):
+        main(["components", str(tmp_path), "--taus", *taus])
+        assert "audio: 12 matrices watched" in capsys.readouterr().out
+    for taus in ("", "=0.1", "audio,"):
+        with pytest.raises(SystemExit):
+            main(["components", str(tmp_path), "--taus", taus])
+        assert "must be names of towers" in capsys.readouterr().err
 
 
 def test_of_adapters_the_table_shows_the_pairs(transformers, tmp_path, capsys):
