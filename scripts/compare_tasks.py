@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from data import easy_vqa
 from grades.config import ROLLBACK_TAU
-from scripts import runs
+from scripts import run_flags, runs
 from scripts.compare_stopping import Curves
 from scripts.runs import Runs, RunSpec
 
@@ -99,11 +99,11 @@ def write_digits(folder: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="tasks", seeds=1)
+    parser = run_flags.make_parser(__doc__.splitlines()[0], prefix="tasks", seeds=1)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--tau", type=float, default=ROLLBACK_TAU, help=f"nats per 100 steps (default: {ROLLBACK_TAU})")
     parser.add_argument("--patience", type=int, default=2, help="checks in a row below tau (default: 2)")
-    return runs.read_arguments(parser, argv)
+    return run_flags.read_arguments(parser, argv)
 
 
 def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from grades.policy import grace_steps
-from scripts import runs
+from scripts import run_flags, runs
 from scripts.runs import Runs, RunSpec
 from training.checkpoint_folder import step_folders, step_of
 
@@ -32,12 +32,12 @@ PANELS = ("accuracy", "total_time_s", "flops_ratio", "steps")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1, recipe=runs.PAPER_RECIPE)
+    parser = run_flags.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1, recipe=runs.PAPER_RECIPE)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], help="grace periods")
     factors = "factors on the recipe's taus"
     parser.add_argument("--taus", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8], help=factors)
     parser.add_argument("--grades_flags", default="", help='flags of the GradES runs, in one word: "--patience 3"')
-    arguments = runs.read_arguments(parser, argv)
+    arguments = run_flags.read_arguments(parser, argv)
     for name in ("vision_tau", "language_tau"):
         if isinstance(value := getattr(arguments.recipe.grades, name), str):
             parser.error(f"--{name} {value}: must be a number, which the factors multiply")
