@@ -141,6 +141,7 @@ def test_results_of_other_settings_are_refused(start, capsys, words, difference)
         (reproduce, ["--", "--lr_map", "1"], "--lr_map"),
         (reproduce, ["--es_flags=--es_patience 0"], "--es_patience 0"),
         (sweep, ["--", "--vision_tau", "auto"], "--vision_tau auto"),
+        (sweep, ["--", "--monitor_grace", "false"], "--monitor_grace false"),
         (compare_metrics, ["--saved", "0.9"], "--saved 0.9"),
     ],
 )
@@ -276,6 +277,13 @@ def test_a_sweep_branches_off_the_full_run_and_shows_the_grid(start):
     points = json.loads((out / "results.json").read_text(encoding="utf-8"))["points"]
     assert [(point["alpha"], point["tau_factor"]) for point in points] == [(0.2, 1), (0.2, 2), (0.4, 1), (0.4, 2)]
     assert (out / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_sweep_of_rollback_multiplies_its_own_tau(start):
+    words = ("--alphas", "0.2", "--taus", "0.5", "2", "--", "--monitor_grace")
+    _, commands, _ = start(sweep, *words, config="quickstart")
+    taus = [value_of(commands[f"alpha0.2_tau{factor}_seed0"], "--vision_tau") for factor in ("0.5", "2")]
+    assert taus == ["0.002", "0.008"]
 
 
 def history_of(vision: int, language: int, steps: int) -> dict:
