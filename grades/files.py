@@ -15,6 +15,8 @@ def written_beside(path: Path) -> Iterator[Path]:
     At the end it takes the place of `path` at once. After an exception `path` is as it was before.
     """
     beside = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    if beside.is_dir():  # of a process that was killed; what is left of a file is overwritten
+        shutil.rmtree(beside)
     try:
         yield beside
         beside.replace(path)

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import common
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
-from scripts.compare_callback import LEARNING_RATES, LORA_RANK, NEVER, token_rows
+from grades import GradEarlyStoppingConfig
+from scripts.compare_callback import LEARNING_RATES, LORA_RANK, NEVER, Timed, token_rows
 from scripts.runs import markdown_table
 
 WARM_UP = 3  # steps before the memory's peak counts from new
@@ -38,28 +38,15 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
 }
 
 
-class Measured(GradEarlyStoppingCallback):
-    """Counts the callback's seconds at each step: of reading gradients, measuring and freezing."""
+class Measured(Timed):
+    """With `half`, every second matrix is frozen after the first step."""
 
     def __init__(self, config: GradEarlyStoppingConfig, half: bool) -> None:
         super().__init__(config)
-        self.half, self.spent = half, dict[int, float]()
-
-    def _watch_gradients(self, unscale: Any) -> Any:
-        before = super()._watch_gradients(lambda *args, **kwargs: None)
-
-        def watched(*args: Any, **kwargs: Any) -> None:
-            unscale(*args, **kwargs)
-            began = time.perf_counter()
-            before()
-            self.spent[self.trainer.state.global_step + 1] = time.perf_counter() - began
-
-        return watched
+        self.half = half
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
         control = super().on_step_end(args, state, control, **kwargs)
-        self.spent[state.global_step] = self.spent.get(state.global_step, 0.0) + time.perf_counter() - began
         if self.half and state.global_step == 1:
             assert self.monitor is not None
             self.monitor.freezer.freeze([component.name for component in self.monitor.components][::2])

@@ -44,14 +44,27 @@ LORA_RANK = 32
 
 
 class Timed(GradEarlyStoppingCallback):
-    """Counts the seconds that measuring and freezing take; weight_change does all of it at the end of a step."""
+    """Counts the callback's seconds at each step: of reading gradients, measuring and freezing."""
 
-    spent_s = 0.0
+    def __init__(self, config: GradEarlyStoppingConfig) -> None:
+        super().__init__(config)
+        self.spent = dict[int, float]()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> Any:
+    def _watch_gradients(self, unscale: Any) -> Any:
+        before = super()._watch_gradients(lambda *args, **kwargs: None)
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            unscale(*args, **kwargs)
+            began = time.perf_counter()
+            before()
+            self.spent[self.trainer.state.global_step + 1] = time.perf_counter() - began
+
+        return watched
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        control = super().on_step_end(*args, **kwargs)
-        self.spent_s += time.perf_counter() - began
+        control = super().on_step_end(args, state, control, **kwargs)
+        self.spent[state.global_step] = self.spent.get(state.global_step, 0.0) + time.perf_counter() - began
         return control
 
 
@@ -92,6 +105,25 @@ def token_rows(tokenizer: Any, length: int) -> tuple[list[dict], list[dict]]:
     return train, held_out
 
 
+def two_samples(held_out: list[dict], given: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The held-out rows that the rule sees, and those of the table; too few for both end the program."""
+    if 2 * given.eval_rows > len(held_out):
+        raise SystemExit(
+            f"--eval_rows {given.eval_rows}: must be <= {len(held_out) // 2}, as rule and table have rows of their own "
+            f"and --max_length {given.max_length} leaves {len(held_out)}"
+        )
+    return held_out[: given.eval_rows], held_out[-given.eval_rows :]
+
+
+def refuse_other_settings(path: Path, stored: dict, now: dict) -> None:
+    """End the program where a stored result was made with other settings."""
+    try:
+        require_same_settings(path, stored, now)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def make_callback(row: str, given: argparse.Namespace) -> Timed:
     """The callback of a row; impossible settings end the program."""
     tau = NEVER if row.endswith("never") else given.tau
@@ -111,7 +143,7 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
 
         model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     train, held_out = token_rows(tokenizer, given.max_length)
-    train, sample = train[: given.train_rows], held_out[: given.eval_rows]  # the rule sees other rows than the table
+    train, (sample, test) = train[: given.train_rows], two_samples(held_out, given)
     constant = bool(with_callback) and given.metric == ROLLBACK
     arguments = common.trainer_arguments(argparse.Namespace(
         **vars(given), output_dir=str(given.output / row), gradient_accumulation_steps=1,
@@ -127,7 +159,7 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
         eval_dataset=sample,
         callbacks=[*([callback] if callback else []), watch],
     )
-    parts: Any = {"train": train[: given.eval_rows], "held_out": held_out[-given.eval_rows :]}
+    parts: Any = {"train": train[: given.eval_rows], "held_out": test}
     before, _, after = trainer.evaluate(parts), trainer.train(), trainer.evaluate(parts)
     weights = hashlib.sha256()
     for parameter in model.parameters():
@@ -146,7 +178,7 @@ def run_row(row: str, given: argparse.Namespace) -> dict[str, Any]:
     faults += [f"{name} still trained after its freeze" for name in trains]
     longer = longer_by(watch.steps_s, {check["step"] for check in monitor.checks})
     result |= {"frozen": monitor.frozen, "frozen_share": monitor.frozen_share()}
-    return result | {"measuring": callback.spent_s / train_s, "longer_by": longer}
+    return result | {"measuring": sum(callback.spent.values()) / train_s, "longer_by": longer}
 
 
 def longer_by(steps_s: list[float], checks: set[int]) -> float | None:
@@ -213,12 +245,15 @@ def main(argv: list[str] | None = None) -> int:
         path = given.output / row / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            require_same_settings(path, json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
+            refuse_other_settings(path, json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
         elif given.here:
             write_json(path, run_row(row, given) | {"settings": settings})
         else:
             print(f"{ROWS[row]} ...", flush=True)
-            subprocess.run([sys.executable, __file__, *argv, "--rows", row, "--here"], check=True)
+            command = [sys.executable, __file__, *argv, "--rows", row, "--here"]
+            code = subprocess.run(command).returncode
+            if not path.is_file():  # it has said why
+                return code
         results[row] = json.loads(path.read_text(encoding="utf-8"))
         write_text(given.output / "table.md", as_markdown(results))
         write_json(given.output / "results.json", results)

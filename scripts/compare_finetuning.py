@@ -27,11 +27,20 @@ from transformers import Trainer, TrainingArguments, set_seed
 from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 from grades.config import AUTO, ROLLBACK, ROLLBACK_TAU
 from grades.files import write_json, write_text
+from grades.policy import grace_steps
 from grades.report import HISTORY_NAME
 from grades.rollback import CERTAINTY
-from scripts.compare_callback import CONSTANT_PEAK, LEARNING_RATES, LORA_RANK, NEVER, token_rows
+from scripts.compare_callback import (
+    CONSTANT_PEAK,
+    LEARNING_RATES,
+    LORA_RANK,
+    NEVER,
+    refuse_other_settings,
+    token_rows,
+    two_samples,
+)
 from scripts.compare_stopping import end_below
-from scripts.runs import markdown_table, require_same_settings
+from scripts.runs import markdown_table
 from training.early_stopping import EarlyStopping
 
 KINDS = {"full": "All weights", "lora": "LoRA"}
@@ -102,7 +111,7 @@ def train(run: str, kind: str, given: argparse.Namespace, folder: Path) -> dict[
 
         model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows, held_out = token_rows(tokenizer, given.max_length)
-    seen, test = held_out[: given.eval_rows], held_out[-given.eval_rows :]
+    seen, test = two_samples(held_out, given)
     constant = run == "constant"
     arguments = common.trainer_arguments(argparse.Namespace(
         **vars(given), output_dir=str(folder), gradient_accumulation_steps=1,
@@ -129,18 +138,24 @@ def train(run: str, kind: str, given: argparse.Namespace, folder: Path) -> dict[
     }  # fmt: skip
 
 
+def folder_of(run: str, kind: str, seed: int, given: argparse.Namespace, steps: int) -> Path:
+    """The folder of a run. A shortened one's has its length, which --seeds and --tau may change."""
+    length = f"_{steps}" if run == "shortened" else ""
+    return given.output / f"{kind}_{run}{length}_seed{seed}"
+
+
 def made(run: str, kind: str, seed: int, given: argparse.Namespace, argv: list[str], steps: int) -> dict[str, Any]:
     """The result of a run, from its file where there is one, else made in a process of its own."""
-    folder = given.output / f"{kind}_{run}_seed{seed}"
-    path = folder / "result.json"
+    path = folder_of(run, kind, seed, given, steps) / "result.json"
     settings = {name: value for name, value in vars(given).items() if name in SETTINGS} | {"max_steps": steps}
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        require_same_settings(path, found["settings"], settings)
+        refuse_other_settings(path, found["settings"], settings)
     else:
         print(f"{KINDS[kind]}, {run}, seed {seed} ...", flush=True)
         one = ["--one", run, kind, "--seed", str(seed), "--max_steps", str(steps)]
-        subprocess.run([sys.executable, __file__, *argv, *one], check=True)
+        if code := subprocess.run([sys.executable, __file__, *argv, *one]).returncode:
+            raise SystemExit(code)  # it has said why
         found = json.loads(path.read_text(encoding="utf-8"))
     found["curve"] = {int(step): values for step, values in found["curve"].items()}
     return found
@@ -148,7 +163,7 @@ def made(run: str, kind: str, seed: int, given: argparse.Namespace, argv: list[s
 
 def end_by_gain(run: dict[str, Any], given: argparse.Namespace) -> int:
     """Where the rule ends a run: its gain and error below tau at PATIENCE checks in a row, after the grace period."""
-    grace = given.alpha * given.max_steps
+    grace = grace_steps(given.alpha, given.max_steps)
     bounds = {
         int(step): {part: gain + CERTAINTY * error for part, (gain, error) in gains.items()}
         for step, gains in run["gains"].items()
@@ -178,21 +193,33 @@ def better(values: dict[str, float]) -> float:
     return values["test_averaged" if values["seen_averaged"] <= values["seen"] else "test"]
 
 
-def compare(kind: str, given: argparse.Namespace, argv: list[str]) -> list[list[str]]:
-    """Make the runs of a kind; returns the table's lines."""
-    seeds, wanted = range(given.seeds), [run for run in RUNS if run in given.runs]
-    runs: dict[str, list[dict]] = {run: [] for run in wanted}
-    for seed in seeds:
-        for run in wanted:
-            if run != "shortened":
-                runs[run].append(made(run, kind, seed, given, argv, given.max_steps))
-    ends = [end_by_gain(run, given) for run in runs["constant"]]
-    mean = round(statistics.mean(ends))
-    if "shortened" in wanted:
-        if mean == given.max_steps and "linear" in runs:
-            runs["shortened"] = runs["linear"]  # the same run
-        else:
-            runs["shortened"] = [made("shortened", kind, seed, given, argv, mean) for seed in seeds]
+def compare(kind: str, given: argparse.Namespace, argv: list[str], lines: dict[str, list[list[str]]]) -> None:
+    """Make the runs of a kind; after each its lines are in `lines`, by kind, and all of them in table.md."""
+    runs: dict[str, list[dict]] = {run: [] for run in RUNS if run in given.runs}
+
+    def make(row: str, run: str, seed: int, steps: int) -> None:
+        runs[row].append(made(run, kind, seed, given, argv, steps))
+        lines[kind] = lines_of(kind, given, runs)
+        write_text(given.output / "table.md", table(lines))
+
+    for seed in range(given.seeds):
+        for run in [run for run in runs if run != "shortened"]:
+            make(run, run, seed, given.max_steps)
+    mean = mean_end(runs, given)
+    # Of full length it is the linear run.
+    short = "linear" if mean == given.max_steps and "linear" in runs else "shortened"
+    for seed in range(given.seeds) if "shortened" in runs else ():
+        make("shortened", short, seed, mean)
+
+
+def mean_end(runs: dict[str, list[dict]], given: argparse.Namespace) -> int:
+    """Where the rule ends the runs on average."""
+    return round(statistics.mean(end_by_gain(run, given) for run in runs["constant"]))
+
+
+def lines_of(kind: str, given: argparse.Namespace, runs: dict[str, list[dict]]) -> list[list[str]]:
+    """The table's lines of a kind. runs: those that have finished."""
+    ends, mean = [end_by_gain(run, given) for run in runs["constant"]], mean_end(runs, given)
     at_mean = [min(run["curve"], key=lambda step: abs(step - mean)) for run in runs["constant"]]
     last = {name: [(r["steps"], r["curve"][r["steps"]]["test"]) for r in found] for name, found in runs.items()}
     pairs = [(run, end_by_early_stopping(run, "seen")) for run in runs.get("linear", [])]
@@ -260,16 +287,22 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     if given.one:
         run, kind = given.one
-        folder = given.output / f"{kind}_{run}_seed{given.seed}"
+        folder = folder_of(run, kind, given.seed, given, given.max_steps)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {name: value for name, value in vars(given).items() if name in (*SETTINGS, "max_steps")}
         write_json(folder / "result.json", train(run, kind, given, folder) | {"settings": settings})
         return 0
-    header = ["", "run", "steps", "test loss (nats)", "worst", "each seed"]
-    text = markdown_table(header, [line for kind in given.kinds for line in compare(kind, given, argv)])
-    write_text(given.output / "table.md", text)
-    print(text)
+    lines: dict[str, list[list[str]]] = {}
+    for kind in given.kinds:
+        compare(kind, given, argv, lines)
+    print(table(lines))
     return 0
+
+
+def table(lines: dict[str, list[list[str]]]) -> str:
+    """The table of all kinds."""
+    header = ["", "run", "steps", "test loss (nats)", "worst", "each seed"]
+    return markdown_table(header, [line for found in lines.values() for line in found])
 
 
 if __name__ == "__main__":

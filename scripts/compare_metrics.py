@@ -27,7 +27,7 @@ from grades import find_components, policy
 from grades.components import TOWERS, stack_of
 from grades.freezing import Freezer
 from models.vision_language_model import VisionLanguageModel
-from scripts import runs
+from scripts import run_flags, runs
 from scripts.runs import Runs, RunSpec
 from training.arguments import parse_arguments
 from training.flops import model_cost
@@ -51,10 +51,10 @@ SHARES = 1024  # of the weight updates, into which the search divides the whole
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="metrics", seeds=3, recipe=runs.PAPER_RECIPE)
+    parser = run_flags.make_parser(__doc__.splitlines()[0], prefix="metrics", seeds=3, recipe=runs.PAPER_RECIPE)
     parser.add_argument("--saved", type=float, default=0.12, help="share of Full's FLOPs to save (default: 0.12)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="metrics to run (default: all)")
-    arguments = runs.read_arguments(parser, argv)
+    arguments = run_flags.read_arguments(parser, argv)
     if not 0 < arguments.saved < 1 - arguments.recipe.grades.alpha:
         parser.error(f"--saved {arguments.saved}: must be > 0 and less than 1 - alpha {arguments.recipe.grades.alpha}")
     return arguments

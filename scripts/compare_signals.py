@@ -5,8 +5,8 @@
         --run_name curves_$seed; done
     python scripts/compare_signals.py grades_output/curves_*
 
-At each checkpoint, for both towers:
-gain: rollback gain of the tower + its error, nats; block, matrix: the same of the largest block and matrix alone;
+At each checkpoint whose step was evaluated, for both towers:
+gain: rollback gain of the tower + its error, nats per 100 steps; block, matrix: of the largest block, matrix alone;
 drift: how far the averaged weights have moved since the checkpoint before, over the distance of the last weights from
 their average; features: 1 - linear CKA (arXiv:1905.00414) of what the tower gives for the held-out images, with the
 averaged weights of now and of the checkpoint before; noise: norm of the mean gradient over its error, of some batches.
@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from data.mixture_rows import load_training_rows
 from data.pipeline import load_data
-from data.rows import load_rows
 from eval.evaluation import Evaluator
 from grades import find_components
 from grades.averaging import AVERAGE, AveragedWeights
 from grades.components import TOWERS, tower_of
 from grades.config import ROLLBACK_TAU
-from grades.rollback import CERTAINTY, find_parts, paired_difference
+from grades.rollback import CERTAINTY, PER_STEPS, find_parts, paired_difference
 from models.vision_language_model import VisionLanguageModel
 from scripts.compare_stopping import Curves, end_below
 from scripts.runs import markdown_table
@@ -56,7 +56,9 @@ class Run:
         Raises ValueError for a folder without checkpoints that follow each other.
         """
         self.curves = Curves.read(folder)
-        self.folders = {step_of(path): path for path in step_folders(folder)}
+        # An interruption leaves a checkpoint between two evaluations.
+        evaluated = (path for path in step_folders(folder) if step_of(path) in self.curves.val)
+        self.folders = {step_of(path): path for path in evaluated}
         if len(self.folders) < 3:
             raise ValueError(f"{folder}: needs the checkpoints of all evaluations: --keep_checkpoints 100")
         settings = parse_arguments(["--config", str(folder / "config.yaml")])
@@ -64,8 +66,7 @@ class Run:
         self.cfg.rollback_rows = rows or self.cfg.rollback_rows
         self.model = VisionLanguageModel.from_pretrained(str(next(iter(self.folders.values()))))
         setup.freeze_untrained(self.model, self.cfg)
-        found = load_rows(self.cfg.train_dataset_path, self.cfg.train_dataset_name)
-        data = load_data(found, settings.vlm, self.cfg, None)
+        data = load_data(load_training_rows(self.cfg), settings.vlm, self.cfg, None)
         self.autocast = setup.autocast(self.device, self.cfg.dtype)
         self.evaluator = Evaluator(self.model, data, self.cfg, self.device, self.autocast)
         data.start_reading()
@@ -75,14 +76,14 @@ class Run:
 
     def measure(self) -> None:
         """Fill `signs`, checkpoint after checkpoint."""
-        before: Weights | None = None
+        before: tuple[int, Weights] | None = None
         for step, folder in sorted(self.folders.items()):
             last, average = self.read(folder)
             if before is not None:
                 self.load(average)
-                for name, values in self.signs_of(last, average, before).items():
+                for name, values in self.signs_of(last, average, before[1], step - before[0]).items():
                     self.signs[name][step] = values
-            before = average
+            before = step, average
 
     def read(self, folder: Path) -> tuple[Weights, Weights]:
         """(last weights, averaged weights) of a checkpoint."""
@@ -104,8 +105,8 @@ class Run:
                 if names is None or name in names:
                     parameter.copy_(weights[name])
 
-    def signs_of(self, last: Weights, average: Weights, before: Weights) -> dict[str, dict[str, float]]:
-        """Every sign of both towers; the model has the averaged weights, before and after."""
+    def signs_of(self, last: Weights, average: Weights, before: Weights, steps: int) -> dict[str, dict[str, float]]:
+        """Every sign of both towers; the model has the averaged weights, before and after. steps: since `before`."""
         found: dict[str, dict[str, float]] = {"drift": drift(last, average, before), "noise": self.noise()}
         losses = self.evaluator.row_losses(self.cfg.rollback_rows)
         now = self.features()
@@ -114,7 +115,7 @@ class Run:
             self.load(before, names)
             value, error = paired_difference(losses, self.evaluator.row_losses(self.cfg.rollback_rows))
             self.load(average, names)
-            return value + CERTAINTY * error
+            return (value + CERTAINTY * error) * PER_STEPS / steps
 
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         found |= {name: dict.fromkeys(TOWERS, 0.0) for name in ("gain", "block", "matrix")}
@@ -226,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=8, help="training batches for the noise (default: 8)")
     parser.add_argument("--rows", type=int, help="held-out rows (default: the runs' --rollback_rows)")
     given = parser.parse_args(argv)
+    if given.batches < 2:
+        parser.error(f"--batches {given.batches}: must be >= 2, for the error of their mean")
     measured = []
     try:
         for folder in given.folders:

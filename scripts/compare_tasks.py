@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib.figure import Figure
 
 from data import easy_vqa
-from grades.config import ROLLBACK_TAU
-from scripts import runs
+from grades.config import ROLLBACK, ROLLBACK_TAU
+from grades.files import written_beside
+from scripts import run_flags, runs
 from scripts.compare_stopping import Curves
 from scripts.runs import Runs, RunSpec
 
@@ -71,8 +72,8 @@ def digit_words() -> list[str]:
 
 
 def write_quarter(folder: Path) -> None:
-    """Every fourth image of easy-VQA's training rows."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Every fourth image of easy-VQA's training rows, in a new folder."""
+    folder.mkdir()
     rows = easy_vqa.rows("train")[::4]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -85,7 +86,7 @@ def write_digits(folder: Path) -> None:
         from sklearn.datasets import load_digits
     except ImportError:
         raise SystemExit("the task digits needs scikit-learn: pip install scikit-learn, or choose --tasks") from None
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     found = load_digits()
     lines = []
     for i, (pixels, digit) in enumerate(zip(found.images, found.target, strict=True)):
@@ -99,11 +100,15 @@ def write_digits(folder: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="tasks", seeds=1)
+    parser = run_flags.make_parser(__doc__.splitlines()[0], prefix="tasks", seeds=1)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--tau", type=float, default=ROLLBACK_TAU, help=f"nats per 100 steps (default: {ROLLBACK_TAU})")
     parser.add_argument("--patience", type=int, default=2, help="checks in a row below tau (default: 2)")
-    return runs.read_arguments(parser, argv)
+    own = [word.removeprefix("--") for word in CURVES.split() if word.startswith("--")]
+    arguments = run_flags.read_arguments(parser, argv, own)
+    if (metric := arguments.recipe.grades.metric) != ROLLBACK:
+        parser.error(f"--metric {metric}: must be {ROLLBACK}, in the recipe or after --")
+    return arguments
 
 
 def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
@@ -195,8 +200,10 @@ def main(argv: list[str] | None = None, launch: runs.Launch = runs.launch) -> in
     specs = make_specs(arguments)
     for task, write in {"quarter": write_quarter, "digits": write_digits}.items():
         folder = arguments.output / "data" / task
-        if task in arguments.tasks and not arguments.list and not (folder / "train.jsonl").exists():
-            write(folder)
+        if task in arguments.tasks and not arguments.list and not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(folder) as beside:  # an interruption leaves no half of it
+                write(beside)
     return runs.run_script(arguments, specs, tables, picture, "tasks", launch)
 
 

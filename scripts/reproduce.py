@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from matplotlib.figure import Figure
 
-from scripts import runs
+from scripts import run_flags, runs
 from scripts.runs import Runs, RunSpec
 from training.arguments import Settings
 
@@ -79,20 +79,27 @@ COLORS["shortened"] = "#555555"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="reproduce", seeds=5)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table (default: all)")
+    parser = run_flags.make_parser(__doc__.splitlines()[0], prefix="reproduce", seeds=5)
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, help="rows of the table (default: all that the recipe allows)"
+    )
     defaults = {"es": ES_FLAGS, "grades": GRADES_FLAGS, "lora": "rank and rates", "lora_grades": LORA_GRADES_FLAGS}
     for name, default in defaults.items():
         help = f'flags of train.py that override "{default}", in one word: --{name}_flags="--a 1 --b 2"'
         parser.add_argument(f"--{name}_flags", default="", help=help)
     share = "recipes without pretrained backbones: length of the run whose weights LoRA starts from, as a share of the "
     parser.add_argument("--lora_base_share", type=float, default=0.25, help=f"{share}recipe's (default: 0.25)")
-    arguments = runs.read_arguments(parser, argv)
+    arguments = run_flags.read_arguments(parser, argv)
     if not 0 < arguments.lora_base_share <= 1:
         parser.error(f"--lora_base_share {arguments.lora_base_share}: must be in (0, 1]")
-    is_constant = arguments.recipe.train.lr_schedule in ("constant", "wsd")
-    if not is_constant:
-        arguments.rows = [row for row in arguments.rows if row not in CONSTANT_ALONE]
+    schedule = arguments.recipe.train.lr_schedule
+    ruled_out = {} if arguments.seeds > 1 else {"other_time": "--seeds 2 or more"}
+    if schedule not in ("constant", "wsd"):
+        ruled_out |= dict.fromkeys(CONSTANT_ALONE, f"a recipe with a constant rate, not --lr_schedule {schedule}")
+    for row in arguments.rows or []:
+        if row in ruled_out:
+            parser.error(f"--rows {row} needs {ruled_out[row]}")
+    arguments.rows = arguments.rows or [row for row in ROWS if row not in ruled_out]
     for row in arguments.rows:
         if absent := [need for need in NEEDS.get(row, ()) if need not in arguments.rows]:
             parser.error(f"--rows {row} needs {' and '.join(absent)} too")

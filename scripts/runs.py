@@ -1,7 +1,7 @@
 """Runs of train.py one after the other, with results that survive an interruption, and the tables made of them.
 
-Shared by reproduce.py, sweep.py and compare_metrics.py. In the output folder: runs/NAME, the folder of a run, with
-run.json once it has finished; logs/NAME.txt, what it printed; the table, its picture and results.json.
+Shared by reproduce.py, sweep.py, compare_metrics.py and compare_tasks.py. In the output folder: runs/NAME, the folder
+of a run, with run.json once it has finished; logs/NAME.txt, what it printed; the table, its picture and results.json.
 """
 
 import argparse
@@ -93,12 +93,14 @@ class Runs:
         self.output, self.specs = output, list(specs)
         self.settings = {spec.name: parse_arguments(list(spec.flags)) for spec in specs}
         self.results: dict[str, dict] = {}  # by the name of the run: the content of its run.json
+        self.stored: dict[str, dict] = {}  # the same of earlier calls, until it is known whether they hold
         for spec in specs:
             stored = self.folder(spec.name) / "run.json"
             if stored.is_file():
                 result = json.loads(stored.read_text(encoding="utf-8"))
                 require_same_settings(stored, result["settings"], comparable(self.settings[spec.name]))
-                self.results[spec.name] = result
+                self.stored[spec.name] = result
+        self._take_stored()
         for name in {spec.base for spec in self.unfinished()}:  # a base without its checkpoint has to run again
             if name and not (self.folder(name) / "checkpoints").is_dir():
                 self.results.pop(name, None)
@@ -133,6 +135,26 @@ class Runs:
         resume = [] if "--resume" in late else ["--resume", "auto"]
         return [sys.executable, str(ROOT / "train.py"), *spec.flags, *late, *place, *resume]
 
+    def _made_from(self, spec: RunSpec) -> dict:
+        """What a run follows from besides its settings: its late flags, and the runs it needed, told by their times.
+
+        Empty where it starts from another run's checkpoint, as that run is made again when the checkpoint is gone.
+        """
+        if spec.base or not spec.needs:
+            return {}
+        flags = [word.removeprefix(f"{self.output}{os.sep}") for word in spec.late_flags(self)]
+        return {"late_flags": flags, "needs_s": [self.summary(name)["total_time_s"] for name in spec.needs]}
+
+    def _take_stored(self) -> None:
+        """Take over stored results whose needs have finished, as they would be made now; the others run again."""
+        for spec in self.specs:
+            if spec.name in self.stored and (spec.base or self.is_ready(spec)):
+                result, now = self.stored.pop(spec.name), self._made_from(spec)
+                if result.get("made_from", now) == now:  # older versions did not store it
+                    self.results[spec.name] = result
+                else:
+                    print(f"{spec}: runs again, as what it follows from has changed", file=sys.stderr)
+
     def run_all(self, after_each: Callable[[], object], jobs: int = 1, launch: Launch = launch) -> None:
         """Make the unfinished runs, `jobs` at once, a line after each; none outlives this call. Raises RunFailed."""
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
@@ -151,16 +173,23 @@ class Runs:
                 for spec, process, began in ended:
                     running.remove((spec, process, began))
                     self._finish(spec, process.wait(), time.monotonic() - began)
+                    waiting = [spec for spec in waiting if spec.name not in self.results]
                     after_each()
                     seconds = time.monotonic() - started, self.remaining_s() / jobs
                     times = "elapsed {}, about {} left".format(*(timedelta(seconds=round(s)) for s in seconds))
                     print(f"    {spec}: {outcome(self.summary(spec.name))}; {times}", flush=True)
                 if not ended:
                     time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            # At a terminal Ctrl-C reaches the runs too, which save and end; a second signal would end them at once.
+            for _, process, _ in running:
+                process.wait()
+            raise
         finally:
             for _, process, _ in running:
-                process.terminate()
-                process.wait()
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
 
     def _prepare(self, spec: RunSpec) -> list[str]:
         """The command, after removing a folder from which it must not continue."""
@@ -178,8 +207,10 @@ class Runs:
         result = {"row": spec.row, "seed": spec.seed, "command": command, "wall_s": wall_s}
         result["settings"] = comparable(self.settings[spec.name])
         result["summary"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        result["made_from"] = self._made_from(spec)
         write_json(folder / "run.json", result)
         self.results[spec.name] = result
+        self._take_stored()
         for name in self.results.keys() - {other.base for other in self.unfinished()}:
             shutil.rmtree(self.folder(name) / "checkpoints", ignore_errors=True)
 
@@ -303,43 +334,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
     padded = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines)
     return "".join("| " + " | ".join(line) + " |\n" for line in padded)
-
-
-def make_parser(description: str, prefix: str, seeds: int, recipe: Path = DEFAULT_RECIPE) -> argparse.ArgumentParser:
-    """A parser with the flags that the scripts share. prefix: begins the name of the default output folder.
-
-    recipe: the default of --config.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, epilog="Flags after -- are passed to every run of train.py."
-    )
-    parser.add_argument("--config", type=Path, default=recipe, help="recipe of train.py")
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"seeds 0 to N - 1 (default: {seeds})")
-    parser.add_argument("--output", type=Path, help=f"results go here (default: grades_output/{prefix}_<recipe>)")
-    jobs = "runs at once, which share the CPU's cores; compare times of equal --jobs only (default: 1)"
-    parser.add_argument("--jobs", type=int, default=1, help=jobs)
-    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
-    parser.set_defaults(prefix=prefix)
-    return parser
-
-
-def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """With `extra`, the flags after --, and `recipe`, the Settings of a run with these flags alone."""
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = parser.parse_args(argv[:cut])
-    arguments.extra = ("--config", str(arguments.config), *argv[cut + 1 :])
-    for name in ("seeds", "jobs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: must be >= 1")
-    arguments.output = arguments.output or Path("grades_output") / f"{arguments.prefix}_{arguments.config.stem}"
-    arguments.recipe = parse_arguments(list(arguments.extra))
-    if taken := sorted(arguments.recipe.given & {"seed", "output_dir", "run_name"}):
-        parser.error(", ".join(f"--{name}" for name in taken) + ": set by this script, must not stand after --")
-    for name in ("enable_grades", "early_stopping", "lora_rank"):
-        if getattr(arguments.recipe.train, name):
-            parser.error(f"--{name}: set for single rows, must be neither in the recipe nor after --")
-    return arguments
 
 
 def list_commands(runs: Runs) -> None:

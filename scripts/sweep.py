@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
+from grades.components import TOWERS
 from grades.policy import grace_steps
-from scripts import runs
+from scripts import run_flags, runs
 from scripts.runs import Runs, RunSpec
+from training.arguments import parse_arguments
 from training.checkpoint_folder import step_folders, step_of
 
 CHECKPOINTS = 20  # of Full
@@ -32,15 +34,21 @@ PANELS = ("accuracy", "total_time_s", "flops_ratio", "steps")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The script's flags; impossible ones end the program."""
-    parser = runs.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1, recipe=runs.PAPER_RECIPE)
+    parser = run_flags.make_parser(__doc__.splitlines()[0], prefix="sweep", seeds=1, recipe=runs.PAPER_RECIPE)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], help="grace periods")
     factors = "factors on the recipe's taus"
     parser.add_argument("--taus", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8], help=factors)
     parser.add_argument("--grades_flags", default="", help='flags of the GradES runs, in one word: "--patience 3"')
-    arguments = runs.read_arguments(parser, argv)
-    for name in ("vision_tau", "language_tau"):
-        if isinstance(value := getattr(arguments.recipe.grades, name), str):
-            parser.error(f"--{name} {value}: must be a number, which the factors multiply")
+    arguments = run_flags.read_arguments(parser, argv)
+    grades = parse_arguments([*arguments.extra, *shlex.split(arguments.grades_flags)]).grades
+    arguments.recipe_taus = {tower: grades.tau_of(tower, "") for tower in TOWERS}
+    for tower, tau in arguments.recipe_taus.items():
+        if isinstance(tau, str):
+            parser.error(f"--{tower}_tau {tau}: must be a number, which the factors multiply")
+    if not grades.monitor_grace:
+        parser.error(
+            "--monitor_grace false: must be true, as the grid begins with what Full measured; give it after --"
+        )
     return arguments
 
 
@@ -50,7 +58,7 @@ def grid_row(alpha: float, factor: float) -> str:
 
 def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
     """Seed by seed: Full, then the grid."""
-    grades, specs = arguments.recipe.grades, []
+    specs = []
     interval = max(1, arguments.recipe.train.max_training_steps // CHECKPOINTS)
     for seed in range(arguments.seeds):
         flags = (*arguments.extra, "--seed", str(seed), "--enable_grades", *shlex.split(arguments.grades_flags))
@@ -59,8 +67,8 @@ def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
         full = RunSpec("full", "Full", seed, (*flags, *whole.split()))
         specs.append(full)
         for alpha, factor in product(arguments.alphas, arguments.taus):
-            words = f"--alpha {alpha:g} --vision_tau {factor * grades.vision_tau:g} "
-            words += f"--language_tau {factor * grades.language_tau:g}"
+            taus = [f"--{tower}_tau {factor * tau:g}" for tower, tau in arguments.recipe_taus.items()]
+            words = " ".join([f"--alpha {alpha:g}", *taus])
             specs.append(
                 RunSpec(
                     grid_row(alpha, factor), f"alpha {alpha:g}, taus x {factor:g}", seed, (*flags, *words.split()),

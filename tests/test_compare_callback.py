@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +51,9 @@ def test_rows_are_made_once_and_compared(compare, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(compare, "run_row", None)
     assert compare.main([*given, "--rows", *rows]) == 0
-    with pytest.raises(ValueError, match="max_steps 10, now 11"):
+    with pytest.raises(SystemExit):
         compare.main([*given, "--max_steps=11", "--rows", "full"])
+    assert "max_steps 10, now 11" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--alpha 2"):
         compare.main([*given, "--alpha=2"])
 
@@ -68,6 +70,18 @@ def test_rollback_runs_at_a_constant_rate_and_is_not_compared_bit_for_bit(compar
     full, frozen, never = json.loads((tmp_path / "results.json").read_text(encoding="utf-8")).values()
     assert (full["steps"], frozen["steps"], never["steps"]) == (8, 6, 8)
     assert full["weights_sha256"] != never["weights_sha256"]
+
+
+def test_measuring_counts_the_reading_of_gradients(compare, monkeypatch):
+    callback = compare.Timed(compare.GradEarlyStoppingConfig(metric="gradient_norm", save_stats=False))
+    base = compare.GradEarlyStoppingCallback
+    monkeypatch.setattr(base, "_watch_gradients", lambda self, unscale: lambda: time.sleep(0.05))
+    monkeypatch.setattr(base, "on_step_end", lambda self, args, state, control: control)
+    callback.trainer = SimpleNamespace(state=SimpleNamespace(global_step=2))
+    callback._watch_gradients(lambda: time.sleep(0.2))()  # clipping alone is not of the callback
+    callback.on_step_end(None, SimpleNamespace(global_step=3), None)
+    assert list(callback.spent) == [3]
+    assert 0.05 <= callback.spent[3] < 0.2
 
 
 def test_a_frozen_weight_that_moves_is_a_fault_and_a_trainable_one_that_does_not(compare):

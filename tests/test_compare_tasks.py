@@ -62,6 +62,30 @@ def test_each_task_ends_at_its_own_time_and_the_control_takes_as_long(digits, tm
 
 
 def test_a_quarter_of_the_images_and_the_words_of_digits(tmp_path):
-    compare_tasks.write_quarter(tmp_path)
-    assert len(load_rows(str(tmp_path / "train.jsonl"))) == len(load_rows("easy-vqa")) / 4
+    compare_tasks.write_quarter(tmp_path / "quarter")
+    assert len(load_rows(str(tmp_path / "quarter" / "train.jsonl"))) == len(load_rows("easy-vqa")) / 4
     assert set(compare_tasks.DIGITS) < set(compare_tasks.digit_words())
+
+
+def test_an_interrupted_preparation_is_made_again(digits, tmp_path, monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    command, data = ["--output", str(tmp_path), "--tasks", "digits"], tmp_path / "data"
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_tasks.easy_vqa, "tokenizer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare_tasks.main(command, launch)
+    assert not list(data.iterdir())
+    (data / "digits.tmp" / "of a process that was killed").mkdir(parents=True)
+    assert compare_tasks.main(command, launch) == 0
+    assert [path.name for path in data.iterdir()] == ["digits"]
+    names = {path.name for path in (data / "digits").iterdir() if path.suffix != ".png"}
+    assert names == {"train.jsonl", "test.jsonl", "tokenizer"}
+
+
+@pytest.mark.parametrize("words", [["--alpha", "0.5"], ["--eval_interval", "50"], ["--metric", "weight_change"]])
+def test_flags_that_every_run_needs_are_refused(tmp_path, capsys, words):
+    with pytest.raises(SystemExit):
+        compare_tasks.main(["--output", str(tmp_path), "--", *words], launch)
+    assert words[0] in capsys.readouterr().err

@@ -103,6 +103,7 @@ def test_an_exported_model_is_the_same_model(tmp_path, name):
 @torch.no_grad()
 def test_a_padded_batch_answers_as_each_alone(tmp_path, changes):
     asker = save(tmp_path / "ours", **changes)
+    (tmp_path / "theirs.tmp" / "of an export that was killed").mkdir(parents=True)
     export(tmp_path / "ours", tmp_path / "theirs")
     theirs, processor = load(tmp_path / "theirs", not changes)
     images = [[picture()], [picture(seed=1), picture(40, 16, seed=2)]]

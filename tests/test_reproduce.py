@@ -1,6 +1,9 @@
 """reproduce.py, sweep.py and compare_metrics.py with a stand-in for train.py that only writes what a run leaves."""
 
+import functools
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny.runs import TINY
+from tiny.stand_in import Trainer, start_in, summary, value_of
 from tiny.tables import read_table
 
 from grades import find_components
@@ -22,74 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = [f"--{name}={value}" for name, value in TINY.items() if name.startswith(("vit_", "mp_", "lm_", "max_img"))]
 
 
-def summary(steps: int = 1600, **given) -> dict:
-    """A summary.json: 0.1 s per step, 2 s per validation, 4 s for the test, 1 s per checkpoint, 8 s for the rest."""
-    stops = -(-steps // 400)
-    found = {
-        "steps": steps, "train_time_s": 0.1 * steps, "eval_time_s": 2.0 * stops + 4, "test_time_s": 4.0,
-        "save_time_s": 1.0 * stops, "stop_reason": "max_training_steps", "train_flops": steps * 10**9, "val_loss": 0.5,
-        "val_exact_match": 0.8, "test_exact_match": 0.9, "frozen_share": None, "train_tokens": steps * 96 * 40,
-    } | given  # fmt: skip
-    return found | {"total_time_s": found["train_time_s"] + found["eval_time_s"] + found["save_time_s"] + 8}
-
-
-def value_of(command: list[str], flag: str) -> str | None:
-    """The last value of the flag."""
-    places = [i for i, word in enumerate(command) if word == flag]
-    return command[places[-1] + 1] if places else None
-
-
-def ended(code: int) -> SimpleNamespace:
-    """A process that has ended."""
-    return SimpleNamespace(poll=lambda: code, wait=lambda: code, terminate=lambda: None)
-
-
-class Trainer:
-    """Stands in for train.py. fails_at: the number of the run that fails after writing half of its folder.
-
-    A run in which matrices may freeze ends after 1,200 of 1,600 steps. history(frozen): its grades_history.json.
-    """
-
-    def __init__(self, fails_at: int = 0, history=lambda frozen: {}):
-        self.commands: dict[str, list[str]] = {}  # by the run's name
-        self.fails_at, self.history = fails_at, history
-
-    def __call__(self, command: list[str], log: Path) -> SimpleNamespace:
-        name = value_of(command, "--run_name")
-        self.commands[name] = command
-        folder = Path(value_of(command, "--output_dir"), name)
-        for step in (320, 640):
-            checkpoint = folder / "checkpoints" / f"step_{step}"
-            checkpoint.mkdir(parents=True, exist_ok=value_of(command, "--resume") == "auto")
-            (checkpoint / "manifest.json").write_text(json.dumps({"step": step}), encoding="utf-8")
-        log.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")
-        if len(self.commands) == self.fails_at:
-            return ended(1)
-        frozen = "--enable_grades" in command and "--freeze_vision" not in command
-        steps = 1200 if frozen else int(value_of(command, "--max_training_steps") or 1600)
-        found = summary(steps, test_exact_match=0.9 + 0.02 * int(value_of(command, "--seed")))
-        for file, content in (("summary", found), ("grades_history", self.history(frozen))):
-            (folder / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
-        return ended(0)
-
-
 @pytest.fixture
 def start(tmp_path):
-    def run(script, *words, trainer=None, config=None) -> tuple[int, dict[str, list[str]], Path]:
-        trainer = trainer or Trainer()
-        config = config or ("quickstart" if script is reproduce else "table10_quickstart")
-        argv = ["--config", str(ROOT / f"configs/{config}.yaml"), "--output", str(tmp_path / "out"), *words]
-        return script.main(argv, trainer), trainer.commands, tmp_path / "out"
-
-    return run
+    return functools.partial(start_in, tmp_path)
 
 
 def test_rows_start_from_each_other(start):
-    code, commands, out = start(reproduce, "--seeds", "1", "--lora_flags=--lora_rank 4", "--", "--val_size", "100")
+    code, commands, out = start(reproduce, "--seeds", "2", "--lora_flags=--lora_rank 4", "--", "--val_size", "100")
     assert code == 0
-    rows = [row for row in reproduce.ROWS if row not in reproduce.LAST]
-    rows = [*rows[: rows.index("lora")], "lora_base", *rows[rows.index("lora") :], *reproduce.LAST]
-    assert sorted(commands) == sorted(f"{row}_seed0" for row in rows)
+    assert sorted(commands) == sorted(f"{row}_seed{seed}" for row in ("lora_base", *reproduce.ROWS) for seed in (0, 1))
     recipe = parse_arguments([]).train
     expected = {
         ("lora_base", "--max_training_steps"): str(round(0.25 * recipe.max_training_steps)),
@@ -101,7 +46,7 @@ def test_rows_start_from_each_other(start):
         ("paper", "--vision_tau"): "0.30",
         ("lora_grades", "--metric"): "gradient_norm",
         ("random", "--replay_history"): str(out / "runs" / "paper_seed0" / "grades_history.json"),
-        ("other_time", "--replay_history"): str(out / "runs" / "full_grades_seed0" / "grades_history.json"),
+        ("other_time", "--replay_history"): str(out / "runs" / "full_grades_seed1" / "grades_history.json"),
         ("random", "--replay_seed"): "0",
         ("shortened", "--max_training_steps"): str(
             reproduce.shortened_steps(summary(), summary(1200)["total_time_s"], recipe.eval_interval)
@@ -110,7 +55,7 @@ def test_rows_start_from_each_other(start):
     assert {(row, flag): value_of(commands[f"{row}_seed0"], flag) for row, flag in expected} == expected
     assert {value_of(command, "--val_size") for command in commands.values()} == {"100"}
     stopping = {name for name, command in commands.items() if "--early_stopping" in command}
-    assert stopping == {"full_es_seed0", "lora_es_seed0"}
+    assert stopping == {f"{row}_es_seed{seed}" for row in ("full", "lora") for seed in (0, 1)}
     assert not list(out.glob("runs/*/checkpoints"))
 
 
@@ -118,7 +63,7 @@ def test_pretrained_backbones_need_no_base(start, capsys):
     code, commands, out = start(reproduce, "--seeds", "1", "--list", config="table10_nanovlm")
     assert (code, commands, out.exists()) == (0, {}, False)
     rows = [row for row in reproduce.ROWS if row not in (*reproduce.CONSTANT_ALONE, *reproduce.LAST)]
-    rows += [row for row in reproduce.LAST if row not in reproduce.CONSTANT_ALONE]
+    rows += [row for row in reproduce.LAST if row not in (*reproduce.CONSTANT_ALONE, "other_time")]  # of one seed
     listed = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     assert [value_of(command, "--run_name") for command in listed] == [f"{row}_seed0" for row in rows]
     assert {value_of(command, "--lora_rank") for command in listed} == {None, "32"}
@@ -144,6 +89,35 @@ def test_the_same_command_continues_after_a_failure(start, capsys):
     assert list(more) == [f"{row}_seed{seed}" for seed in (0, 1) for row in ("lora_base", "lora_grades")]
 
 
+def test_what_follows_from_other_results_is_made_again_when_these_are_others(start, capsys):
+    rows = ("--rows", "full", "full_grades", "paper", "random", "shortened", "--seeds")
+    _, first, out = start(reproduce, *rows, "1")
+    assert start(reproduce, *rows, "1")[1] == {}
+    again = start(reproduce, *rows, "3")[1]  # shortened_seed0 was as short as one seed's runs
+    assert list(again) == [name for name in again if name not in first or name == "shortened_seed0"]
+    assert len(again) == 5 * 2 + 1
+    assert "Full, shortened, seed 0: runs again" in capsys.readouterr().err
+    shutil.rmtree(out / "runs" / "full_grades_seed1")
+    slower = Trainer(more_s=50.0)
+    assert list(start(reproduce, *rows, "3", trainer=slower)[1]) == [
+        "full_grades_seed1", *(f"shortened_seed{seed}" for seed in range(3))
+    ]  # fmt: skip
+
+
+def test_metrics_with_other_taus_run_again(start):
+    def history(frozen: bool) -> dict:
+        return history_of(4, 6, 8) | {"events": []}
+
+    def made(saved: str, trainer=None) -> list[str]:
+        flags = ("--seeds", "1", "--rows", "gradient_rms", "--saved", saved, "--", *MODEL)
+        return list(start(compare_metrics, *flags, trainer=trainer or Trainer(history=history))[1])
+
+    assert len(made("0.2")) == 4
+    again = ["gradient_rms_seed0", "random_gradient_rms_seed0"]
+    assert made("0.5", Trainer(history=history, more_s=1.0)) == again
+    assert made("0.5") == []
+
+
 @pytest.mark.parametrize(
     ("words", "difference"), [(["--", "--lr_mp", "0.5"], "now 0.5"), (["--grades_flags=--vision_mlp_tau 3"], "now 3.0")]
 )
@@ -158,6 +132,8 @@ def test_results_of_other_settings_are_refused(start, capsys, words, difference)
     ("script", "words", "said"),
     [
         (reproduce, ["--rows", "random"], "--rows random needs paper"),
+        (reproduce, ["--seeds", "1", "--rows", "full_grades", "other_time"], "--rows other_time needs --seeds 2"),
+        (reproduce, ["--rows", "full_cosine", "--", "--lr_schedule", "cosine"], "--rows full_cosine needs a recipe"),
         (reproduce, ["--lora_base_share", "0"], "--lora_base_share 0.0"),
         (reproduce, ["--seeds", "0"], "--seeds 0"),
         (reproduce, ["--", "--seed", "3"], "--seed:"),
@@ -165,6 +141,7 @@ def test_results_of_other_settings_are_refused(start, capsys, words, difference)
         (reproduce, ["--", "--lr_map", "1"], "--lr_map"),
         (reproduce, ["--es_flags=--es_patience 0"], "--es_patience 0"),
         (sweep, ["--", "--vision_tau", "auto"], "--vision_tau auto"),
+        (sweep, ["--", "--monitor_grace", "false"], "--monitor_grace false"),
         (compare_metrics, ["--saved", "0.9"], "--saved 0.9"),
     ],
 )
@@ -226,19 +203,39 @@ def test_the_remaining_time_comes_from_the_same_row_where_there_is_one(tmp_path)
     assert made.remaining_s() == 140
 
 
-def test_a_run_does_not_outlive_the_script(tmp_path):
-    child = f"import time, pathlib; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
+def interrupted(tmp_path: Path, child: str, how) -> int:
+    """The exit code of reproduce.py, whose run is this child, which writes the file `up`; how(process): the signal."""
     script = f"""
 import sys
 from scripts import reproduce, runs
 launch = lambda command, log: runs.launch([sys.executable, "-c", {child!r}], log)
-reproduce.main(["--output", {str(tmp_path)!r}, "--rows", "full"], launch)"""
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+sys.exit(reproduce.main(["--output", {str(tmp_path)!r}, "--rows", "full"], launch))"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 128 + signal.SIGTERM  # it waits for its child, which would sleep for a minute
+    how(process)
+    return process.wait(timeout=20)
+
+
+def test_a_run_does_not_outlive_the_script(tmp_path):
+    child = f"import time, pathlib; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
+    code = interrupted(tmp_path, child, lambda process: process.send_signal(signal.SIGTERM))
+    assert code == 128 + signal.SIGTERM  # it waits for its child, which would sleep for a minute
+
+
+def test_a_run_that_ctrl_c_interrupts_has_the_time_to_save(tmp_path):
+    child = f"""
+import pathlib, signal, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    raise SystemExit(130)
+signal.signal(signal.SIGINT, save)
+pathlib.Path({str(tmp_path / "up")!r}).touch()
+time.sleep(60)"""
+    assert interrupted(tmp_path, child, lambda process: os.killpg(process.pid, signal.SIGINT)) == 130
+    assert (tmp_path / "saved").exists()
 
 
 def test_jobs_run_at_once_and_wait_for_what_they_need(tmp_path, monkeypatch):
@@ -280,6 +277,13 @@ def test_a_sweep_branches_off_the_full_run_and_shows_the_grid(start):
     points = json.loads((out / "results.json").read_text(encoding="utf-8"))["points"]
     assert [(point["alpha"], point["tau_factor"]) for point in points] == [(0.2, 1), (0.2, 2), (0.4, 1), (0.4, 2)]
     assert (out / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_sweep_of_rollback_multiplies_its_own_tau(start):
+    words = ("--alphas", "0.2", "--taus", "0.5", "2", "--", "--monitor_grace")
+    _, commands, _ = start(sweep, *words, config="quickstart")
+    taus = [value_of(commands[f"alpha0.2_tau{factor}_seed0"], "--vision_tau") for factor in ("0.5", "2")]
+    assert taus == ["0.002", "0.008"]
 
 
 def history_of(vision: int, language: int, steps: int) -> dict:
