@@ -17,7 +17,7 @@ from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
-BATCHES = 8  # into which at least the conversations of row_losses are divided, so that every fourth stands for all
+BATCHES = 4  # into which at least the conversations of row_losses are divided, so that every fourth stands for all
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 
