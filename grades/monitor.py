@@ -66,7 +66,7 @@ class GradESMonitor:
             )
         thaw_leftovers(model, optimizer)
         self.config = config = config.fixed()
-        self.is_closed = False
+        self.is_closed = self._seen_backward = False
         self.log, self.detail, self.broadcast = log, detail, broadcast
         self.components, self.num_matrices = watched_components(model, config)
         self.towers = tuple(dict.fromkeys(component.tower for component in self.components))
@@ -86,11 +86,13 @@ class GradESMonitor:
         self.converged_step: int | None = None  # with on_converged cooldown, the step after which it begins
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
+        self.totals: dict[
+            str, float
+        ] = {}  # name -> sum of its values at all checks, also those thinned out of `checks`
         self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
         self.events: list[dict[str, Any]] = []
         self.validation: list[dict[str, float | None]] = []  # what `note` was told
         self.latest: Values = {}  # of the last check
-        self._seen_backward = False
         if total_steps is not None:
             self._check_grace()
 
@@ -234,6 +236,7 @@ class GradESMonitor:
         values = self.metric.measure(self._unfrozen())
         values = self.scale.apply(values if self.broadcast is None else self.broadcast(values))
         listed = [values.get(component.name) for component in self.components]
+        self.totals = policy.add_up(self.totals, values)
         self.checks.append({"step": step, "values": listed} | self.metric.details())
         if not self.taus and step <= self.grace_steps:
             self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
@@ -349,6 +352,7 @@ class GradESMonitor:
             "given": [c.name for c in self.components if self.config.tau_of(c.tower, c.part) != AUTO],
             "last_step": self.last_step,
             "checks": list(self.checks),
+            "totals": dict(self.totals),
             "grace_checks": list(self.grace_checks),
             "events": list(self.events),
             "converged_step": self.converged_step,
@@ -385,11 +389,10 @@ class GradESMonitor:
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }
-        self.last_step = state["last_step"]
-        self.checks, self.events = list(state["checks"]), list(state["events"])
-        self.grace_checks = list(state["grace_checks"])
+        self.last_step, self.latest = state["last_step"], dict(state["latest"])
+        self.checks, self.grace_checks, self.events = (list(state[key]) for key in ("checks", "grace_checks", "events"))
+        self.totals = dict(state.get("totals", ()))
         self.converged_step, self.validation = state.get("converged_step"), list(state.get("validation", ()))
-        self.latest = dict(state["latest"])
         if state["metric"] is not None:
             self.metric.load_state_dict(state["metric"], self.components)
         self.scale.load_state_dict(state["scale"])
