@@ -142,12 +142,17 @@ class Answering:
 
 
 def describe_model(asker: Asker, name: str) -> dict[str, Any]:
-    """Whose answers they are: {"checkpoint", "weights": SHA-256 of model.safetensors, "parameters", "dtype"}."""
+    """Whose answers they are: {"checkpoint", "weights": SHA-256 of model.safetensors, "tokenizer": SHA-256 of it and its
+    chat template, "parameters", "dtype"}."""
     with (asker.folder / "model.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
+    text = f"{asker.tokenizer.backend_tokenizer.to_str()}\n{asker.tokenizer.chat_template}"
+    tokenizer = hashlib.sha256(text.encode()).hexdigest()
     computed = str(asker.compute_dtype()).removeprefix("torch.")
     parameters = sum(parameter.numel() for parameter in asker.model.parameters())
-    return {"checkpoint": name, "weights": weights, "parameters": parameters, "dtype": computed}
+    return {
+        "checkpoint": name, "weights": weights, "tokenizer": tokenizer, "parameters": parameters, "dtype": computed,
+    }  # fmt: skip
 
 
 def scored_answers(

@@ -9,8 +9,11 @@ from tiny.benchmarks import records
 from tiny.data import encoded, picture
 from tiny.families import SIZES, family_of, of_families
 from tiny.grades import save_answering_model
+from tokenizers import Tokenizer
 
 import evaluate
+import generate
+from data import easy_vqa
 from eval import asking
 from eval.answering import cut_broken_line, read_progress
 from eval.tasks import TASKS
@@ -102,6 +105,31 @@ def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path, monkeypatch, ca
     asked = [one for batch in first + second for one in batch]
     assert sorted(asked) == sorted(row["id"] for row in whole)  # each once
     assert answers(again) == answers(whole)
+
+
+def test_answers_of_another_tokenizer_are_not_continued(checkpoint, data, tmp_path, monkeypatch):
+    """Of as many words, which is all that the model can check."""
+    tokenizer = easy_vqa.tokenizer()
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = written["model"]["vocab"]
+    words["red"], words["blue"] = words["blue"], words["red"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(written))
+    tokenizer.save_pretrained(tmp_path / "other")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "is it red?"}) + "\n")
+    flags = ["--checkpoint", checkpoint, "--prompts", rows, "--output", tmp_path / "a.jsonl", "--num_workers", 0]
+    flags = [str(one) for one in flags]
+    generate.main(generate.parse_arguments(flags))
+    with monkeypatch.context() as patch:
+        interrupted(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, data, tmp_path / "out", "--batch_size", 2)
+    other = ["--lm_tokenizer", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="holds answers of another evaluation, whose tokenizer was"):
+        run(checkpoint, data, tmp_path / "out", *other)
+    with pytest.raises(ValueError, match="holds answers of another evaluation, whose tokenizer was"):
+        generate.main(generate.parse_arguments([*flags, *other]))
+    run(checkpoint, data, tmp_path / "out", "--lm_tokenizer", easy_vqa.NAME)
 
 
 def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch):
