@@ -132,6 +132,24 @@ def test_answers_of_another_tokenizer_are_not_continued(checkpoint, data, tmp_pa
     run(checkpoint, data, tmp_path / "out", "--lm_tokenizer", easy_vqa.NAME)
 
 
+def test_results_of_another_evaluation_are_not_overwritten(checkpoint, data, tmp_path, monkeypatch):
+    whole, _ = run(checkpoint, data, tmp_path / "out", "--likelihood")
+    asked = interrupted(monkeypatch, 0)
+    elsewhere = save_answering_model(tmp_path / "elsewhere", mp_image_token_length=16)
+    for model, more, words in (
+        (checkpoint, ["--without_image", "--likelihood"], "whose decoding of mmstar was"),
+        (checkpoint, [], "holds results of mmstar/likelihood, which would be lost"),
+        (checkpoint, ["--likelihood", "--limit", 3], "whose data of mmstar was"),
+        (elsewhere, ["--likelihood"], "whose checkpoint was"),
+    ):
+        with pytest.raises(ValueError, match=r"--output .*out: ") as error:
+            run(model, data, tmp_path / "out", *more)
+        assert words in str(error.value)
+    assert asked == []
+    monkeypatch.undo()
+    assert run(checkpoint, data, tmp_path / "out", "--likelihood")[0] == whole
+
+
 def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch):
     sizes, answer = [], asking.Asker.answer
 
