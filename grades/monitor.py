@@ -86,9 +86,7 @@ class GradESMonitor:
         self.converged_step: int | None = None  # with on_converged cooldown, the step after which it begins
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
-        self.totals: dict[
-            str, float
-        ] = {}  # name -> sum of its values at all checks, also those thinned out of `checks`
+        self.totals: dict[str, float] = {}  # name -> sum over all checks, also those thinned out of `checks`
         self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
         self.events: list[dict[str, Any]] = []
         self.validation: list[dict[str, float | None]] = []  # what `note` was told
@@ -390,8 +388,8 @@ class GradESMonitor:
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }
         self.last_step, self.latest = state["last_step"], dict(state["latest"])
-        self.checks, self.grace_checks, self.events = (list(state[key]) for key in ("checks", "grace_checks", "events"))
-        self.totals = dict(state.get("totals", ()))
+        self.checks, self.events = list(state["checks"]), list(state["events"])
+        self.grace_checks, self.totals = list(state["grace_checks"]), dict(state.get("totals", ()))
         self.converged_step, self.validation = state.get("converged_step"), list(state.get("validation", ()))
         if state["metric"] is not None:
             self.metric.load_state_dict(state["metric"], self.components)
