@@ -175,7 +175,7 @@ def ask(given: argparse.Namespace) -> None:
     if parallel.is_main:
         scored = [part for one in benchmarks for part in scored_answers(asking, one, model, given.missing)]
         finish(given, {"model": model}, scored, benchmarks)
-        asking.forget()
+        asking.forget(benchmarks)
 
 
 def finish(

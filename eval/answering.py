@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +67,8 @@ class Answering:
 
     def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
-        data = {"data": benchmark.fingerprint, "prompt style": benchmark.prompt_style}
+        data = {"data": benchmark.fingerprint, "source": benchmark.table.source}  # whose pictures may be others
+        data["prompt style"] = benchmark.prompt_style
         return {**model, **self.decoding(benchmark), **data, LIKELIHOOD: self.likelihood}
 
     def answer(self, benchmark: Benchmark, model: Mapping[str, Any]) -> None:
@@ -102,10 +103,13 @@ class Answering:
             for _, answers in self.batches.run(group, partial(self._ask, benchmark)):
                 yield answers
 
-    def forget(self) -> None:
-        """Remove what was kept for an evaluation that ends early; its results are written."""
+    def forget(self, benchmarks: Sequence[Benchmark]) -> None:
+        """Remove what was kept of these for an evaluation that ends early; their results are written."""
         assert self.progress is not None
-        shutil.rmtree(self.progress)
+        for path in [path for one in benchmarks for path in self.paths(one)]:
+            path.unlink()
+        with contextlib.suppress(OSError):  # answers to other tasks may be there
+            self.progress.rmdir()
 
     def _path(self, benchmark: Benchmark, rank: int) -> Path:
         assert self.progress is not None

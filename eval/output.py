@@ -47,8 +47,8 @@ def write_results(
 
 def settings_of(benchmark: Benchmark, decoding: Any) -> dict[str, Any]:
     """What a task's part of results.json will say of its settings."""
-    data, prompt = {"fingerprint": benchmark.fingerprint}, {"style": benchmark.prompt_style}
-    return {"data": data, "prompt": prompt, "decoding": decoding}
+    data = {"fingerprint": benchmark.fingerprint, "source": benchmark.table.source}
+    return {"data": data, "prompt": {"style": benchmark.prompt_style}, "decoding": decoding}
 
 
 def check_output(folder: Path, run: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -87,6 +87,7 @@ def _settings(run: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) ->
         found["answers"] = run["answers"]
     for name, task in tasks.items():
         found[f"data of {name}"] = task["data"]["fingerprint"]
+        found[f"source of {name}"] = task["data"]["source"]
         found[f"prompt style of {name}"] = task["prompt"]["style"]
         found[f"decoding of {name}"] = task.get("decoding")
     return found

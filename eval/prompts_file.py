@@ -110,6 +110,7 @@ class PromptsFile:
         settings = {
             **model,
             "data": self.rows.fingerprint,
+            "source": self.rows.table.source,  # whose pictures may be others
             "questions": len(self.rows.questions),
             "max_new_tokens": self.max_new_tokens,
             "generations": self.generations,

@@ -150,6 +150,47 @@ def test_results_of_another_evaluation_are_not_overwritten(checkpoint, data, tmp
     assert run(checkpoint, data, tmp_path / "out", "--likelihood")[0] == whole
 
 
+def test_an_evaluation_leaves_the_unfinished_answers_to_other_tasks(checkpoint, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, data, tmp_path / "out", "--batch_size", 2)
+    [kept] = (tmp_path / "out" / "progress").iterdir()
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": "is it red?", "answer": "yes"}) + "\n")
+    run(checkpoint, data, tmp_path / "out", "--tasks", tmp_path / "own.jsonl")
+    assert kept.exists()
+
+
+def test_the_same_questions_about_other_pictures_are_not_continued(checkpoint, tmp_path, monkeypatch):
+    for seed, name in enumerate(("clean", "noisy")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(encoded(picture(seed=seed)))
+        row = {"image": "0.png", "question": "is it red?", "answer": "yes"}
+        (tmp_path / name / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    clean, noisy = (tmp_path / name / "rows.jsonl" for name in ("clean", "noisy"))
+    prompts = [
+        "--checkpoint",
+        str(checkpoint),
+        "--num_workers",
+        "0",
+        "--output",
+        str(tmp_path / "a.jsonl"),
+        "--prompts",
+    ]
+    generate.main(generate.parse_arguments([*prompts, str(clean)]))
+    with pytest.raises(ValueError, match="whose source was"):
+        generate.main(generate.parse_arguments([*prompts, str(noisy)]))
+    with monkeypatch.context() as patch:
+        interrupted(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, tmp_path, tmp_path / "out", "--tasks", clean)
+    with pytest.raises(ValueError, match="whose source was"):
+        run(checkpoint, tmp_path, tmp_path / "out", "--tasks", noisy)
+    run(checkpoint, tmp_path, tmp_path / "out", "--tasks", clean)
+    with pytest.raises(ValueError, match="whose source of rows was"):
+        run(checkpoint, tmp_path, tmp_path / "out", "--tasks", noisy)
+
+
 def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch):
     sizes, answer = [], asking.Asker.answer
 
