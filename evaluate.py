@@ -115,6 +115,7 @@ def open_benchmarks(given: argparse.Namespace, earlier: dict[str, Any]) -> list[
 def evaluate(given: argparse.Namespace) -> None:
     """Score the answers of a file, print the main numbers, and write --output."""
     from eval.answers import match, read_answers
+    from eval.output import check_output, settings_of
     from eval.own_rows import show_frames
     from eval.results import score
 
@@ -125,18 +126,23 @@ def evaluate(given: argparse.Namespace) -> None:
         if frames := given.max_video_frames or shown:
             show_frames([one], frames)
     answers = read_answers(given.answers, [one.task.name for one in benchmarks])
+    run = {"model": earlier.get("model"), "answers": str(given.answers)}
+    decoding = {one.task.name: earlier.get("tasks", {}).get(one.task.name, {}).get("decoding") for one in benchmarks}
+    if given.output:
+        tasks = {one.task.name: settings_of(one, decoding[one.task.name]) for one in benchmarks}
+        check_output(given.output, run, tasks)
     scored = []
     for one in benchmarks:
         rows, summary = score(one, match(answers[one.task.name], one, given.missing))
-        before = earlier.get("tasks", {}).get(one.task.name, {})
-        scored.append((one.task, rows, summary | {"decoding": before.get("decoding")}))
-    finish(given, {"model": earlier.get("model"), "answers": str(given.answers)}, scored, benchmarks)
+        scored.append((one.task, rows, summary | {"decoding": decoding[one.task.name]}))
+    finish(given, run, scored, benchmarks)
 
 
 def ask(given: argparse.Namespace) -> None:
     """Let the model answer, on every process of torchrun its part, and score it as `evaluate` does, on the first."""
     from eval.answering import Answering, describe_model, scored_answers
     from eval.asking import Asker
+    from eval.output import check_output
     from eval.own_rows import show_frames
     from models.config import TrainConfig
     from models.hub import BackboneUnavailable, checkpoint_folder
@@ -161,13 +167,15 @@ def ask(given: argparse.Namespace) -> None:
         given.max_new_tokens, given.likelihood, parallel.rank, parallel.world_size,
     )  # fmt: skip
     model = describe_model(asker, given.checkpoint)
+    planned = {name: settings for one in benchmarks for name, settings in asking.planned(one).items()}
+    check_output(given.output, {"model": model}, planned)
     for one in benchmarks:
         asking.answer(one, model)
     parallel.gather(None)  # until all have answered
     if parallel.is_main:
         scored = [part for one in benchmarks for part in scored_answers(asking, one, model, given.missing)]
         finish(given, {"model": model}, scored, benchmarks)
-        asking.forget()
+        asking.forget(benchmarks)
 
 
 def finish(

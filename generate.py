@@ -146,7 +146,19 @@ def _drawing_problems(given: argparse.Namespace) -> list[str]:
         problems.append(f"{flag}: must be a file that ends in {', '.join(PICTURES)}")
     if not given.draw_points.absolute().parent.is_dir():
         problems.append(f"{flag}: no such folder {given.draw_points.parent}")
+    if problems:
+        return problems
+    shown = [*given.image, *(frame for video in given.video if video.is_dir() for frame in video.iterdir())]
+    for target in drawing_paths(given):
+        if target.exists() and any(one.exists() and target.samefile(one) for one in shown):
+            problems.append(f"{flag}: would overwrite {shlex.quote(str(target))}, which is shown; take another name")
     return problems
+
+
+def drawing_paths(given: argparse.Namespace) -> list[Path]:
+    """Where --draw_points writes: for several images NAME_1, NAME_2, ... beside it."""
+    path, images = given.draw_points, len(given.image)
+    return [path] if images == 1 else [path.with_name(f"{path.stem}_{n}{path.suffix}") for n in range(1, images + 1)]
 
 
 def _model_problems(given: argparse.Namespace, cfg: VLMConfig) -> list[str]:
@@ -195,7 +207,7 @@ def ask_once(given: argparse.Namespace, asker: Asker) -> None:
         from data.points import find_points
         from eval.drawing import save_drawings
 
-        for line in save_drawings(find_points(answer), given.image, given.draw_points):
+        for line in save_drawings(find_points(answer), given.image, drawing_paths(given)):
             print(line, file=sys.stderr)
 
 

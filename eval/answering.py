@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from eval.answers import match
 from eval.asking import Asker, ModelAsker, Reader
 from eval.batches import Batches
 from eval.benchmarks import Benchmark
+from eval.output import check_same_settings, settings_of
 from eval.results import score
 from eval.rules import Question, Task
 from grades.files import write_text
@@ -52,15 +53,22 @@ class Answering:
         """Of the longest answer."""
         return self.max_new_tokens or benchmark.task.max_new_tokens
 
-    def decoding(self, benchmark: Benchmark) -> dict[str, Any]:
-        """How the answers are decoded, for the results."""
+    def decoding(self, benchmark: Benchmark, kind: str = "") -> dict[str, Any]:
+        """How the answers are decoded, or with LIKELIHOOD as kind chosen, for the results."""
         tokens = self.tokens(benchmark)
         stop = {"stop": list(benchmark.task.stop)} if benchmark.task.stop else {}
-        return {"greedy": True, "max_new_tokens": tokens, **stop, "without_image": self.without_image}
+        chosen = {"greedy": False, LIKELIHOOD: "first token of a letter"} if kind else {}
+        return {"greedy": True, "max_new_tokens": tokens, **stop, "without_image": self.without_image, **chosen}
+
+    def planned(self, benchmark: Benchmark) -> dict[str, dict[str, Any]]:
+        """By name the tasks of results.json that the answers make, as eval.output.check_output takes them."""
+        kinds = ("", LIKELIHOOD) if self.likelihood else ("",)
+        return {named(benchmark, kind): settings_of(benchmark, self.decoding(benchmark, kind)) for kind in kinds}
 
     def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
-        data = {"data": benchmark.fingerprint, "prompt style": benchmark.prompt_style}
+        data = {"data": benchmark.fingerprint, "source": benchmark.table.source}  # whose pictures may be others
+        data["prompt style"] = benchmark.prompt_style
         return {**model, **self.decoding(benchmark), **data, LIKELIHOOD: self.likelihood}
 
     def answer(self, benchmark: Benchmark, model: Mapping[str, Any]) -> None:
@@ -95,10 +103,13 @@ class Answering:
             for _, answers in self.batches.run(group, partial(self._ask, benchmark)):
                 yield answers
 
-    def forget(self) -> None:
-        """Remove what was kept for an evaluation that ends early; its results are written."""
+    def forget(self, benchmarks: Sequence[Benchmark]) -> None:
+        """Remove what was kept of these for an evaluation that ends early; their results are written."""
         assert self.progress is not None
-        shutil.rmtree(self.progress)
+        for path in [path for one in benchmarks for path in self.paths(one)]:
+            path.unlink()
+        with contextlib.suppress(OSError):  # answers to other tasks may be there
+            self.progress.rmdir()
 
     def _path(self, benchmark: Benchmark, rank: int) -> Path:
         assert self.progress is not None
@@ -142,12 +153,19 @@ class Answering:
 
 
 def describe_model(asker: Asker, name: str) -> dict[str, Any]:
-    """Whose answers they are: {"checkpoint", "weights": SHA-256 of model.safetensors, "parameters", "dtype"}."""
+    """Whose answers they are: {"checkpoint", "weights", "tokenizer", "parameters", "dtype"}.
+
+    weights: SHA-256 of model.safetensors. tokenizer: SHA-256 of the tokenizer and its chat template.
+    """
     with (asker.folder / "model.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
+    text = f"{asker.tokenizer.backend_tokenizer.to_str()}\n{asker.tokenizer.chat_template}"
+    tokenizer = hashlib.sha256(text.encode()).hexdigest()
     computed = str(asker.compute_dtype()).removeprefix("torch.")
     parameters = sum(parameter.numel() for parameter in asker.model.parameters())
-    return {"checkpoint": name, "weights": weights, "parameters": parameters, "dtype": computed}
+    return {
+        "checkpoint": name, "weights": weights, "tokenizer": tokenizer, "parameters": parameters, "dtype": computed,
+    }  # fmt: skip
 
 
 def scored_answers(
@@ -175,14 +193,16 @@ def scored_answers(
     for kind, given in (("", match(answers.items(), benchmark, missing)), (LIKELIHOOD, likeliest)):
         if not given:
             continue
-        name = f"{benchmark.task.name}/{kind}".rstrip("/")
-        one = replace(benchmark, task=replace(benchmark.task, name=name))
+        one = replace(benchmark, task=replace(benchmark.task, name=named(benchmark, kind)))
         rows, summary = score(one, given)
-        decoding = asking.decoding(benchmark) | (
-            {"greedy": False, LIKELIHOOD: "first token of a letter"} if kind else {}
-        )
-        found.append((one.task, rows, summary | {"decoding": decoding} | ({"not_asked": errors} if errors else {})))
+        summary |= {"decoding": asking.decoding(benchmark, kind)} | ({"not_asked": errors} if errors else {})
+        found.append((one.task, rows, summary))
     return found
+
+
+def named(benchmark: Benchmark, kind: str) -> str:
+    """The task in results.json. kind: empty, or LIKELIHOOD."""
+    return f"{benchmark.task.name}/{kind}".rstrip("/")
 
 
 def letters_of(question: Question) -> Sequence[str]:
@@ -267,13 +287,3 @@ def cut_broken_line(path: Path) -> None:
             write_text(path, "".join(line + "\n" for line in lines))
         else:
             path.unlink()
-
-
-def check_same_settings(where: Path | str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError that names a setting which was another when the answers that are there were made."""
-    if changed := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
-        name = changed[0]
-        raise ValueError(
-            f"{where}: holds answers of another evaluation, whose {name} was {before.get(name)} and is now "
-            f"{now.get(name)}; take another --output, or remove the file"
-        )

@@ -134,17 +134,12 @@ def _write(
     return bottom + down + PAD
 
 
-def drawing_paths(path: Path, images: int) -> list[Path]:
-    """Where the pictures go: to the path alone, or for several images to NAME_1, NAME_2, ... beside it."""
-    return [path] if images == 1 else [path.with_name(f"{path.stem}_{n}{path.suffix}") for n in range(1, images + 1)]
-
-
-def save_drawings(found: Found, images: Sequence[Source], path: Path) -> list[str]:
-    """Draw the points of an answer onto its images and write these; returns a note for each file and for what was not
-    drawn. Raises ImageDecodeError, OSError."""
+def save_drawings(found: Found, images: Sequence[Source], targets: Sequence[Path]) -> list[str]:
+    """Draw the points of an answer onto its images and write each to its target; returns a note for each file and for
+    what was not drawn. Raises ImageDecodeError, OSError."""
     placed = place_points(found, len(images))
     notes = [f"not drawn: {reason}" for reason in placed.broken]
-    for image, labelled, target in zip(images, placed.images, drawing_paths(path, len(images)), strict=True):
+    for image, labelled, target in zip(images, placed.images, targets, strict=True):
         with written_beside(target) as beside:
             draw_points(upright(image), labelled).save(beside)
         notes.append(f"{target}: {sum(len(points) for _, points in labelled)} points")

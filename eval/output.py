@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks import Benchmark
 from eval.rules import Task
 from grades.files import write_json, write_text
 
@@ -42,6 +43,54 @@ def write_results(
         samples = (json.dumps(one, ensure_ascii=False) + "\n" for one in _samples(rows, task.name))
         write_text(other / f"{stamp}_samples_{task.name.replace('/', '_')}.jsonl", "".join(samples))
     write_json(folder / "results.json", results)  # last: where it stands, the others do too
+
+
+def settings_of(benchmark: Benchmark, decoding: Any) -> dict[str, Any]:
+    """What a task's part of results.json will say of its settings."""
+    data = {"fingerprint": benchmark.fingerprint, "source": benchmark.table.source}
+    return {"data": data, "prompt": {"style": benchmark.prompt_style}, "decoding": decoding}
+
+
+def check_output(folder: Path, run: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError where the folder has results that those of this evaluation would replace and do not repeat.
+
+    run: as write_results takes it. tasks: name -> settings_of each.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder}: must be a folder")
+    path = folder / "results.json"
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        before = _settings(there, there["tasks"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"--output {folder}: its results.json cannot be read; take another --output, or remove the file"
+        ) from None
+    if lost := [name for name in there["tasks"] if name not in tasks]:
+        raise ValueError(
+            f"--output {folder}: holds results of {', '.join(lost)}, which would be lost; take another --output, or "
+            "remove the folder"
+        )
+    now, answers = _settings(run, tasks), run.get("answers")
+    if answers and Path(answers).resolve().parent == folder.resolve():  # its own answers are scored again
+        now["answers"] = before.get("answers")
+    check_same_settings(f"--output {folder}", before, {name: now.get(name) for name in before})
+
+
+def _settings(run: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All that results depend on, by name; "answers" only where they came from a file."""
+    model = run.get("model")
+    found = {**model} if isinstance(model, Mapping) else {"model": model}
+    if "answers" in run:
+        found["answers"] = run["answers"]
+    for name, task in tasks.items():
+        found[f"data of {name}"] = task["data"]["fingerprint"]
+        found[f"source of {name}"] = task["data"]["source"]
+        found[f"prompt style of {name}"] = task["prompt"]["style"]
+        found[f"decoding of {name}"] = task.get("decoding")
+    return found
 
 
 def percent(value: float | None) -> str:
@@ -138,3 +187,13 @@ def _samples(rows: Sequence[dict], task: str) -> list[dict[str, Any]]:
         for row in rows
         if row["task"] == task
     ]
+
+
+def check_same_settings(where: Path | str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError that names a setting which was another when the answers that are there were made."""
+    if changed := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
+        name = changed[0]
+        raise ValueError(
+            f"{where}: holds answers of another evaluation, whose {name} was {before.get(name)} and is now "
+            f"{now.get(name)}; take another --output, or remove it"
+        )

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from data.datasets import Questions
 from data.options import RowOptions
 from data.readers import as_it_is
-from eval.answering import check_same_settings
 from eval.asking import Asker, Reader
 from eval.batches import WINDOW, sorted_by_length
+from eval.output import check_same_settings
 from eval.own_rows import OwnRows, open_own_rows
 from eval.rules import Question
 from grades.files import write_json, write_text
@@ -110,6 +110,7 @@ class PromptsFile:
         settings = {
             **model,
             "data": self.rows.fingerprint,
+            "source": self.rows.table.source,  # whose pictures may be others
             "questions": len(self.rows.questions),
             "max_new_tokens": self.max_new_tokens,
             "generations": self.generations,

@@ -15,10 +15,13 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grades import GradEarlyStoppingConfig, presets  # quick: torch and transformers load after --help
+from grades.config import ROLLBACK
+from grades.outputs import own_folder
 from grades.report import HISTORY_NAME, summary
 from scripts.convert_gguf import SMOLLM2, SMOLLM2_FOLDER, convert
 
 TOKENIZER_TEXTS = 1000
+HELD_OUT = 5  # with --metric rollback: each fifth row
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -64,7 +67,11 @@ def grades_config(given: argparse.Namespace) -> GradEarlyStoppingConfig:
     preset = presets[given.preset] if given.preset else None
     if isinstance(preset, GradEarlyStoppingConfig):
         return dataclasses.replace(preset, output_dir=given.output_dir)
-    return GradEarlyStoppingConfig(tau=given.tau, alpha=given.alpha, metric=given.metric, output_dir=given.output_dir)
+    # A check of rollback evaluates the rows that are held out, several times.
+    interval = max(1, given.max_steps // 12) if given.metric == ROLLBACK else 1
+    return GradEarlyStoppingConfig(
+        tau=given.tau, alpha=given.alpha, metric=given.metric, compute_interval=interval, output_dir=given.output_dir
+    )
 
 
 def trainer_arguments(given: argparse.Namespace) -> dict[str, Any]:
@@ -96,31 +103,37 @@ def fine_tune(given: argparse.Namespace, peft_config: Any = None) -> None:
 
     from grades import GradEarlyStoppingCallback
 
-    callback = make_callback(GradEarlyStoppingCallback, grades_config(given))
+    config = grades_config(given)
+    callback = make_callback(GradEarlyStoppingCallback, config)
     set_seed(given.seed)
     model, tokenizer = load_language_model(given.model)
     rows = documented(given.max_steps * given.batch_size * given.gradient_accumulation_steps)
     messages = [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
     ]
+    held_out = None
+    if config.metric == ROLLBACK:  # which compares losses of rows that are not trained on
+        held_out, messages = messages[::HELD_OUT], [row for i, row in enumerate(messages) if i % HELD_OUT]
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**trainer_arguments(given), max_length=given.max_length, gradient_checkpointing=False),
         train_dataset=Dataset.from_dict({"messages": messages}),
+        eval_dataset=None if held_out is None else Dataset.from_dict({"messages": held_out}),
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[callback],
     )
-    train(trainer, given.output_dir)
+    train(trainer, callback, given.output_dir)
 
 
-def train(trainer: Any, folder: str) -> None:
-    """Train, save, and print what GradES did and where the pictures are."""
+def train(trainer: Any, callback: Any, folder: str) -> None:
+    """Train, save, and print what GradES did and where the pictures are: beside an earlier run's, in run_2 ..."""
     trainer.train()
     trainer.save_model(folder)
-    history = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
+    own = own_folder(Path(folder), callback.run)
+    history = json.loads((own / HISTORY_NAME).read_text(encoding="utf-8"))
     print(*summary(history), sep="\n")
-    print(f"{folder}/convergence.png, {folder}/freezing.png; the table: python -m grades report {folder}")
+    print(f"{own}/convergence.png, {own}/freezing.png; the table: python -m grades report {own}")
 
 
 def make_callback(kind: type, config: Any) -> Any:

@@ -48,9 +48,11 @@ def described(value: Any) -> str:
 
 def data_flags(root: str, stage: Stage) -> list[str]:
     """Those that read the rows of scripts/make_shapes.py from another folder, where a file gets the recipe's mixture
-    with that folder's paths. Raises OSError."""
+    with that folder's paths. Raises ValueError, OSError."""
     import yaml
 
+    if not Path(root).is_dir():
+        raise ValueError(f"--data-root {root}: no such folder; scripts/make_shapes.py --output {root} makes it")
     groups = yaml.safe_load(stage.recipe.read_text(encoding="utf-8")).get("mixture", [])
     for one in (one for group in groups for one in group["sets"]):
         one["path"] = str(Path(root) / Path(one["path"]).name)

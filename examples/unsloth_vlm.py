@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
     config = presets["qwen2.5-vl-7b/lora"]
     config.alpha, config.output_dir = given.alpha, given.output_dir
+    callback = make_callback(VLMGradEarlyStoppingCallback, config)
     model, processor = FastVisionModel.from_pretrained(given.model, load_in_4bit=True)
     model = FastVisionModel.get_peft_model(
         model, finetune_vision_layers=True, finetune_language_layers=True, r=given.lora_rank,
@@ -45,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=[conversation(row) for row in rows],
         data_collator=UnslothVisionDataCollator(model, processor),
         processing_class=processor,
-        callbacks=[make_callback(VLMGradEarlyStoppingCallback, config)],
+        callbacks=[callback],
     )  # fmt: skip
-    train(trainer, given.output_dir)
+    train(trainer, callback, given.output_dir)
 
 
 def conversation(row: dict) -> dict:

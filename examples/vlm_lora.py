@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=Collator(processor),
         callbacks=[callback],
     )
-    train(trainer, given.output_dir)
+    train(trainer, callback, given.output_dir)
 
 
 def questions(limit: int, seed: int) -> list[dict]:

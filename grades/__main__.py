@@ -31,10 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def print_report(folder: Path, output: Path | None) -> None:
-    """The table and the summary of a run; draws its pictures."""
+    """The table and the summary of a run; draws its pictures. Raises ValueError for what is no history."""
     path = find_history(folder)
-    history = json.loads(path.read_text(encoding="utf-8"))
-    print(table(history), "", *summary(history), sep="\n")
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        lines = [table(history), "", *summary(history)]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no whole history of GradES: {type(error).__name__}: {error}") from None
+    print(*lines, sep="\n")
     for picture in draw(path, output):
         print(picture)
 

@@ -206,7 +206,7 @@ class AuthorsInterface:
             common: dict[str, Any] = {
                 "frozen_at_step": monitor.frozen.get(component.name),
                 "change_history": changes,
-                "total_change_accumulated": sum(value for _, value in changes),
+                "total_change_accumulated": monitor.totals.get(component.name, 0.0),
                 "param_count": sum(p.numel() for p in component.parameters),
             }
             is_frozen = component.name in monitor.frozen

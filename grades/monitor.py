@@ -66,12 +66,17 @@ class GradESMonitor:
             )
         thaw_leftovers(model, optimizer)
         self.config = config = config.fixed()
-        self.is_closed, self.log, self.detail, self.broadcast = False, log, detail, broadcast
+        self.is_closed = self._seen_backward = False
+        self.log, self.detail, self.broadcast = log, detail, broadcast
         self.components, self.num_matrices = watched_components(model, config)
         self.towers = tuple(dict.fromkeys(component.tower for component in self.components))
         self.by_name = {component.name: component for component in self.components}
         self.total_steps = total_steps
-        self.metric = self._make_metric(model, optimizer, averages, evaluate)
+        self.metric: Metric
+        if config.metric == ROLLBACK:
+            self.metric = Rollback.of(config, model, self.components, averages, evaluate)
+        else:
+            self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
         self.scale = make_scale(config.tau_mode)
         settle = None if averages is None else functools.partial(averages.settle, to=config.freeze_to)
         self.freezer = Freezer(
@@ -86,26 +91,13 @@ class GradESMonitor:
         self.has_cooled = False  # the loop says so when it ends after that cooldown
         self.last_step = 0
         self.checks: list[dict[str, Any]] = []
+        self.totals: dict[str, float] = {}  # name -> sum over all checks, also those thinned out of `checks`
         self.grace_checks: list[dict[str, Any]] = []  # the last ones of the grace period, while taus are to be found
         self.events: list[dict[str, Any]] = []
         self.validation: list[dict[str, float | None]] = []  # what `note` was told
         self.latest: Values = {}  # of the last check
-        self._seen_backward = False
         if total_steps is not None:
             self._check_grace()
-
-    def _make_metric(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        averages: AveragedWeights | None,
-        evaluate: Evaluate | None,
-    ) -> Metric:
-        config = self.config
-        if config.metric != ROLLBACK:
-            return make_metric(config.metric, config.monitor_sample, optimizer)
-        limits = config.rollback_limits({(c.tower, c.part) for c in self.components})
-        return Rollback(model, self.components, averages, evaluate, config.rollback_parts, limits, config.freeze_to)
 
     def close(self) -> None:
         """Leave the model as it was before: everything trains again that was frozen here, and no hook, copy of a weight
@@ -232,6 +224,7 @@ class GradESMonitor:
         values = self.metric.measure(self._unfrozen())
         values = self.scale.apply(values if self.broadcast is None else self.broadcast(values))
         listed = [values.get(component.name) for component in self.components]
+        self.totals = policy.add_up(self.totals, values)
         self.checks.append({"step": step, "values": listed} | self.metric.details())
         if not self.taus and step <= self.grace_steps:
             self.grace_checks = [*self.grace_checks, self.checks[-1]][-AUTO_CHECKS:]
@@ -349,6 +342,7 @@ class GradESMonitor:
             "given": [c.name for c in self.components if self.config.tau_of(c.tower, c.part) != AUTO],
             "last_step": self.last_step,
             "checks": list(self.checks),
+            "totals": dict(self.totals),
             "grace_checks": list(self.grace_checks),
             "events": list(self.events),
             "converged_step": self.converged_step,
@@ -386,10 +380,10 @@ class GradESMonitor:
             self.taus = {
                 name: tau if given[name] == AUTO else float(given[name]) for name, tau in state["taus"].items()
             }
-        self.last_step, self.grace_checks = state["last_step"], list(state["grace_checks"])
+        self.last_step, self.latest = state["last_step"], dict(state["latest"])
         self.checks, self.events = list(state["checks"]), list(state["events"])
+        self.grace_checks, self.totals = list(state["grace_checks"]), dict(state.get("totals", ()))
         self.converged_step, self.validation = state.get("converged_step"), list(state.get("validation", ()))
-        self.latest = dict(state["latest"])
         interval = state.get("compute_interval", self.config.compute_interval)
         if state["metric"] is not None and (interval == self.config.compute_interval or self.config.metric == ROLLBACK):
             self.metric.load_state_dict(state["metric"], self.components)

@@ -144,6 +144,15 @@ def thin(checks: Sequence[dict[str, Any]], compute_interval: int, at_most: int) 
     return kept
 
 
+def add_up(totals: Mapping[str, float], values: Mapping[str, float | None]) -> dict[str, float]:
+    """The totals with a check's values added.
+
+    >>> add_up({"q_proj": 0.5}, {"q_proj": 0.25, "k_proj": 1.0, "v_proj": None})
+    {'q_proj': 0.75, 'k_proj': 1.0}
+    """
+    return {**totals} | {name: totals.get(name, 0.0) + value for name, value in values.items() if value is not None}
+
+
 def lasting(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The freezes that lasted: for a component that was unfrozen only a later freeze."""
     last = {event["name"]: event for event in events}

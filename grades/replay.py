@@ -12,11 +12,16 @@ from grades.config import GradESConfig
 def draw_replay(config: GradESConfig, components: Sequence[Component]) -> dict[int, list[str]]:
     """The names of what to freeze at each step; empty without replay_history.
 
-    Raises ValueError where that run had other components.
+    Raises ValueError for what is no history, and where that run had other components.
     """
     if config.replay_history is None:
         return {}
-    events = json.loads(Path(config.replay_history).read_text(encoding="utf-8"))["events"]
+    try:
+        events = json.loads(Path(config.replay_history).read_text(encoding="utf-8"))["events"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"replay_history {config.replay_history}: is no whole history of GradES: {type(error).__name__}: {error}"
+        ) from None
     towers = {component.name: component.tower for component in components}
     if odd := sorted({event["name"] for event in events} - set(towers)):
         raise ValueError(

@@ -16,6 +16,7 @@ import torch.nn as nn
 
 from grades.averaging import AVERAGE, OLDER, AveragedWeights, exchange
 from grades.components import Component, block_of, clean_name
+from grades.config import GradESConfig
 from grades.metrics import Metric
 from grades.towers import CONNECTOR, VISION, Towers
 
@@ -88,6 +89,19 @@ class Rollback(Metric):
         vision = Towers(model).of
         self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
         self.seen: set[bool] = set()  # parts of the rows whose latest evaluation was with the vision tower of now
+
+    @classmethod
+    def of(
+        cls,
+        config: GradESConfig,
+        model: nn.Module,
+        components: Sequence[Component],
+        averages: AveragedWeights | None,
+        evaluate: Evaluate | None,
+    ) -> Rollback:
+        """As the settings say."""
+        limits = config.rollback_limits({(c.tower, c.part) for c in components})
+        return cls(model, components, averages, evaluate, config.rollback_parts, limits, config.freeze_to)
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -240,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (folder / "data" / TASK).exists():
         write_data(folder / "data", given.rows)
         write_checkpoint(folder / "checkpoint", settings.vlm)
+    for name in ("whole", "killed"):  # of an earlier call, perhaps with other settings
+        shutil.rmtree(folder / name, ignore_errors=True)
     evaluation = Evaluation(folder, settings, limit)
     seconds, status = evaluation.run("whole")
     if status:

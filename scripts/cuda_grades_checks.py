@@ -1,9 +1,10 @@
 """Sections of check_cuda.py: whether freezing, GradES's metrics, resuming and several processes are right."""
 
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,22 @@ def check_metrics(case: Case) -> None:
         with attempt(metric):
             ours, theirs = (measure_short(case, metric, device) for device in (case.device, torch.device("cpu")))
             known = sum(value is not None for value in theirs.values())
-            off = [abs(ours[n] - value) / value for n, value in theirs.items() if value and ours[n]]  # type: ignore[operator]
+            off = largest_error(ours, theirs)
             same = ours.keys() == theirs.keys() and all((ours[n] is None) == (theirs[n] is None) for n in theirs)
             # Adam makes a whole step of a gradient that is rounding alone.
-            told = f"{known} components, off by {max(off, default=0):.1e} at most"
-            tell(metric, told, same and known == len(theirs) and max(off) < 0.03)
+            told = f"{known} components, off by {off:.1e} at most"
+            tell(metric, told, same and known == len(theirs) and off < 0.03)
+
+
+def largest_error(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> float:
+    """Relative to theirs, over what both have measured; infinite where a value is not finite or theirs alone is 0."""
+    largest = 0.0
+    for name, value in theirs.items():
+        own = ours.get(name)
+        if value is not None and own is not None:
+            off = abs(own - value) / abs(value) if value else math.inf if own else 0.0
+            largest = max(largest, off if math.isfinite(off) else math.inf)
+    return largest
 
 
 def measure_short(case: Case, metric: str, device: torch.device) -> dict[str, float | None]:

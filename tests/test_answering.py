@@ -9,8 +9,11 @@ from tiny.benchmarks import records
 from tiny.data import encoded, picture
 from tiny.families import SIZES, family_of, of_families
 from tiny.grades import save_answering_model
+from tokenizers import Tokenizer
 
 import evaluate
+import generate
+from data import easy_vqa
 from eval import asking
 from eval.answering import cut_broken_line, read_progress
 from eval.tasks import TASKS
@@ -102,6 +105,90 @@ def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path, monkeypatch, ca
     asked = [one for batch in first + second for one in batch]
     assert sorted(asked) == sorted(row["id"] for row in whole)  # each once
     assert answers(again) == answers(whole)
+
+
+def test_answers_of_another_tokenizer_are_not_continued(checkpoint, data, tmp_path, monkeypatch):
+    """Of as many words, which is all that the model can check."""
+    tokenizer = easy_vqa.tokenizer()
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = written["model"]["vocab"]
+    words["red"], words["blue"] = words["blue"], words["red"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(written))
+    tokenizer.save_pretrained(tmp_path / "other")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "is it red?"}) + "\n")
+    flags = ["--checkpoint", checkpoint, "--prompts", rows, "--output", tmp_path / "a.jsonl", "--num_workers", 0]
+    flags = [str(one) for one in flags]
+    generate.main(generate.parse_arguments(flags))
+    with monkeypatch.context() as patch:
+        interrupted(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, data, tmp_path / "out", "--batch_size", 2)
+    other = ["--lm_tokenizer", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="holds answers of another evaluation, whose tokenizer was"):
+        run(checkpoint, data, tmp_path / "out", *other)
+    with pytest.raises(ValueError, match="holds answers of another evaluation, whose tokenizer was"):
+        generate.main(generate.parse_arguments([*flags, *other]))
+    run(checkpoint, data, tmp_path / "out", "--lm_tokenizer", easy_vqa.NAME)
+
+
+def test_results_of_another_evaluation_are_not_overwritten(checkpoint, data, tmp_path, monkeypatch):
+    whole, _ = run(checkpoint, data, tmp_path / "out", "--likelihood")
+    asked = interrupted(monkeypatch, 0)
+    elsewhere = save_answering_model(tmp_path / "elsewhere", mp_image_token_length=16)
+    for model, more, words in (
+        (checkpoint, ["--without_image", "--likelihood"], "whose decoding of mmstar was"),
+        (checkpoint, [], "holds results of mmstar/likelihood, which would be lost"),
+        (checkpoint, ["--likelihood", "--limit", 3], "whose data of mmstar was"),
+        (elsewhere, ["--likelihood"], "whose checkpoint was"),
+    ):
+        with pytest.raises(ValueError, match=r"--output .*out: ") as error:
+            run(model, data, tmp_path / "out", *more)
+        assert words in str(error.value)
+    assert asked == []
+    monkeypatch.undo()
+    assert run(checkpoint, data, tmp_path / "out", "--likelihood")[0] == whole
+
+
+def test_an_evaluation_leaves_the_unfinished_answers_to_other_tasks(checkpoint, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, data, tmp_path / "out", "--batch_size", 2)
+    [kept] = (tmp_path / "out" / "progress").iterdir()
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": "is it red?", "answer": "yes"}) + "\n")
+    run(checkpoint, data, tmp_path / "out", "--tasks", tmp_path / "own.jsonl")
+    assert kept.exists()
+
+
+def test_the_same_questions_about_other_pictures_are_not_continued(checkpoint, tmp_path, monkeypatch):
+    for seed, name in enumerate(("clean", "noisy")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(encoded(picture(seed=seed)))
+        row = {"image": "0.png", "question": "is it red?", "answer": "yes"}
+        (tmp_path / name / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    clean, noisy = (tmp_path / name / "rows.jsonl" for name in ("clean", "noisy"))
+    prompts = [
+        "--checkpoint",
+        str(checkpoint),
+        "--num_workers",
+        "0",
+        "--output",
+        str(tmp_path / "a.jsonl"),
+        "--prompts",
+    ]
+    generate.main(generate.parse_arguments([*prompts, str(clean)]))
+    with pytest.raises(ValueError, match="whose source was"):
+        generate.main(generate.parse_arguments([*prompts, str(noisy)]))
+    with monkeypatch.context() as patch:
+        interrupted(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, tmp_path, tmp_path / "out", "--tasks", clean)
+    with pytest.raises(ValueError, match="whose source was"):
+        run(checkpoint, tmp_path, tmp_path / "out", "--tasks", noisy)
+    run(checkpoint, tmp_path, tmp_path / "out", "--tasks", clean)
+    with pytest.raises(ValueError, match="whose source of rows was"):
+        run(checkpoint, tmp_path, tmp_path / "out", "--tasks", noisy)
 
 
 def test_out_of_memory_halves_the_batch(checkpoint, data, tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from scripts import check_cuda
+from scripts import check_cuda, cuda_grades_checks
 from scripts.check_cuda import FAILED, LEFT_OUT, PASSED, Section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,3 +132,19 @@ def test_real_sections_run_without_the_packages_of_training(tmp_path):
     statuses = {one["name"]: one["status"] for one in found}
     assert statuses == {"generation": PASSED, "waiting": LEFT_OUT, "step_222m": PASSED}, done.stdout
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "ok"),
+    [(0.101, True), (0.0, False), (float("nan"), False), (float("inf"), False), (None, False), (0.2, False)],
+)
+def test_a_metric_is_right_if_every_number_is_near_that_of_the_cpu(monkeypatch, ours, ok):
+    told = {}
+    found = iter([{"a": 0.1, "b": ours, "c": -1.0}, {"a": 0.1, "b": 0.1, "c": -1.0}])
+    monkeypatch.setattr(cuda_grades_checks, "METRICS", ())
+    monkeypatch.setattr(cuda_grades_checks, "exact_products", lambda: None)
+    monkeypatch.setattr(cuda_grades_checks, "measure_short", lambda case, metric, device: next(found))
+    monkeypatch.setattr(cuda_grades_checks, "tell", lambda name, value, ok: told.update({name: ok}))
+    cuda_grades_checks.check_metrics(SimpleNamespace(device="cpu"))
+    assert told == {"rollback": ok}
+    assert cuda_grades_checks.largest_error({"a": -1.5, "b": 0.0}, {"a": -1.0, "b": 0.0}) == 0.5

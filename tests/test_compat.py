@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny.grades import ALWAYS, NEVER, make_model, train
+from tiny.grades import ALWAYS, NEVER, Loop, make_model, train
 
 import grades
-from grades import compat
+from grades import GradESConfig, compat
 
 STATS = {"name", "component_type", "frozen", "frozen_at_step", "change_history", "weight_cache",
          "total_change_accumulated", "param_count"}  # fmt: skip
@@ -170,6 +170,18 @@ class Watcher(compat.AuthorsInterface):
     def __init__(self, monitor, **config):
         self.monitor, self.config = monitor, SimpleNamespace(**vars(monitor.config) | config)
         self.begin_record()
+
+
+def test_the_total_of_changes_is_of_all_checks_also_of_a_thinned_history_and_a_resumed_run():
+    config = {"vision_tau": NEVER, "language_tau": NEVER, "alpha": 0.0}
+    whole, short = (Loop(make_model(), GradESConfig(**config, history_maxlen=n), 12) for n in (1000, 3))
+    checkpoint = short.run(until=7).save()
+    resumed = Loop(make_model(), short.monitor.config, 12).load(checkpoint).run()
+    stats, expected = (Watcher(loop.monitor).component_stats for loop in (resumed, whole.run()))
+    for key, one in expected.items():
+        assert len(stats[key].change_history) <= 3 < len(one.change_history)
+        assert one.total_change_accumulated == pytest.approx(sum(change for _, change in one.change_history))
+        assert stats[key].total_change_accumulated == one.total_change_accumulated > 0
 
 
 def test_towers_have_their_own_keys_and_numbers(tmp_path):

@@ -53,9 +53,8 @@ def test_a_ring_is_open(tmp_path):
 
 def test_several_images_are_several_files(tmp_path):
     images = [encoded(picture(60, 40)), encoded(picture(40, 60, "L"))]
-    notes = save_drawings(
-        find_points(TEXT + ' <points coords="3 4 001 001">x</points> <points>'), images, tmp_path / "o.png"
-    )
+    found = find_points(TEXT + ' <points coords="3 4 001 001">x</points> <points>')
+    notes = save_drawings(found, images, [tmp_path / "o_1.png", tmp_path / "o_2.png"])
     assert "not drawn" in notes[0]
     assert notes[1:] == [
         f"{tmp_path / 'o_1.png'}: 2 points", f"{tmp_path / 'o_2.png'}: 1 points",
@@ -81,6 +80,7 @@ def test_generate_draws_what_it_answers(tmp_path, monkeypatch, capsys):
     [
         (["--draw_points", "a.png"], "needs --image and --prompt"),
         (["--draw_points", "a.txt", "--image", "0.png"], "must be a file that ends in .png"),
+        (["--draw_points", ".", "--image", "0.png", "1.png"], "must be a file that ends in .png"),
         (["--draw_points", "absent/a.png", "--image", "0.png"], "no such folder absent"),
         (["--draw_points", "a.png", "--image", "0.png", "--generations", "2"], "one answer"),
     ],
@@ -89,3 +89,22 @@ def test_what_cannot_be_drawn(flags, problem, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--checkpoint", "absent", "--prompt", "a", *flags])
     assert problem in capsys.readouterr().err
+
+
+def test_pictures_that_are_shown_are_not_overwritten(tmp_path, capsys):
+    save_answering_model(tmp_path / "model")
+    (tmp_path / "clip").mkdir()
+    shots = [tmp_path / "shot_1.png", tmp_path / "shot_2.png", tmp_path / "clip" / "1.png"]
+    for path in shots:
+        path.write_bytes(encoded(picture(8, 8)))
+    flags = ["--checkpoint", str(tmp_path / "model"), "--prompt", "a", "--image", str(shots[0])]
+    for more, target in (
+        ([str(shots[1]), "--draw_points", str(tmp_path / "shot.png")], "shot_1.png"),
+        (["--draw_points", str(tmp_path / "clip" / ".." / "shot_1.png")], "shot_1.png"),
+        (["--video", str(tmp_path / "clip"), "--draw_points", str(shots[2])], "1.png"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments([*flags, *more])
+        assert f"{target}, which is shown" in capsys.readouterr().err
+    assert parse_arguments([*flags, str(shots[1]), "--draw_points", str(tmp_path / "points.png")])
+    assert parse_arguments([*flags, "--draw_points", str(shots[1])]), "a picture of an earlier answer"

@@ -72,3 +72,33 @@ def test_the_letters_of_own_rows_are_those_of_the_choices(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps(row))
     [question] = open_own_rows(tmp_path / "own.jsonl", None).questions
     assert (question.item.choices, question.item.truth["letters"]) == (2, ["A", "B"])
+
+
+def test_results_of_other_tasks_or_answers_are_not_overwritten(tmp_path):
+    """The same command may be given again, with further tasks too, and answers be scored again where they are."""
+    for task in ("mmstar", "pope"):
+        saved(tmp_path, task)
+    rows = [{"task": task, "id": f"#{i}", "answer": "A"} for task in ("mmstar", "pope") for i in range(8)]
+    (answers := tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    flags = ("--data_root", tmp_path, "--output", tmp_path / "out", "--answers")
+    run(*flags, answers, "--tasks", "mmstar")
+    run(*flags, answers, "--tasks", "mmstar,pope")
+    run(*flags, tmp_path / "out" / "answers.jsonl", "--tasks", "mmstar,pope")
+    kept = (tmp_path / "out" / "results.json").read_bytes()
+    other = write_answers(tmp_path / "b.jsonl", [(f"#{i}", "B") for i in range(8)])
+    for more, words in (
+        ((answers, "--tasks", "pope"), "holds results of mmstar, which would be lost"),
+        ((tmp_path / "out" / "answers.jsonl", "--tasks", "mmstar,pope", "--limit", 3), "whose data of mmstar was"),
+        ((other, "--tasks", "mmstar", "--missing", "skip"), "holds results of pope"),
+        ((answers, "--tasks", "mmstar,pope", "--prompt_style", "nanovlm"), "whose answers was"),
+    ):
+        with pytest.raises(ValueError, match=r"--output .*out: ") as error:
+            run(*flags, *more)
+        assert words in str(error.value)
+    run(*flags[:-2], tmp_path / "two", "--answers", answers, "--tasks", "mmstar")
+    with pytest.raises(ValueError, match="whose answers was"):
+        run(*flags[:-2], tmp_path / "two", "--answers", other, "--tasks", "mmstar")
+    assert (tmp_path / "out" / "results.json").read_bytes() == kept
+    (tmp_path / "out" / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"--output .*out: its results\.json cannot be read"):
+        run(*flags, answers, "--tasks", "mmstar")

@@ -5,6 +5,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,36 @@ def test_impossible_settings_end_before_anything_is_loaded(tmp_path):
         sft_full.main(["--output_dir", str(tmp_path), "--alpha", "2"])
     with pytest.raises(SystemExit, match="CUDA GPU and the package unsloth"):
         unsloth_vlm.main([])
+
+
+def test_impossible_settings_end_before_unsloth_loads_its_model(monkeypatch):
+    """With stand-ins for the GPU and for Unsloth."""
+    asked = []
+    model = SimpleNamespace(from_pretrained=lambda *_, **__: asked.append("model"))
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=model))
+    monkeypatch.setitem(sys.modules, "unsloth.trainer", SimpleNamespace(UnslothVisionDataCollator=None))
+    monkeypatch.setattr(unsloth_vlm.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        unsloth_vlm, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: object()))
+    )
+    with pytest.raises(SystemExit, match="--alpha 2"):
+        unsloth_vlm.main(["--alpha", "2"])
+    assert asked == []
+
+
+def test_rollback_measures_on_rows_that_are_held_out(tmp_path, monkeypatch, capsys):
+    """In the folder of an earlier run, whose record is not this run's."""
+    made, trained = [], common.train
+    monkeypatch.setattr(common, "train", lambda trainer, *rest: (made.append(trainer), trained(trainer, *rest)))
+    (tmp_path / "grades_history.json").write_text("{}")
+    flags = ["--output_dir", str(tmp_path), "--max_steps", "6", "--batch_size", "2", "--alpha", "0.5"]
+    sft_full.main([*flags, "--metric", "rollback"])
+    history = json.loads((tmp_path / "run_2" / "grades_history.json").read_text(encoding="utf-8"))
+    assert all(value is not None for value in history["checks"][-1]["values"])
+    assert f"python -m grades report {tmp_path / 'run_2'}" in capsys.readouterr().out
+    assert (len(made[0].train_dataset), len(made[0].eval_dataset)) == (9, 3)
+    texts = [{tuple(row["input_ids"]) for row in rows} for rows in (made[0].train_dataset, made[0].eval_dataset)]
+    assert not texts[0] & texts[1]
 
 
 def test_the_text_is_pythons_own_documentation():

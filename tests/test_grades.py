@@ -213,6 +213,9 @@ def test_the_history_of_another_model_cannot_be_replayed(replayed, model):
     path.write_text(json.dumps({"events": events}))
     with pytest.raises(ValueError, match=rf"replay_history .*{path.name}: .*decoder.blocks.7.attn.q_proj"):
         GradESMonitor(GradESConfig(replay_history=str(path)), model, None, 10)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=rf"replay_history .*{path.name}: is no whole history"):
+        GradESMonitor(GradESConfig(replay_history=str(path)), model, None, 10)
 
 
 def resumable_loop(metric: str, mode: str) -> Loop:

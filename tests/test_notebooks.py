@@ -1,6 +1,7 @@
 """The notebooks run from the first cell to the last, on a run of twenty steps, and are kept without outputs."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def test_what_was_unfrozen_is_live_in_the_checkpoint_notebook(tmp_path, monkeypa
         ],
     }  # fmt: skip
     (run / "grades_history.json").write_text(json.dumps(history))
+    (tmp_path / "sft_full").mkdir()  # a newer run, of an example
+    (tmp_path / "sft_full" / "grades_history.json").write_text(json.dumps(history))
+    os.utime(tmp_path / "sft_full", (2**32, 2**32))
     monkeypatch.setenv("NOTEBOOK_OUTPUT", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(plt, "show", lambda: None)

@@ -31,6 +31,14 @@ def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, c
     assert HISTORY_NAME in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ['{"version": 2,\n', "{}", "[]", '{"events": 3}', "\0"])
+def test_what_is_no_history_is_told_in_a_sentence_that_names_the_file(tmp_path, capsys, text):
+    (tmp_path / HISTORY_NAME).write_text(text)
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert f"{tmp_path / HISTORY_NAME}: is no whole history" in capsys.readouterr().err
+
+
 def test_a_tower_is_told_how_far_below_its_peaks_it_froze():
     history = {
         "config": {"metric": "weight_change", "tau_mode": "absolute", "compute_interval": 5},

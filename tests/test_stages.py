@@ -202,6 +202,11 @@ def test_the_commands_are_listed_and_bad_flags_are_one_sentence(tmp_path, capsys
     assert "nothing_stage1.yaml: no such file" in capsys.readouterr().err
 
 
+def test_a_data_root_that_is_not_there_is_named(tmp_path, capsys):
+    assert door.main(["--stage", "1", "--inspect", "--prefix", TINY, "--data-root", str(tmp_path / "absent")]) == 2
+    assert f"--data-root {tmp_path / 'absent'}: no such folder" in capsys.readouterr().err
+
+
 def test_a_recipe_name_stands_for_its_stages(tmp_path):
     assert train_stages.find_stages(f"{TINY}.yaml", tmp_path) == train_stages.find_stages(TINY, tmp_path)
 
