@@ -67,7 +67,10 @@ class Answering:
 
     def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
-        data = {"data": benchmark.fingerprint, "source": benchmark.table.source}  # whose pictures may be others
+        data: dict[str, Any] = {
+            "data": benchmark.fingerprint,
+            "source": benchmark.table.source,
+        }  # whose pictures may be others
         data["prompt style"] = benchmark.prompt_style
         return {**model, **self.decoding(benchmark), **data, LIKELIHOOD: self.likelihood}
 

@@ -18,9 +18,9 @@ from grades.config import AUTO, ROLLBACK, GradESConfig
 from grades.files import write_text
 from grades.freezing import Freezer
 from grades.marks import thaw_leftovers
-from grades.metrics import GradientNorm, Metric, make_metric
+from grades.metrics import GradientNorm, Metric
 from grades.replay import draw_replay
-from grades.rollback import Evaluate, Rollback
+from grades.rollback import Evaluate, metric_of
 from grades.scales import AUTO_CHECKS, make_scale, resolve_taus
 from grades.watched import watched_components
 
@@ -72,11 +72,7 @@ class GradESMonitor:
         self.towers = tuple(dict.fromkeys(component.tower for component in self.components))
         self.by_name = {component.name: component for component in self.components}
         self.total_steps = total_steps
-        self.metric: Metric
-        if config.metric == ROLLBACK:
-            self.metric = Rollback.of(config, model, self.components, averages, evaluate)
-        else:
-            self.metric = make_metric(config.metric, config.monitor_sample, optimizer)
+        self.metric = metric_of(config, model, self.components, optimizer, averages, evaluate)
         self.scale = make_scale(config.tau_mode)
         settle = None if averages is None else functools.partial(averages.settle, to=config.freeze_to)
         self.freezer = Freezer(

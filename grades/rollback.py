@@ -16,8 +16,8 @@ import torch.nn as nn
 
 from grades.averaging import AVERAGE, OLDER, AveragedWeights, exchange
 from grades.components import Component, block_of, clean_name
-from grades.config import GradESConfig
-from grades.metrics import Metric
+from grades.config import ROLLBACK, GradESConfig
+from grades.metrics import Metric, make_metric
 from grades.towers import CONNECTOR, VISION, Towers
 
 PER_STEPS = 100  # a gain is told per this many steps
@@ -89,19 +89,6 @@ class Rollback(Metric):
         vision = Towers(model).of
         self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
         self.seen: set[bool] = set()  # parts of the rows whose latest evaluation was with the vision tower of now
-
-    @classmethod
-    def of(
-        cls,
-        config: GradESConfig,
-        model: nn.Module,
-        components: Sequence[Component],
-        averages: AveragedWeights | None,
-        evaluate: Evaluate | None,
-    ) -> Rollback:
-        """As the settings say."""
-        limits = config.rollback_limits({(c.tower, c.part) for c in components})
-        return cls(model, components, averages, evaluate, config.rollback_parts, limits, config.freeze_to)
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
@@ -239,6 +226,21 @@ class Rollback(Metric):
         for name in KEPT:
             if name in state:  # older checkpoints have none: the first check measures nothing then
                 setattr(self, name, state[name])
+
+
+def metric_of(
+    config: GradESConfig,
+    model: nn.Module,
+    components: Sequence[Component],
+    optimizer: torch.optim.Optimizer | None,
+    averages: AveragedWeights | None,
+    evaluate: Evaluate | None,
+) -> Metric:
+    """The metric of the settings, this one or another."""
+    if config.metric != ROLLBACK:
+        return make_metric(config.metric, config.monitor_sample, optimizer)
+    limits = config.rollback_limits({(c.tower, c.part) for c in components})
+    return Rollback(model, components, averages, evaluate, config.rollback_parts, limits, config.freeze_to)
 
 
 def find_parts(model: nn.Module, components: Sequence[Component], level: str = "towers") -> list[Part]:
