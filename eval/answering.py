@@ -67,11 +67,8 @@ class Answering:
 
     def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
-        data: dict[str, Any] = {
-            "data": benchmark.fingerprint,
-            "source": benchmark.table.source,
-        }  # whose pictures may be others
-        data["prompt style"] = benchmark.prompt_style
+        source = benchmark.table.source  # another one's pictures may be others
+        data = {"data": benchmark.fingerprint, "source": source, "prompt style": benchmark.prompt_style}
         return {**model, **self.decoding(benchmark), **data, LIKELIHOOD: self.likelihood}
 
     def answer(self, benchmark: Benchmark, model: Mapping[str, Any]) -> None:
