@@ -67,8 +67,8 @@ class Answering:
 
     def settings(self, benchmark: Benchmark, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
-        data = {"data": benchmark.fingerprint, "source": benchmark.table.source}  # whose pictures may be others
-        data["prompt style"] = benchmark.prompt_style
+        data = {"data": benchmark.fingerprint, "prompt style": benchmark.prompt_style}
+        data["source"] = benchmark.table.source  # the same questions elsewhere may be about other pictures
         return {**model, **self.decoding(benchmark), **data, LIKELIHOOD: self.likelihood}
 
     def answer(self, benchmark: Benchmark, model: Mapping[str, Any]) -> None:
