@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     given, others = flags.parse_known_args(argv[len(place) :])
     if given.rows < 0 or given.page_rows < 1:
         flags.error("--rows must be >= 0, --page_rows > 0")
+    if given.html and not Path(given.html).parent.is_dir():
+        flags.error(f"--html {given.html}: must be in a folder that exists")
     from training.arguments import parse_arguments
 
     settings = parse_arguments([*(["--train_dataset_path", *place] if place else []), *others])

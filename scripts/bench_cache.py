@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments, rest = parser.parse_known_args(argv)
     settings = parse_arguments(rest)
     steps = arguments.steps or settings.train.max_training_steps
-    if arguments.turn < 1 or steps < arguments.turn:
-        parser.error(f"--steps {steps}: must be at least --turn {arguments.turn}, which must be >= 1")
+    if arguments.turn < 1 or steps < 2 * arguments.turn:  # the halves are reported
+        parser.error(f"--steps {steps}: must be at least twice --turn {arguments.turn}, which must be >= 1")
     runs = {"with": Run(settings, settings.train.feature_cache_gib or 1.0), "without": Run(settings, 0.0)}
     for number in range(steps // arguments.turn):
         for name in sorted(runs, reverse=number % 2 == 1):

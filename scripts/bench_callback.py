@@ -138,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.max_steps < WARM_UP + 4:
         parser.error(f"--max_steps {given.max_steps}: must be >= {WARM_UP + 4}")
+    if given.interval < 1:
+        parser.error(f"--interval {given.interval}: must be >= 1")
     if given.one:
         row, kind = given.one
         print(json.dumps(run(row, kind, given)))

@@ -11,8 +11,9 @@ evaluate.py answers the first --limit of the 1,500 rows, in batches of --eval_ba
 evaluation gets SIGKILL once half of the answers are there, is started again, and its results are compared with the
 first one's. With --nanovlm the model of that clone, with random weights of the same sizes, answers the same rows in
 turns with this project's, both decoding the pictures in the same process. Their batches are questions of the same
-length, since that model cannot take padded ones with torch 2.13 and later. Takes train.py's flags, of which the sizes
-of the model, --dtype and --eval_batch_size matter.
+length, since that model cannot take padded ones with torch 2.13 and later. All is written into the folder
+bench_evaluation of --output, which each call empties. Takes train.py's flags, of which the sizes of the model, --dtype
+and --eval_batch_size matter.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from eval.benchmarks import Benchmark, open_benchmark
 from eval.tasks import TASKS
 from models.config import VLMConfig
 from models.vision_language_model import VisionLanguageModel
-from scripts.bench_nanovlm import their_model
+from scripts.bench_nanovlm import check_clone, their_model
 from training import setup
 from training.arguments import Settings, parse_arguments
 
@@ -226,9 +227,10 @@ class Rivals:
         return found
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """The script's own flags, and the model with train.py's; impossible ones end the program."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    made.add_argument("--output", type=Path, required=True, help="folder for data, checkpoint and results")
+    made.add_argument("--output", type=Path, required=True, help="folder of the folder for data and results")
     made.add_argument("--rows", type=int, default=ROWS, help="rows of the made-up data")
     made.add_argument("--limit", type=int, help="rows to answer (default: all)")
     made.add_argument("--kill", action="store_true", help="evaluate again with a SIGKILL halfway, and compare")
@@ -236,13 +238,28 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--rounds", type=int, default=4, help="turns of each beside nanoVLM")
     made.add_argument("--cpu_time", action="store_true", help="beside nanoVLM: seconds of CPU time, as others use it")
     given, rest = made.parse_known_args(argv)
-    settings, folder = parse_arguments(rest), given.output
-    limit = given.limit or given.rows
-    if not (folder / "data" / TASK).exists():
-        write_data(folder / "data", given.rows)
-        write_checkpoint(folder / "checkpoint", settings.vlm)
-    for name in ("whole", "killed"):  # of an earlier call, perhaps with other settings
-        shutil.rmtree(folder / name, ignore_errors=True)
+    settings = parse_arguments(rest)
+    given.limit = given.rows if given.limit is None else min(given.limit, given.rows)
+    for name in ("rows", "limit"):
+        if getattr(given, name) < 1:
+            made.error(f"--{name} {getattr(given, name)}: must be >= 1")
+    if given.nanovlm and not 1 <= given.rounds <= given.limit:
+        made.error(f"--rounds {given.rounds}: must be between 1 and the {given.limit} rows to answer")
+    try:
+        if given.nanovlm:
+            check_clone(given.nanovlm)
+    except FileNotFoundError as error:
+        made.error(str(error))
+    return given, settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    given, settings = parse(argv)
+    folder, limit = given.output / "bench_evaluation", given.limit
+    if folder.exists():  # evaluate.py would continue what an earlier call left, of other data or another model
+        shutil.rmtree(folder)
+    write_data(folder / "data", given.rows)
+    write_checkpoint(folder / "checkpoint", settings.vlm)
     evaluation = Evaluation(folder, settings, limit)
     seconds, status = evaluation.run("whole")
     if status:

@@ -47,13 +47,18 @@ def importing_from(folder: Path) -> Iterator[None]:
         sys.modules.update(ours)
 
 
+def check_clone(folder: Path) -> None:
+    """Raises FileNotFoundError where the folder is no clone of nanoVLM."""
+    if not (folder / "models" / "vision_language_model.py").exists():
+        raise FileNotFoundError(f"--nanovlm {folder}: must be a clone of https://github.com/huggingface/nanoVLM")
+
+
 def their_model(folder: Path, cfg: VLMConfig) -> Any:
     """nanoVLM's model of these sizes, with random weights. Its tokenizer, of which the step needs one id, is not read.
 
     Raises FileNotFoundError where the folder is no clone of nanoVLM.
     """
-    if not (folder / "models" / "vision_language_model.py").exists():
-        raise FileNotFoundError(f"--nanovlm {folder}: must be a clone of https://github.com/huggingface/nanoVLM")
+    check_clone(folder)
     tokenizer = types.SimpleNamespace(image_token_id=cfg.image_token_id, eos_token_id=None)
     with importing_from(folder):
         processors: Any = types.ModuleType("data.processors")
@@ -139,6 +144,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     made.add_argument("--new_tokens", type=int, default=0, help="answer with this many tokens instead of training")
     arguments, settings = parse(made, argv)
+    if arguments.rounds < 2:
+        made.error(f"--rounds {arguments.rounds}: must be >= 2, for a range")
+    if arguments.new_tokens == 1 or arguments.new_tokens < 0:
+        made.error(
+            f"--new_tokens {arguments.new_tokens}: must be 0, to train, or >= 2, as tokens after the first count"
+        )
+    try:
+        check_clone(arguments.nanovlm)
+    except FileNotFoundError as error:
+        made.error(str(error))
     bench = Bench(arguments, settings)
     if len(bench.micro_batches) > 1 or (settings.train.turns_per_image or 1) > 1:
         made.error("nanoVLM's step is one micro-batch of one row per image: --gradient_accumulation_steps 1 and "

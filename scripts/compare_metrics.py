@@ -57,6 +57,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = run_flags.read_arguments(parser, argv)
     if not 0 < arguments.saved < 1 - arguments.recipe.grades.alpha:
         parser.error(f"--saved {arguments.saved}: must be > 0 and less than 1 - alpha {arguments.recipe.grades.alpha}")
+    grades, total = arguments.recipe.grades, arguments.recipe.train.max_training_steps
+    unmeasured = 0 if grades.monitor_grace else policy.grace_steps(grades.alpha, total)
+    checks = total // grades.compute_interval - unmeasured // grades.compute_interval
+    if checks < 2:  # a change is known from the second one on
+        parser.error(f"--compute_interval {grades.compute_interval}: must leave two checks or more, not {checks}")
     return arguments
 
 
@@ -227,6 +232,8 @@ def draw_costs(axis: Axes, found: dict[str, list[dict]]) -> None:
     rows = [row for row in found if row != "full"]
     for y, row in enumerate(rows):
         costs = [100 * values["cost"] for values in found[row] if values.get("cost") is not None]
+        if not costs:  # nothing asks for exact match
+            continue
         axis.plot(costs, [y] * len(costs), "o", color="#0072B2", alpha=0.6, markersize=7)
         axis.plot([statistics.mean(costs)], [y], "|", color="black", markersize=18, markeredgewidth=2)
     axis.set_yticks(range(len(rows)), [LABELS[row] for row in rows])

@@ -73,13 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     known = model_types()
     for unknown in sorted(set(given.model_types) - set(known)):
         parser.error(f"{unknown}: must be a model type of transformers{suggestion(unknown, known)}")
+    given.out.mkdir(parents=True, exist_ok=True)  # before the ten minutes
     quiet()
     outcomes = []
     for model_type in given.model_types or known:
         outcomes.append(sweep(model_type))
         last = outcomes[-1]
         print(f"{model_type}: {last.failed or last.error or dict(last.watched())} ({last.seconds:.1f} s)", flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
     found = [asdict(outcome) for outcome in outcomes]
     (given.out / "architectures.json").write_text(json.dumps(found), encoding="utf-8")
     text = "\n".join([*summary(outcomes), "", lines(outcomes)])

@@ -88,9 +88,10 @@ def part_lines(plan: Plan, cfg: VLMConfig) -> list[str]:
 
 def fit_lines(plan: Plan, device: torch.device, gpu_gib: float | None) -> tuple[bool, list[str]]:
     """(whether the plan fits, lines on memory, FLOPs and time)."""
-    name, found = f"{GPU} by its data sheet", None
+    name, found, rate = "", None, f"{GPU} by its data sheet"
     if device.type == "cuda":
         name, found = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / 2**30
+        rate = name if card_tflops(device) else f"{rate}, as that of {name} is not known"
     gib, tflops = gpu_gib or found or GPU_GIB, card_tflops(device) or CARD_TFLOPS[GPU]
     card = name if found and not gpu_gib else "--gpu_gib" if gpu_gib else "no card found, as if of"
     needed = sum(plan.memory.values()) / 2**30
@@ -104,7 +105,7 @@ def fit_lines(plan: Plan, device: torch.device, gpu_gib: float | None) -> tuple[
             "fits" if fits else "does not fit; try a smaller --batch_size, --activation_checkpointing or --lora_rank 16"
         ),
         f"step: {plan.step_flops:.3e} FLOPs; about {seconds:.1f} s where {USED_SHARE:.0%} of {tflops:,} TFLOP/s are "
-        f"reached (an estimate; {name})",
+        f"reached (an estimate; {rate})",
     ]
 
 

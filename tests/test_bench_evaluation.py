@@ -57,6 +57,25 @@ def test_a_process_is_killed_once_it_has_given_so_many_answers(evaluation):
     assert seconds < 15
 
 
+def test_a_call_reuses_nothing_of_an_earlier_one(tmp_path, monkeypatch):
+    made = []
+
+    def run(self, name):
+        assert not list((self.folder / name).glob("*"))
+        rows = open_benchmark(TASKS["mmstar"], self.folder / "data", None, "lmms-eval", True)
+        made.append((len(rows.questions), self.limit, VLMConfig.load(self.folder / "checkpoint").lm_hidden_dim))
+        (self.folder / name).mkdir()
+        results = {"model": {"parameters": 1, "dtype": "float32"}}
+        (self.folder / name / "results.json").write_text(json.dumps(results))
+        return 1.0, 0
+
+    monkeypatch.setattr(bench_evaluation.Evaluation, "run", run)
+    (tmp_path / "bench_evaluation" / "data" / "mmstar").mkdir(parents=True)  # of a call that was killed
+    for words in (["--rows=4", "--limit=9"], ["--rows=3", "--lm_hidden_dim=64"]):
+        assert bench_evaluation.main([f"--output={tmp_path}", *words]) == 0
+    assert made == [(4, 4, 128), (3, 3, 64)]
+
+
 def test_only_time_and_command_may_differ(tmp_path):
     for name, created, value in (("a", 1, 5), ("b", 2, 5), ("c", 3, 6)):
         (tmp_path / name).mkdir()

@@ -11,7 +11,7 @@ from tiny.tables import read_table
 
 from grades import find_components
 from grades.config import METRICS
-from scripts import bench_data, bench_freeze, bench_monitor, bench_nanovlm, bench_step
+from scripts import bench_cache, bench_data, bench_evaluation, bench_freeze, bench_monitor, bench_nanovlm, bench_step
 from scripts.bench_common import Bench, make_parser, parse, time_checks
 from training.step import clip_gradients
 
@@ -227,6 +227,26 @@ def test_peaks_come_from_other_processes(monkeypatch):
 def test_impossible_flags_are_named(module, given, message, capsys):
     with pytest.raises(SystemExit):
         module.main(flags(*given))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "message"),
+    [
+        (bench_cache, ["--steps=10", "--turn=6"], "--steps 10: must be at least twice --turn 6"),
+        (bench_nanovlm, ["--nanovlm=.", "--rounds=1"], "--rounds 1:"),
+        (bench_nanovlm, ["--nanovlm=.", "--new_tokens=1"], "--new_tokens 1:"),
+        (bench_nanovlm, ["--nanovlm=nowhere"], "--nanovlm nowhere:"),
+        (bench_evaluation, ["--output=nowhere", "--rows=0"], "--rows 0:"),
+        (bench_evaluation, ["--output=nowhere", "--limit=0"], "--limit 0:"),
+        (bench_evaluation, ["--output=nowhere", "--nanovlm=nowhere", "--limit=8", "--rounds=9"], "--rounds 9:"),
+        (bench_evaluation, ["--output=nowhere", "--nanovlm=nowhere"], "--nanovlm nowhere:"),
+    ],
+)
+def test_what_the_last_lines_could_not_work_with_is_refused_first(module, given, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        module.main(given)
+    assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
 

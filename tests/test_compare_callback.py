@@ -100,6 +100,14 @@ def test_a_frozen_weight_that_moves_is_a_fault_and_a_trainable_one_that_does_not
     assert compare.faults(results, "weight_change") == ["full: x", "full_never: other weights than full"]
 
 
+def test_an_interval_that_divides_nothing_is_refused(capsys):
+    from scripts import bench_callback
+
+    with pytest.raises(SystemExit):
+        bench_callback.main(["--interval=0"])
+    assert "--interval 0" in capsys.readouterr().err
+
+
 def test_what_a_check_costs_comes_from_neighbouring_steps(compare):
     steps_s = [9.0, 1.0, 1.1, 1.0, 2.0, 2.2, 2.0, 2.0]
     assert compare.longer_by(steps_s, {3, 6}) == pytest.approx(0.1)

@@ -181,6 +181,9 @@ def test_the_command_reads_as_train_py_does(rows_file, tmp_path, capsys):
     assert "12 training, 4 validation" in said
     assert "--num_workers 2" in said
     assert len(Page(page.read_text(encoding="utf-8")).of("h2")) == 3
+    with pytest.raises(SystemExit):  # before anything is read
+        inspect_data.main([str(rows_file), "--html", str(tmp_path / "nowhere" / "page.html")])
+    assert "--html" in capsys.readouterr().err
     assert inspect_data.main([str(tmp_path / "nothing.jsonl")]) == 2
     assert "--train_dataset_path" in capsys.readouterr().err
 

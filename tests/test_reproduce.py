@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny.runs import TINY
 from tiny.stand_in import Trainer, start_in, summary, value_of
 from tiny.tables import read_table
@@ -143,6 +144,7 @@ def test_results_of_other_settings_are_refused(start, capsys, words, difference)
         (sweep, ["--", "--vision_tau", "auto"], "--vision_tau auto"),
         (sweep, ["--", "--monitor_grace", "false"], "--monitor_grace false"),
         (compare_metrics, ["--saved", "0.9"], "--saved 0.9"),
+        (compare_metrics, ["--", "--compute_interval", "801"], "--compute_interval 801"),
     ],
 )
 def test_errors_come_before_any_run(start, capsys, tmp_path, script, words, said):
@@ -328,6 +330,12 @@ def test_metrics_are_compared_at_equal_flops(start):
     assert list(rows) == list(compare_metrics.LABELS)
     assert (rows["gradient_norm"][0]["saved_vision"], rows["gradient_norm"][0]["saved_language"]) == (0.5, 0)
     assert (out / "metrics.png").stat().st_size > 10_000
+
+
+def test_costs_are_drawn_of_the_rows_that_have_any():
+    axis = Figure().subplots()
+    compare_metrics.draw_costs(axis, {"front": [{"cost": None}], "gradient_rms": [{"cost": 0.01}, {"cost": 0.03}]})
+    assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[1.0, 3.0], [2.0]]
 
 
 def test_some_metrics_alone(start):

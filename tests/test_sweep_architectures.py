@@ -87,6 +87,11 @@ def test_the_tables_hold_every_architecture_and_what_failed_is_told(tmp_path, mo
     monkeypatch.setattr(sweep_architectures, "build", fails)
     assert main(["llama", "--out", str(tmp_path)]) == 0
     assert "| llama | broken |" in (tmp_path / "architectures.md").read_text()
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(OSError, match="file"):
+        main(["llama", "--out", str(tmp_path / "file")])
+    assert "llama" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["lama"])
     assert "lama: must be a model type of transformers (did you mean llama?)" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """scripts/verify_model_setup.py, and the true counts of nanoMolmo2's parts."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from grades import find_components
 from models.language_model import LanguageModel
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
-from scripts.verify_model_setup import GPU_GIB, RECIPE, main
+from scripts.verify_model_setup import GPU_GIB, RECIPE, fit_lines, main
 from training.arguments import parse_arguments
 from training.plan import COUNTED_SHARE
 
@@ -98,6 +99,16 @@ def test_too_little_memory_and_wrong_settings_have_their_exit_codes(capsys, monk
         error = capsys.readouterr().err
         assert named in error
         assert "verify_model_setup.py: error:" in error
+
+
+@pytest.mark.parametrize(("card", "rate"), [("NVIDIA H100 80GB", "NVIDIA H100 80GB)"), ("Foo 9", "A100 by its data")])
+def test_the_rate_of_a_step_is_told_with_whose_it_is(monkeypatch, card, rate):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**36))
+    plan = SimpleNamespace(memory={"weights": 2**30}, step_flops=10**12)
+    _, lines = fit_lines(plan, torch.device("cuda"), None)
+    assert f"(an estimate; {rate}" in lines[-1]
+    assert card in lines[-1]
 
 
 def test_load_runs_one_picture(tmp_path, capsys, no_network):
