@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from grades.plots import draw
-from grades.report import find_history, summary, table
+from grades.report import find_history, reading_history, summary, table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,11 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
 def print_report(folder: Path, output: Path | None) -> None:
     """The table and the summary of a run; draws its pictures. Raises ValueError for what is no history."""
     path = find_history(folder)
-    try:
+    with reading_history(str(path)):
         history = json.loads(path.read_text(encoding="utf-8"))
         lines = [table(history), "", *summary(history)]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is no whole history of GradES: {type(error).__name__}: {error}") from None
     print(*lines, sep="\n")
     for picture in draw(path, output):
         print(picture)

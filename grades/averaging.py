@@ -69,16 +69,16 @@ class AveragedWeights:
         self.updates += 1
         own = isinstance(self.optimizer, OwnState)
         updated = [p for p in self.parameters if p.requires_grad and (own or self.state.get(p))]
-        new = [p for p in updated if AVERAGE not in self.state[p]]
+        new = {p for p in updated if AVERAGE not in self.state[p]}
         for parameter in new:
             self.state[parameter][AVERAGE] = parameter.detach().clone()
-        old = updated if not new else [p for p in updated if p not in set(new)]
+        old = [p for p in updated if p not in new] if new else updated
         if self.window is None:
-            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), {})  # type: ignore[no-untyped-call]
+            self._lerp(old, AVERAGE, get_ema_multi_avg_fn(self.decay), 0, {})  # type: ignore[no-untyped-call]
             return
-        self._update_window(updated, set(new))
+        self._update_window(updated, old, new)
 
-    def _update_window(self, updated: list[nn.Parameter], new: set[nn.Parameter]) -> None:
+    def _update_window(self, updated: list[nn.Parameter], old: list[nn.Parameter], new: set[nn.Parameter]) -> None:
         """BLOCK holds the mean of the current block, AVERAGE that of the block before and this one together."""
         assert self.window is not None
         if self.steps >= self.window:  # the block is whole: from here on it is the one before
@@ -88,29 +88,29 @@ class AveragedWeights:
                     del self.state[parameter][BLOCK]
             self.steps, self.before = 0, self.steps
             self.late = {place: (0, block) for place, (block, _) in self.late.items() if block}
-        in_block, in_both = {}, {}
-        for place, parameter in enumerate(self.parameters):
-            if parameter in new and self.before + self.steps:
-                self.late[place] = self.steps, self.before + self.steps
-            block, both = self.late.get(place, (0, 0))
-            in_block[parameter], in_both[parameter] = self.steps - block, self.before + self.steps - both
+        both = self.before + self.steps
+        if new and both:
+            self.late |= {place: (self.steps, both) for place, p in enumerate(self.parameters) if p in new}
         for parameter in updated:
             if BLOCK not in self.state[parameter]:
                 self.state[parameter][BLOCK] = parameter.detach().clone()
         mean = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
-        old = [parameter for parameter in updated if parameter not in new]
-        self._lerp(old, BLOCK, mean, in_block)
-        self._lerp(old, AVERAGE, mean, in_both)
+        late = {self.parameters[place]: missed for place, missed in self.late.items()}
+        self._lerp(old, BLOCK, mean, self.steps, {p: in_block for p, (in_block, _) in late.items()})
+        self._lerp(old, AVERAGE, mean, both, {p: in_both for p, (_, in_both) in late.items()})
         self.steps += 1
 
-    def _lerp(self, parameters: list[nn.Parameter], key: str, average: Any, counts: Mapping[nn.Parameter, int]) -> None:
-        """Move the averages of the parameters towards their weights. counts: of the weights that are in the average."""
+    def _lerp(
+        self, parameters: list[nn.Parameter], key: str, average: Any, count: int, missed: Mapping[nn.Parameter, int]
+    ) -> None:
+        """Move the averages of the parameters towards their weights. count: of the weights that are in an average, less
+        those that a parameter has missed."""
         by_kind: dict[tuple[torch.device, torch.dtype, int], list[nn.Parameter]] = {}
         for parameter in parameters:
-            kind = parameter.device, parameter.dtype, counts.get(parameter, 0)
+            kind = parameter.device, parameter.dtype, count - missed.get(parameter, 0)
             by_kind.setdefault(kind, []).append(parameter)
-        for (_, _, count), group in by_kind.items():
-            average([self.state[p][key] for p in group], [p.detach() for p in group], count)
+        for (_, _, own), group in by_kind.items():
+            average([self.state[p][key] for p in group], [p.detach() for p in group], own)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

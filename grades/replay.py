@@ -7,6 +7,7 @@ from pathlib import Path
 from grades import policy
 from grades.components import Component
 from grades.config import GradESConfig
+from grades.report import reading_history
 
 
 def draw_replay(config: GradESConfig, components: Sequence[Component]) -> dict[int, list[str]]:
@@ -16,12 +17,8 @@ def draw_replay(config: GradESConfig, components: Sequence[Component]) -> dict[i
     """
     if config.replay_history is None:
         return {}
-    try:
+    with reading_history(f"replay_history {config.replay_history}"):
         events = json.loads(Path(config.replay_history).read_text(encoding="utf-8"))["events"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"replay_history {config.replay_history}: is no whole history of GradES: {type(error).__name__}: {error}"
-        ) from None
     towers = {component.name: component.tower for component in components}
     if odd := sorted({event["name"] for event in events} - set(towers)):
         raise ValueError(

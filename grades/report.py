@@ -1,8 +1,9 @@
 """The record of a run as text: every component, and when it froze."""
 
+import contextlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ def find_history(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise ValueError(f"{path}: must be a folder of a run or of a checkpoint that holds {HISTORY_NAME}")
+
+
+@contextlib.contextmanager
+def reading_history(what: str) -> Iterator[None]:
+    """Within this context an error of what is no history, or is cut off, becomes a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{what}: is no whole history of GradES: {type(error).__name__}: {error}") from None
 
 
 def table(history: dict[str, Any]) -> str:

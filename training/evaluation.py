@@ -21,6 +21,8 @@ from training.task_numbers import main_numbers
 class Evaluator(Protocol):
     """Measures the model: eval.evaluation.Evaluator."""
 
+    measured: list[dict]  # the batches that the latest call of row_losses took
+
     def loss(self) -> float | None:
         """Mean validation loss in nats."""
 
@@ -30,17 +32,11 @@ class Evaluator(Protocol):
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
 
-
-class RowLosses(Protocol):
-    """Measures rows one by one: eval.evaluation.Evaluator."""
-
-    measured: list[dict]  # the batches that the latest call took
-
     def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each conversation of a part of the first rows."""
 
     def release(self) -> None:
-        """Let go of the features of the images."""
+        """Let go of the features of row_losses."""
 
 
 class Tasks(Protocol):
@@ -73,7 +69,7 @@ class Samples(Protocol):
 class HeldOutLosses:
     """What the metric rollback asks for; see grades.rollback.Evaluate."""
 
-    evaluator: RowLosses
+    evaluator: Evaluator
     rows: int
     parallel: Parallel
     meter: Meter
