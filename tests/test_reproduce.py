@@ -208,8 +208,9 @@ def test_the_remaining_time_comes_from_the_same_row_where_there_is_one(tmp_path)
 def interrupted(tmp_path: Path, child: str, how) -> int:
     """The exit code of reproduce.py, whose run is this child, which writes the file `up`; how(process): the signal."""
     script = f"""
-import sys
+import signal, sys
 from scripts import reproduce, runs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal, though the tests may run in the background
 launch = lambda command, log: runs.launch([sys.executable, "-c", {child!r}], log)
 sys.exit(reproduce.main(["--output", {str(tmp_path)!r}, "--rows", "full"], launch))"""
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True)
