@@ -8,7 +8,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "slurm" / "train.s
 
 
 def test_two_jobs_on_a_node_meet_at_different_ports(tmp_path):
-    for name, text in {"scontrol": "echo node1; echo node2", "srun": 'echo "$@"'}.items():
+    for name, text in {"scontrol": "echo node1; sleep 0.1; echo node2", "srun": 'echo "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
 
