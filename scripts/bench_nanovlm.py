@@ -31,6 +31,7 @@ from models.config import VLMConfig
 from scripts.bench_common import Bench, make_parser, parse
 
 PACKAGES = ("models", "data")  # have the same names there
+Seconds = dict[str, list[float]]  # of this and of nanoVLM, in each round
 
 
 @contextlib.contextmanager
@@ -122,12 +123,12 @@ def in_turns(
     rounds: int,
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> Seconds:
     """Seconds of each step of every round, all of a round after each other."""
     for _ in range(warmup):
         for step in steps.values():
             step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: Seconds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             seconds[name].append(bench.seconds(step, clock))
@@ -174,14 +175,23 @@ def main(argv: list[str] | None = None) -> None:
     for count in (1, arguments.new_tokens):
         rivals = {"this": lambda: our_answers(bench, count), "nanoVLM": lambda: theirs.generate(count)}  # noqa: B023
         seconds[count] = in_turns(rivals, bench, arguments.rounds, arguments.warmup_steps, clock)
-    rows, later = len(bench.micro_batches[0]["input_ids"]), arguments.new_tokens - 1
-    first = {name: statistics.median(found) for name, found in seconds[1].items()}
     show("first token", "s", seconds[1])
-    rates = {
-        name: [rows * later / (total - first[name]) for total in found]
-        for name, found in seconds[arguments.new_tokens].items()
-    }
-    show("later tokens", "tokens/s", rates)
+    show_later(
+        seconds[1], seconds[arguments.new_tokens], len(bench.micro_batches[0]["input_ids"]), arguments.new_tokens
+    )
+
+
+def show_later(first: Seconds, all_of_them: Seconds, rows: int, new_tokens: int) -> None:
+    """Print the rates of the tokens after the first, whose time is a difference, or that this cannot be told."""
+    medians = {name: statistics.median(found) for name, found in first.items()}
+    later = {name: [total - medians[name] for total in found] for name, found in all_of_them.items()}
+    lost = sum(min(both) <= 0 for both in zip(*later.values(), strict=True))
+    if lost:  # no rate, and no ratio of two of them, could be made from that
+        print(f"{'later tokens':<20} cannot be told: in {lost} of {len(later['this'])} rounds all {new_tokens} tokens "
+              "took no longer than the first does; more --new_tokens, or a machine with less to do")  # fmt: skip
+        return
+    count = rows * (new_tokens - 1)
+    show("later tokens", "tokens/s", {name: [count / value for value in found] for name, found in later.items()})
 
 
 def show(what: str, unit: str, found: dict[str, list[float]]) -> None:
