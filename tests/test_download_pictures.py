@@ -11,7 +11,7 @@ import sys
 import pytest
 from PIL import Image, UnidentifiedImageError
 from tiny.data import encoded, picture
-from tiny.web import PNG, HubHandler, local
+from tiny.web import PNG, SILENT, SLOW, HubHandler, local
 
 from data import images, web_images
 from data.fetching import hosts, pictures
@@ -27,8 +27,6 @@ BAD = {
     "longer": "answer breaks off",
     "shorter": "no picture that decodes",
     "large": "too large",
-    "stalls": "no answer in time",
-    "drips": "no whole answer in time",
     "always_busy": "HTTP 503",
     "circle": "too many redirects",
     "hangs_up": "connection breaks off",
@@ -58,12 +56,28 @@ def test_pictures_are_fetched_or_have_a_reason(server, tmp_path, monkeypatch):
     # Once more: what is there and what failed for good is not asked for.
     server.asked.clear()
     again = fetcher.fetch(hashes)
-    tried = {"longer", "stalls", "drips", "always_busy", "hangs_up"}
+    tried = {"longer", "always_busy", "hangs_up"}
     assert {path.split("?")[0].strip("/") for path in server.asked} == tried
     assert (again.there, again.new, again.reasons) == (len(good), 0, found.reasons)
     server.asked.clear()
     fetcher.fetch({url: sha for url, sha in hashes.items() if url.endswith("/nothing")}, again=True)
     assert server.asked == ["/nothing"]
+
+
+@pytest.mark.parametrize(
+    ("path", "patience", "reason"),
+    [("stalls", SILENT, "no answer in time"), ("drips", SLOW, "no whole answer in time")],
+)
+def test_a_server_that_takes_too_long_is_given_up_and_asked_once_more(
+    server, tmp_path, monkeypatch, path, patience, reason
+):
+    for name, value in patience.items():
+        monkeypatch.setattr(web_images, name, value)
+    fetcher = Fetcher(tmp_path / "fetched", tmp_path / "failures.jsonl", 8, 8, local, say=lambda _: None)
+    for _ in range(2):
+        server.asked.clear()
+        assert fetcher.fetch({f"{server.url}/{path}": ""}).reasons == {reason: 1}
+        assert set(server.asked) == {f"/{path}"}
 
 
 def test_private_addresses_are_refused_unless_they_are_allowed(server, tmp_path):
