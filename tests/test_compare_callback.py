@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,13 +74,18 @@ def test_rollback_runs_at_a_constant_rate_and_is_not_compared_bit_for_bit(compar
 def test_measuring_counts_the_reading_of_gradients(compare, monkeypatch):
     callback = compare.Timed(compare.GradEarlyStoppingConfig(metric="gradient_norm", save_stats=False))
     base = compare.GradEarlyStoppingCallback
-    monkeypatch.setattr(base, "_watch_gradients", lambda self, unscale: lambda: time.sleep(0.05))
-    monkeypatch.setattr(base, "on_step_end", lambda self, args, state, control: control)
+    now = [0.0]
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work(seconds: float) -> None:  # a busy machine would sleep longer
+        now[0] += seconds
+
+    monkeypatch.setattr(base, "_watch_gradients", lambda self, unscale: lambda: work(5))
+    monkeypatch.setattr(base, "on_step_end", lambda self, args, state, control: work(1) or control)
     callback.trainer = SimpleNamespace(state=SimpleNamespace(global_step=2))
-    callback._watch_gradients(lambda: time.sleep(0.2))()  # clipping alone is not of the callback
+    callback._watch_gradients(lambda: work(20))()  # clipping alone is not of the callback
     callback.on_step_end(None, SimpleNamespace(global_step=3), None)
-    assert list(callback.spent) == [3]
-    assert 0.05 <= callback.spent[3] < 0.2
+    assert callback.spent == {3: 6}
 
 
 def test_a_frozen_weight_that_moves_is_a_fault_and_a_trainable_one_that_does_not(compare):
