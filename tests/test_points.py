@@ -1,13 +1,17 @@
 """Point texts: written, read back, and why a broken one is broken."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.points import NONE, Point, Pointing, PointsError, canonical, find_points, parse, to_scale, write
 
 LABELS = st.text(st.characters(exclude_characters="<", exclude_categories=("Cs",)), max_size=12)
 COORDINATES = st.floats(-50, 1050)
+# No limit on time, also none on that of drawing, which a busy machine would exceed.
+SETTINGS = settings(
+    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @st.composite
@@ -23,7 +27,7 @@ def pointings(draw):
     return Pointing(draw(LABELS), tuple(points), kind, draw(st.sampled_from([None, len(points)])))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@SETTINGS
 @given(pointings())
 def test_what_is_written_is_read_back(pointing):
     text = write(pointing)
@@ -34,7 +38,7 @@ def test_what_is_written_is_read_back(pointing):
     assert found.points == list(parse(text).points)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@SETTINGS
 @given(st.text(alphabet='<points/>coords=" 0123456789.;Counting thesw', max_size=60), st.integers(0, 60))
 def test_no_text_is_read_as_what_would_not_be_written_so(noise, cut):
     for text in (noise, (_DOGS[:cut] + noise + _DOGS[cut:])):
