@@ -1,6 +1,7 @@
 """README.md of a checkpoint: what was measured of its weights, metadata that the hub's classes take, edits kept."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,8 @@ def test_what_a_user_has_edited_stays_and_damages_nothing(trained, data, tmp_pat
     assert damage(last) is None
     assert CARD not in json.loads((last / MANIFEST).read_text())["files"]
     (trained.parent / "summary.json").unlink()  # so that the end of the run is made again
-    written, load = (last / MANIFEST).stat().st_mtime_ns, Checkpointer.load
+    os.utime(last / MANIFEST, ns=(0, 0))  # file systems with coarse times would show no later one
+    load = Checkpointer.load
 
     def load_as_averaged(checkpoints):
         load(checkpoints)
@@ -147,7 +149,7 @@ def test_what_a_user_has_edited_stays_and_damages_nothing(trained, data, tmp_pat
 
     monkeypatch.setattr(Checkpointer, "load", load_as_averaged)
     run(data, tmp_path, "run", resume="auto", **FREEZING)
-    assert ((last / MANIFEST).stat().st_mtime_ns != written) == saves_again
+    assert ((last / MANIFEST).stat().st_mtime_ns != 0) == saves_again
     assert (follow(trained / "last") / CARD).read_bytes() == edited
 
 
