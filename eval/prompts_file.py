@@ -1,13 +1,12 @@
 """Questions of a file to answers in a file: each is there as soon as it is made, and a killed run goes on.
 
-Some batches of questions at a time are sorted by length, so that little is padded; once all of them are answered, their
-answers are brought into the order of the questions.
+Some batches of questions at a time are sorted by length, so that little is padded; once all questions are answered, the
+answers are brought into their order.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,47 +70,53 @@ class PromptsFile:
     def answer(self, model: Mapping[str, Any]) -> int:
         """Ask what has no answer yet; returns how many questions could not be asked, which have an "error".
 
-        model: as eval.answering.describe_model says. Raises ValueError where the output has answers of other settings.
+        model: as eval.answering.describe_model says. Raises ValueError where the output has answers of other settings,
+        or to questions that are no longer there.
         """
-        done, known = self._done(self._settings(model))
-        left = self.rows.questions[done:]
-        if done or known:
-            print(f"{done + len(known)} of {len(self.rows.questions)} questions are answered already", file=sys.stderr)
+        questions, known = self.rows.questions, self._known(self._settings(model))
+        if known:
+            print(f"{len(known)} of {len(questions)} questions are answered already", file=sys.stderr)
+        starts = [
+            start
+            for start in range(0, len(questions), self.window)
+            if any(one.id not in known for one in questions[start : start + self.window])
+        ]
+        left = [one for start in starts for one in questions[start : start + self.window]]
+        rows = dict(known)
         bar = tqdm(total=len(left), desc=self.output.name, unit="question", smoothing=0.05)
-        with self.output.open("r+b") as file, bar:
-            start = sum(len(file.readline()) for _ in range(done))
-            for group in sorted_by_length(self._read(left), self.window):
-                ids = [one.id for one in left[: len(group)]]
-                left = left[len(group) :]
-                file.seek(0, os.SEEK_END)
-                for batch in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
-                    if not all(question.id in known for question, _ in batch):
-                        torch.manual_seed(self.seed + done)  # whatever was answered before in this process
-                        rows = self._ask(batch)
-                        known |= {row["id"]: row for row in rows}
-                        file.write(_lines(rows))
-                        file.flush()
-                    done += len(batch)
+        with self.output.open("ab") as file, bar:
+            for done, group in zip(starts, sorted_by_length(self._read(left), self.window), strict=False):
+                for i in range(0, len(group), self.batch_size):
+                    batch = group[i : i + self.batch_size]
+                    torch.manual_seed(self.seed + done + i)  # whatever was answered before in this process
+                    made = self._ask(self._open(batch, known))
+                    made = [row for row in made if "error" not in row or row["id"] not in known]
+                    rows |= {row["id"]: row for row in made}
+                    file.write(_lines(made))
+                    file.flush()
                     bar.update(len(batch))
-                file.seek(start)  # they are there in the order in which they were asked
-                file.write(_lines(known.pop(one) for one in ids))
-                file.truncate()
-                file.flush()
-                start = file.tell()
-        return sum("error" in row for row in _whole_rows(self.output))
+        ordered = [rows[one.id] for one in questions]
+        write_text(self.output, _lines(ordered).decode())
+        return sum("error" in row for row in ordered)
 
     @property
     def window(self) -> int:
-        """How many questions are sorted by length, and their answers into the order of the questions again."""
+        """How many questions are sorted by length."""
         return WINDOW * self.batch_size
+
+    def _open(
+        self, batch: list[tuple[Question, Questions | str]], known: Mapping[str, Any]
+    ) -> list[tuple[Question, Questions | str]]:
+        """What of the batch is to be asked: with sampling all of it, as random numbers are drawn by batch."""
+        left = [(question, one) for question, one in batch if question.id not in known]
+        return batch if self.sampling and any(isinstance(one, Questions) for _, one in left) else left
 
     def _settings(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on."""
         settings = {
             **model,
-            "data": self.rows.fingerprint,
             "source": self.rows.table.source,  # whose pictures may be others
-            "questions": len(self.rows.questions),
+            "max_video_frames": self.rows.max_video_frames,
             "max_new_tokens": self.max_new_tokens,
             "generations": self.generations,
             "stop": list(self.stop),
@@ -121,16 +126,14 @@ class PromptsFile:
             settings |= {**self.sampling, "seed": self.seed, "batch_size": self.batch_size}
         return settings
 
-    def _done(self, settings: dict[str, Any]) -> tuple[int, dict[str, dict[str, Any]]]:
-        """(how many questions the output answers in their order, id -> row of those that it answers after them).
-
-        The former are whole windows, so that a resumed run is the same.
-        """
+    def _known(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """id -> row of the output, of each question that has an answer and is asked as it was then; the output is left
+        with these alone. One with an "error" is asked again: what was wrong may have been mended."""
         if not self.output.exists():
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.settings_path, settings)
             self.output.touch()
-            return 0, {}
+            return {}
         try:
             before = json.loads(self.settings_path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -139,17 +142,19 @@ class PromptsFile:
                 "made; take another --output, or remove the file"
             ) from None
         check_same_settings(f"--output {self.output}", before, settings)
-        rows = _whole_rows(self.output)
-        ids = [one.id for one in self.rows.questions]
-        same = next((i for i, row in enumerate(rows) if i == len(ids) or row["id"] != ids[i]), len(rows))
-        done = same if same == len(ids) else same // self.window * self.window
-        group = set(ids[done : done + self.window])
-        known: dict[str, dict[str, Any]] = {}
-        for row in rows[done:]:
-            if row["id"] in group:
-                known.setdefault(row["id"], row)
-        write_text(self.output, _lines([*rows[:done], *known.values()]).decode())  # without what a kill broke off
-        return done, known
+        rows = {row["id"]: row for row in _whole_rows(self.output)}  # the last one of an id is the newest
+        if gone := list(rows.keys() - {question.id for question in self.rows.questions}):
+            raise ValueError(
+                f"--output {self.output}: answers questions that are no longer in --prompts {self.rows.table.source} "
+                f"({len(gone)}, as {min(gone)}), and would lose them; take another --output, or remove the file"
+            )
+        known = {}
+        for question in self.rows.questions:
+            row = rows.get(question.id, {"error": ""})
+            if "error" not in row and row.get("asked") == self.rows.digest(question):
+                known[question.id] = row
+        write_text(self.output, _lines(known.values()).decode())  # without what a kill broke off
+        return known
 
     def _read(self, left: Sequence[Question]) -> Iterator[tuple[Question, Questions | str]]:
         """The questions with their images decoded, by worker processes while the model answers."""
@@ -171,7 +176,7 @@ class PromptsFile:
             raise ValueError(f"--batch_size {self.batch_size}: out of memory; take fewer") from None
         rows = []
         for question, one in batch:
-            row: dict[str, Any] = {"id": question.id, "prompt": question.prompt}
+            row: dict[str, Any] = {"id": question.id, "prompt": question.prompt, "asked": self.rows.digest(question)}
             if isinstance(one, str):
                 row["error"] = one
             elif n == 1:

@@ -227,6 +227,46 @@ def test_killed_answers_go_on_as_if_nothing_had_happened(checkpoint, prompts, tm
         answered(checkpoint, prompts, output, *sampled)
 
 
+@pytest.mark.parametrize("sampled", [(), ("--temperature", 2, "--seed", 3)])
+def test_what_had_an_error_or_was_edited_is_asked_again(checkpoint, prompts, tmp_path, monkeypatch, sampled):
+    monkeypatch.setattr(prompts_file, "WINDOW", 1)
+    rows = [{"id": str(n), "image": "0.png", "prompt": "is it red?", "answer": "no"} for n in range(8)]
+    rows[2]["image"] = "later.png"
+    asked, answer = [], asking.Asker.answer
+
+    def watched(self, questions, *rest, **more):
+        asked.extend(one.id for one in questions)
+        return answer(self, questions, *rest, **more)
+
+    def again():
+        asked.clear()
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return answered(checkpoint, prompts, tmp_path / "a.jsonl", "--batch_size", 2, *sampled)
+
+    monkeypatch.setattr(asking.Asker, "answer", watched)
+    first = again()
+    assert [row["id"] for row in first if "error" in row] == ["2"]
+    rows[1]["answer"] = "yes"  # a truth that changes nothing
+    assert again() == first
+    assert not asked
+    (tmp_path / "later.png").write_bytes(encoded(picture(16, 16, seed=7)))
+    rows[4] |= {"image": "1.png"}
+    rows[7] |= {"prompt": "what color is the shape?"}
+    rows.append({"id": "8", "prompt": "is it red?"})
+    made = again()
+    assert sorted(asked) == (["2", "3", "4", "5", "6", "7", "8"] if sampled else ["2", "4", "7", "8"])
+    assert [row["id"] for row in made] == [row["id"] for row in rows]
+    assert not any("error" in row for row in made)
+    assert made[7]["prompt"] == rows[7]["prompt"]
+    assert made[:2] == first[:2]
+    assert made == answered(checkpoint, prompts, tmp_path / "whole.jsonl", "--batch_size", 2, *sampled)
+    (tmp_path / "later.png").unlink()
+    assert again() == made  # what is answered stays so
+    rows.pop()
+    with pytest.raises(ValueError, match=r"no longer in --prompts .* \(1, as 8\)"):
+        again()
+
+
 def test_the_answers_can_be_scored(checkpoint, prompts, tmp_path, capsys):
     rows = [{"image": image, "question": "is it red?", "answer": "yes"} for image in ("0.png", "gone.png", "1.png")]
     rows.append({"id": "talk", "texts": [{"user": "what?"}, {"user": "red?", "assistant": "no"}, {"user": "what?"}]})
