@@ -21,6 +21,9 @@ from typing import Any
 
 from eval.prompts import STYLES
 
+# Flags that say how a model is asked.
+ASKING = ("batch_size", "num_workers", "max_new_tokens", "without_image", "likelihood", "dtype", "lm_tokenizer")
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Whatever is wrong with them alone ends the program."""
@@ -63,6 +66,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--checkpoint or --answers: one of them is needed, to know whose answers are scored")
     if given.checkpoint and not given.output:
         problems.append("--output: is needed with --checkpoint; each answer is there as soon as it is made")
+    if given.answers and not given.checkpoint:
+        problems += _unused(given, parser.parse_args([]))
     bounds = (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0), ("max_video_frames", 1))
     for name, least in bounds:
         if (value := getattr(given, name)) is not None and value < least:
@@ -70,6 +75,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n  ".join(problems))
     return given
+
+
+def _unused(given: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
+    """A line for each flag that would change nothing, as the answers are there already."""
+    lines = []
+    for name in ASKING:
+        if (value := getattr(given, name)) != getattr(defaults, name):
+            flag = f"--{name}" if value is True else f"--{name} {value}"
+            lines.append(
+                f"{flag}: says how a model is asked, and must not be given with --answers {given.answers}; leave "
+                "it out, or ask a model with --checkpoint"
+            )
+    return lines
 
 
 def _batch_size(text: str) -> int | None:
