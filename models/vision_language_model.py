@@ -46,12 +46,21 @@ class VisionLanguageModel(nn.Module):
         self.cross_entropy = summed_cross_entropy  # compiled along with the blocks
         self.loaded_from: Path | None = None  # checkpoint
         self.z_loss = 0.0  # in training, of the squared logarithm of the softmax's denominator at each label
-        # Of its config.json: VLMEvalKit looks here whether a checkpoint knows tiles.
-        self._saved_config_keys: frozenset[str] = frozenset()
+        self._config_keys: frozenset[str] = frozenset()  # of its config.json
         self.loss_chunk_size = 0  # label positions whose logits are in memory at a time in training; 0: all
         self.vision_encoder = ViT.from_pretrained(cfg) if load_backbone else ViT(cfg)
         self.decoder = LanguageModel.from_pretrained(cfg) if load_backbone else LanguageModel(cfg)
         self.MP = ModalityProjector(cfg)
+
+    @property
+    def _saved_config_keys(self) -> frozenset[str]:
+        """The keys of its config.json: VLMEvalKit looks here whether a checkpoint knows tiles. One with image_layout
+        resize knows none, and gets one square. Raises ValueError with keep_aspect, as that square is filled up."""
+        if self.cfg.keep_aspect:
+            raise ValueError(
+                "--keep_aspect True: must be False here; generate.py and evaluate.py keep an image's aspect"
+            )
+        return self._config_keys - ({"vlm_extra_tokens"} if self.cfg.image_layout == "resize" else set())
 
     def forward(
         self,
@@ -232,7 +241,7 @@ class VisionLanguageModel(nn.Module):
         folder = checkpoint_folder(path, revision)
         model = load_vlm_weights(cls(VLMConfig.load(folder)), folder)
         model.loaded_from = folder
-        model._saved_config_keys = frozenset(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model._config_keys = frozenset(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

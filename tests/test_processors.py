@@ -69,21 +69,22 @@ class TheirWrapper:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "side", "sizes"),
+    ("tokens", "side", "sizes", "layout"),
     [
-        (TILE_TOKENS, 64, [(40, 25)]),  # tiles and the whole image
-        (TILE_TOKENS, 64, [(40, 25), (16, 16), (64, 20)]),
-        (WITHOUT_GLOBAL, 64, [(40, 25)]),
-        (WITHOUT_GLOBAL, 64, [(16, 16)]),
-        ({"image_token": "<|image|>"}, 16, [(40, 25)]),  # no tiles, as in nanoVLM-222M
-        (TILE_TOKENS, 64, []),
+        (TILE_TOKENS, 64, [(40, 25)], "tiles"),  # tiles and the whole image
+        (TILE_TOKENS, 64, [(40, 25), (16, 16), (64, 20)], "tiles"),
+        (WITHOUT_GLOBAL, 64, [(40, 25)], "tiles"),
+        (WITHOUT_GLOBAL, 64, [(16, 16)], "tiles"),
+        ({"image_token": "<|image|>"}, 16, [(40, 25)], "tiles"),  # no tiles, as in nanoVLM-222M
+        (TILE_TOKENS, 64, [], "tiles"),
+        ({"image_token": "<|image|>"}, 64, [(40, 25)], "resize"),  # one square
+        (TILE_TOKENS, 64, [(40, 25)], "resize"),
     ],
 )
 @pytest.mark.parametrize("enlarge", [False, True])
-def test_vlmevalkit_asks_as_we_do(tmp_path, tokens, side, sizes, enlarge):
-    folder = save_model(
-        tmp_path / "model", tokens, max_img_size=side, resize_to_max_side_len=enlarge, lm_max_length=512
-    )
+def test_vlmevalkit_asks_as_we_do(tmp_path, tokens, side, sizes, enlarge, layout):
+    sized = {"max_img_size": side, "resize_to_max_side_len": enlarge, "lm_max_length": 512}
+    folder = save_model(tmp_path / "model", tokens, image_layout=layout, **sized)
     images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
     ours = Asker(folder, torch.device("cpu"), contextlib.nullcontext())
     question = ours.reader.read({"user": QUESTION}, images)
@@ -100,6 +101,13 @@ def test_a_model_of_crops_is_refused(tmp_path):
     wrapper = TheirWrapper(save_model(tmp_path, CROP_EXTRA, **rest))
     with pytest.raises(ValueError, match="--image_layout molmo_crops: must be tiles here"):
         wrapper.generate(QUESTION, [picture()], 4)
+
+
+def test_a_model_of_padded_squares_is_refused(tmp_path):
+    """Which VLMEvalKit would show stretched."""
+    folder = save_model(tmp_path, TILE_TOKENS, image_layout="resize", keep_aspect=True, lm_max_length=512)
+    with pytest.raises(ValueError, match="--keep_aspect True: must be False here"):
+        TheirWrapper(folder)
 
 
 def test_the_tokens_are_attributes_as_in_nanovlm(tmp_path):
