@@ -24,7 +24,7 @@ from data.datasets import PreparedSample, Sample, VQADataset
 from data.drops import count_drops, drop_records
 from data.message_tree import positions_of
 from data.order import row_visits
-from data.readers import FruitlessCounter, Place, Readers
+from data.readers import FruitlessCounter, Place, Readers, start_of
 from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 
 WINDOW_ROWS = 128  # a window has the tokens of this many full rows; about one row's worth of padding is left of it
@@ -172,7 +172,7 @@ class PackedReaders(Readers):
     def items(self, reader: int, place: Place) -> Iterator[tuple[list[Sample], Place]]:
         """(samples of a row and those dropped before it, place after it)."""
         first_epoch, offset, at, given = place
-        fruitless = FruitlessCounter()
+        fruitless = FruitlessCounter(place == start_of(first_epoch))
         dropped: list[Sample] = []  # since the last row
         for epoch in count(first_epoch):
             for begin, window, rows in self.windows(reader, epoch, (offset, at)):

@@ -20,7 +20,7 @@ from data.streams import EPOCH_START, EpochRows, RowStream, StreamPlace
 Place = tuple[int, int, StreamPlace, int]
 Seen = TypeVar("Seen", Sample, PreparedSample)
 
-FRUITLESS = 300  # rows and epochs, one after the other, that a reader tries before it gives up at an epoch's end
+FRUITLESS = 300  # rows and epochs, one after the other, without a usable one, after which a reader gives up
 FRUITLESS_ROWS = 10_000  # bad rows, one after the other, after which the rest of an epoch is not tried
 
 
@@ -89,7 +89,7 @@ class StreamReaders(Readers):
 
     def items(self, reader: int, place: Place) -> Iterator[tuple[Sample, Place]]:
         first_epoch, done, at, _ = place
-        fruitless = FruitlessCounter()
+        fruitless = FruitlessCounter(place == start_of(first_epoch))
         for epoch in count(first_epoch):
             rows = self.stream(reader, epoch, at)
             for row in rows:
@@ -104,10 +104,14 @@ class StreamReaders(Readers):
 class FruitlessCounter:
     """Ends a reader that finds nothing to use.
 
-    Its share of one epoch may be empty, or bad to the last row, by chance: few rows, many readers, small weights.
+    Its share of one epoch may be empty, or bad to the last row, by chance: few rows, many readers, small weights. So it
+    takes whole epochs of more than FRUITLESS rows in all, or as many epochs; bad rows at the end of an epoch that had
+    others before do not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_whole: bool = True) -> None:
+        """is_whole: it sees its first epoch from the beginning; else there may have been rows that can be used."""
+        self.was_fruitful = not is_whole  # this epoch, before the row that comes next
         self.fruitless = 0  # rows and epochs since the last row that could be used
         self.dropped, self.dropped_before = DropCounter(), DropCounter()  # in this epoch, and the one before with rows
         self.in_a_row = DropCounter()  # since the last row that could be used
@@ -117,7 +121,7 @@ class FruitlessCounter:
         unusable = []
         for sample in samples:
             if sample.conversations:
-                self.fruitless = 0
+                self.fruitless, self.was_fruitful = 0, True
                 self.in_a_row = DropCounter()
             else:
                 self.fruitless += 1
@@ -130,7 +134,8 @@ class FruitlessCounter:
 
     def end_epoch(self) -> None:
         """Raises ValueError where the reader has tried enough."""
-        self.fruitless += 1
+        self.fruitless = 0 if self.was_fruitful else self.fruitless + 1
+        self.was_fruitful = False
         self.dropped, self.dropped_before = DropCounter(), self.dropped or self.dropped_before
         if self.fruitless > FRUITLESS:
             if self.dropped_before:

@@ -10,8 +10,10 @@ from tiny.together import run_together
 
 import train
 from data.bad_rows import BadRowLimit
+from data.datasets import PreparedSample
 from data.drops import MAX_RECORDS, DropCounter, DropRecord
 from data.pipeline import Data, load_data
+from data.readers import FRUITLESS, FruitlessCounter
 from models.config import TrainConfig
 from training import schedule
 from training.arguments import parse_arguments
@@ -280,3 +282,22 @@ def test_a_resume_judges_again_where_the_limit_was_exceeded_or_not_yet_judged():
         again = bad_rows_run(1, [data.state_dict()])[0]
         again.limit.cfg = TrainConfig(max_bad_rows=2)
         assert exceeds([again])
+
+
+def test_a_reader_gives_up_after_whole_epochs_without_a_usable_row():
+    """Not where an epoch ends with bad rows: it had others before."""
+    good, bad = PreparedSample([([1], [1])], "a", {}), PreparedSample([], "b", {"no text": 1})
+
+    def last_epochs(counter, *epochs):
+        for rows in epochs:
+            counter.see(rows)
+            counter.end_epoch()
+
+    tail = [good, *[bad] * (FRUITLESS + 1)]
+    last_epochs(FruitlessCounter(), tail, tail, [], tail)
+    last_epochs(FruitlessCounter(is_whole=False), tail[1:], tail)  # resumed in that tail
+    for epochs in ([tail, tail[1:]], [[bad] * 30] * 10, [[]] * (FRUITLESS + 1)):
+        with pytest.raises(ValueError, match=r"no rows|no text"):
+            last_epochs(FruitlessCounter(), *epochs)
+    with pytest.raises(ValueError, match="no text"):
+        last_epochs(FruitlessCounter(is_whole=False), tail[1:], tail[1:])
