@@ -180,11 +180,16 @@ def _digest(record: Mapping[str, Any], task: Task, folder: Path | None) -> str |
 
 
 def digest_of(image: Any) -> str | None:
-    """SHA-256 of an image's bytes, or of its URL; None where there is none to read. image: see data.values.image_of."""
+    """SHA-256 of an image's bytes (of a PIL image, of its pixels), or of its URL; None where there is none to read.
+
+    image: see data.values.image_of.
+    """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image["path"]
     if isinstance(image, WebImage):
         image = image.url.encode()
+    if hasattr(image, "tobytes"):
+        image = image.tobytes()
     if isinstance(image, str):
         try:
             image = Path(image).read_bytes()

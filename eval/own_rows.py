@@ -16,7 +16,6 @@ from data.formats import Part, Row, Rows
 from data.options import AS_THEY_ARE, RowOptions
 from data.rows import TableRows, load_rows
 from data.values import Reason
-from data.web_images import WebImage
 from eval import metrics
 from eval.benchmarks import Benchmark, digest_of, drawn
 from eval.rules import Item, Question, Rule, Task, each
@@ -90,7 +89,7 @@ class OwnRows(Benchmark):
         """Of what is asked: the texts and which pictures and videos, by path where they have one. Not of the truth."""
         turn, row = self.turn(question), self.rows[question.number]
         asked = [question.item.system, [turn.get(key) for key in ASKED], [row.get(key) for key in SHOWN]]
-        return hashlib.sha256(json.dumps(asked, default=_as_json).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(asked, default=digest_of).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         shown = {"max_video_frames": self.max_video_frames} if self.has_videos else {}
@@ -203,13 +202,6 @@ def _value_in(part: Part, number: int, keys: Sequence[str]) -> str | None:
         if isinstance(value, str | int) and str(value):
             return str(value)
     return None
-
-
-def _as_json(value: Any) -> str:
-    """A picture or video of a row that is no path: its URL, or the SHA-256 of its bytes."""
-    if isinstance(value, WebImage):
-        return value.url
-    return hashlib.sha256(value if isinstance(value, bytes) else value.tobytes()).hexdigest()  # of Pillow's
 
 
 def _first_shown(row: Row) -> str | None:

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 from tiny.benchmarks import opened, run, saved, table, write_answers
 
+from data.web_images import WebImage
+from eval.benchmarks import digest_of
 from eval.own_rows import open_own_rows
 from eval.tables import files_of_split
 
@@ -102,3 +105,13 @@ def test_results_of_other_tasks_or_answers_are_not_overwritten(tmp_path):
     (tmp_path / "out" / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"--output .*out: its results\.json cannot be read"):
         run(*flags, answers, "--tasks", "mmstar")
+
+
+def test_whatever_an_image_comes_as_has_a_digest_by_what_it_shows(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"a")
+    assert digest_of(b"a") == digest_of({"bytes": b"a", "path": "b.png"}) == digest_of(str(tmp_path / "a.bin"))
+    assert digest_of(WebImage("https://host/a")) == digest_of(WebImage("https://host/a"))
+    red, blue = (Image.new("RGB", (2, 2), color) for color in ("red", "blue"))
+    assert digest_of(red) == digest_of(red.copy())
+    assert len({digest_of(one) for one in (b"a", b"b", WebImage("https://host/a"), red, blue)}) == 5
+    assert digest_of(str(tmp_path / "none.png")) is None
