@@ -17,6 +17,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if chosen else min(4, os.cpu_count() or 1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws from torch does not depend on which tests ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def small_scale(monkeypatch):
     """Sample the matrices of the tiny model too, which are otherwise so small that they are measured whole."""
