@@ -246,6 +246,11 @@ class GradESConfig(Checked):
                 "metric",
                 "another than rollback with tau_mode relative or monitor_sample",
             ),
+            (
+                self.freeze_order != "front" or self.freeze_vision or not self.freeze_language,
+                "freeze_order",
+                "another than front where freeze_vision is false, as the vision tower comes before the language model",
+            ),
             (not self.taus.keys() & DEFAULT_TAUS.keys(), "taus", "of other towers than vision, language and connector"),
             (self.replay_history is None or Path(self.replay_history).is_file(), "replay_history", "a file"),
         ]

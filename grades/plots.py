@@ -67,7 +67,7 @@ def convergence(history: dict[str, Any]) -> Any:
 
 
 def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """(step, nats) of the validation losses by name; empty where weights were not averaged."""
+    """(step, nats) of the validation losses by name; empty where neither weights were averaged nor gains measured."""
     validation = history.get("validation", [])
     names = {"loss": "last weights", "loss_averaged": "averaged weights"}
     found = {
@@ -78,7 +78,7 @@ def _losses(history: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     for label, is_whole in ((SAMPLE, True), (f"{SAMPLE}: a quarter of it", False)):
         checks = [check for check in sampled if check.get("is_whole", True) == is_whole]
         found[label] = [(check["step"], check["loss"]) for check in checks]
-    return {label: points for label, points in found.items() if points} if found["averaged weights"] else {}
+    return {label: points for label, points in found.items() if points} if found["averaged weights"] or sampled else {}
 
 
 def _tasks(history: dict[str, Any]) -> dict[str, list[tuple[int, float, float]]]:

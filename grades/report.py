@@ -11,6 +11,7 @@ from grades.policy import lasting
 from grades.rollback import CERTAINTY
 
 HISTORY_NAME = "grades_history.json"
+NOTHING_TO_SAVE = "still learning at the end: nothing to save"
 
 
 def find_history(path: Path) -> Path:
@@ -68,6 +69,9 @@ def summary(history: dict[str, Any]) -> list[str]:
     ]
     for tower in dict.fromkeys(component["tower"] for component in history["components"]):
         lines.append(_tower_line(history, tower))
+    whole = total and history["last_step"] >= total and not history["stopped_early"]
+    if whole and not lasting(history["events"]) and still_learning(history):
+        lines.append(NOTHING_TO_SAVE)
     return lines + undecided(history)
 
 

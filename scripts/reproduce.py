@@ -51,12 +51,12 @@ BASE = "lora_base"  # the pretrained model that LoRA starts from, where the reci
 # What the rows add to the recipe; --es_flags, --grades_flags, --lora_flags and --lora_grades_flags override it.
 ES_FLAGS = "--early_stopping"
 GRADES_FLAGS = "--enable_grades"
-# nanoVLM's schedule, and the straight line (arXiv:2502.15938), on twice the peak of a constant rate.
+# nanoVLM's schedule, and the straight line (arXiv:2502.15938).
 SCHEDULES = {
     "cosine": "--lr_schedule cosine --min_lr_ratio 0.1 --average_weights 0",
     "linear": "--lr_schedule linear --min_lr_ratio 0 --average_weights 0",
 }
-CONSTANT_PEAK = 0.5
+PAPER_PEAK = 2.0  # as in configs/table10_quickstart.yaml, whose cosine the paper's rule is on
 # Table 10's first row, of the nanoVLM whose taus are 0.30 and 6.00.
 MATRIX_BY_MATRIX = "--enable_grades --monitor_grace --compute_interval 20 --patience 1 --freeze_order any"
 PAPER_FLAGS = (
@@ -67,7 +67,7 @@ PAPER_FLAGS = (
 LORA_GRADES_FLAGS = f"{MATRIX_BY_MATRIX} --metric gradient_norm --vision_tau auto --language_tau auto --alpha 0.5"
 # (rank, factor on the learning rate), by whether the recipe starts from pretrained backbones. The paper's Table 8: rank
 # 32, ten times the learning rate of full training, 2e-5. A recipe from scratch already has a learning rate near the
-# largest that trains: three times.
+# largest that trains: three times, or six times a constant rate, which is the lower one.
 LORA = {True: (32, 10.0), False: (8, 3.0)}
 
 COLUMNS = ("accuracy", "total_time_s", "speedup", "flops_ratio", "frozen_share", "steps")
@@ -87,11 +87,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in defaults.items():
         help = f'flags of train.py that override "{default}", in one word: --{name}_flags="--a 1 --b 2"'
         parser.add_argument(f"--{name}_flags", default="", help=help)
+    peak = "peak of the rows with a cosine or a line alone, times the recipe's rates (default: 1)"
+    parser.add_argument("--peak", type=float, default=1.0, help=peak)
     share = "recipes without pretrained backbones: length of the run whose weights LoRA starts from, as a share of the "
     parser.add_argument("--lora_base_share", type=float, default=0.25, help=f"{share}recipe's (default: 0.25)")
     arguments = run_flags.read_arguments(parser, argv)
     if not 0 < arguments.lora_base_share <= 1:
         parser.error(f"--lora_base_share {arguments.lora_base_share}: must be in (0, 1]")
+    if not 0 < arguments.peak < math.inf:
+        parser.error(f"--peak {arguments.peak}: must be a number > 0")
     schedule = arguments.recipe.train.lr_schedule
     ruled_out = {} if arguments.seeds > 1 else {"other_time": "--seeds 2 or more"}
     if schedule not in ("constant", "wsd"):
@@ -124,23 +128,25 @@ def make_specs(arguments: argparse.Namespace) -> list[RunSpec]:
 
 def row_spec(arguments: argparse.Namespace, row: str, seed: int, needs_base: bool) -> RunSpec:
     """The run of a row. needs_base: LoRA starts from a run of this script."""
-    grades = f"{GRADES_FLAGS} {arguments.grades_flags}"
+    recipe, grades = arguments.recipe, f"{GRADES_FLAGS} {arguments.grades_flags}"
     words = {
         "full_grades": grades,
         "other_time": f"{grades} --metric weight_change --compute_interval 1000000",  # measures nothing
-        "paper": f"{schedule_flags(arguments.recipe, 'cosine')} {PAPER_FLAGS}",
-        "random": f"{schedule_flags(arguments.recipe, 'cosine')} {PAPER_FLAGS}",
+        "paper": f"{schedule_flags(recipe, 'cosine', PAPER_PEAK)} {PAPER_FLAGS}",
+        "random": f"{schedule_flags(recipe, 'cosine', PAPER_PEAK)} {PAPER_FLAGS}",
         "lora_grades": f"{LORA_GRADES_FLAGS} {arguments.lora_grades_flags}",
     }
     words |= dict.fromkeys(("full_es", "lora_es"), f"{ES_FLAGS} {arguments.es_flags}")
     words |= {
-        f"{row}_{name}": schedule_flags(arguments.recipe, name) for row in ("full", "shortened") for name in SCHEDULES
+        f"{row}_{name}": schedule_flags(recipe, name, arguments.peak)
+        for row in ("full", "shortened")
+        for name in SCHEDULES
     }
     flags = [*arguments.extra, "--seed", str(seed)]
     if row.startswith("lora"):
-        if arguments.recipe.train.lr_schedule in ("constant", "wsd"):
+        if recipe.train.lr_schedule in ("constant", "wsd"):
             flags += shlex.split(SCHEDULES["cosine"])
-        flags += [*lora_flags(arguments.recipe), *shlex.split(arguments.lora_flags)]
+        flags += [*lora_flags(recipe), *shlex.split(arguments.lora_flags)]
     flags += shlex.split(words.get(row, ""))
     spec = functools.partial(RunSpec, row, ROWS[row], seed, tuple(flags))
     base = f"{BASE}_seed{seed}"
@@ -165,17 +171,17 @@ def lora_flags(recipe: Settings) -> list[str]:
     rank, factor = LORA[recipe.vlm.vlm_load_backbone_weights]
     flags = ["--lora_rank", str(rank)]
     if recipe.train.lr_schedule in ("constant", "wsd"):
-        factor /= CONSTANT_PEAK
+        factor *= 2
     for name in ("lr_vision_backbone", "lr_language_backbone"):
         flags += [f"--{name}", f"{getattr(recipe.train, name) * factor:g}"]
     return flags
 
 
-def schedule_flags(recipe: Settings, schedule: str) -> str:
-    """Flags of a schedule with its peak: twice the recipe's where that has a constant rate."""
-    factor = 1 / CONSTANT_PEAK if recipe.train.lr_schedule in ("constant", "wsd") else 1.0
+def schedule_flags(recipe: Settings, schedule: str, peak: float) -> str:
+    """Flags of a schedule with its peak, in learning rates of the recipe."""
     names = ("lr_mp", "lr_vision_backbone", "lr_language_backbone")
-    return " ".join([SCHEDULES[schedule], *(f"--{name} {getattr(recipe.train, name) * factor:g}" for name in names)])
+    rates = {name: getattr(recipe.train, name) * peak for name in names}
+    return " ".join([SCHEDULES[schedule], *(f"--{name} {rate:g}" for name, rate in rates.items())])
 
 
 def shortened_flags(made: Runs, full: str, grades: list[str]) -> list[str]:

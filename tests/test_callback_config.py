@@ -40,6 +40,7 @@ CONFIGS = [GradESConfig, GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig]
         ({"output_dir": 3}, "output_dir 3: must be text or None"),
         ({"replay_seed": 0.5}, "replay_seed 0.5: must be a whole number"),
         ({"average_weights": 1}, "average_weights 1: must be in (0, 1)"),
+        ({"freeze_order": "front", "freeze_vision": False}, "freeze_order front: must be another than front where"),
     ],
 )
 def test_each_setting_is_checked_by_type_and_named_as_a_field(given, said):

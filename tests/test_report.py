@@ -5,7 +5,7 @@ from PIL import Image
 from tiny.grades import ALWAYS, NEVER, train
 
 from grades.__main__ import main
-from grades.report import HISTORY_NAME, still_learning, summary, undecided
+from grades.report import HISTORY_NAME, NOTHING_TO_SAVE, still_learning, summary, undecided
 
 
 def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, capsys):
@@ -93,10 +93,14 @@ def test_a_gain_below_tau_within_its_error_is_told(gain, frozen, told):
      ([9.0, 0.1], True, False)],
 )  # fmt: skip
 def test_only_a_measurement_says_that_a_run_is_still_learning(values, freezes, learns):
-    """The first check is of the grace period."""
+    """The first check is of the grace period. A run that is not over, or froze something, is not told so."""
     history = {
-        "config": {"freeze_language": freezes}, "grace_steps": 5,
+        "config": {"freeze_language": freezes, "metric": "rollback", "tau_mode": "absolute", "compute_interval": 5},
+        "total_steps": 10, "grace_steps": 5, "last_step": 10, "stopped_early": False, "events": [],
         "components": [{"name": "a", "tower": "language", "tau": 0.4}],
         "checks": [{"step": 5 * i, "values": [value]} for i, value in enumerate(values, start=1)],
     }  # fmt: skip
     assert still_learning(history) == learns
+    assert (NOTHING_TO_SAVE in summary(history)) == learns
+    assert NOTHING_TO_SAVE not in summary(history | {"last_step": 9})
+    assert NOTHING_TO_SAVE not in summary(history | {"events": [{"step": 5, "name": "a", "value": 0.1}]})

@@ -33,7 +33,9 @@ def start(tmp_path):
 
 
 def test_rows_start_from_each_other(start):
-    code, commands, out = start(reproduce, "--seeds", "2", "--lora_flags=--lora_rank 4", "--", "--val_size", "100")
+    code, commands, out = start(
+        reproduce, "--seeds=2", "--peak=3", "--lora_flags=--lora_rank 4", "--", "--val_size", "100"
+    )
     assert code == 0
     assert sorted(commands) == sorted(f"{row}_seed{seed}" for row in ("lora_base", *reproduce.ROWS) for seed in (0, 1))
     recipe = parse_arguments([]).train
@@ -41,8 +43,8 @@ def test_rows_start_from_each_other(start):
         ("lora_base", "--max_training_steps"): str(round(0.25 * recipe.max_training_steps)),
         ("lora", "--vlm_checkpoint_path"): str(out / "runs" / "lora_base_seed0"),
         ("lora", "--lora_rank"): "4",
-        ("lora", "--lr_language_backbone"): f"{6 * recipe.lr_language_backbone:g}",  # the cosine's peak is twice
-        ("full_cosine", "--lr_mp"): f"{2 * recipe.lr_mp:g}",
+        ("lora", "--lr_language_backbone"): f"{6 * recipe.lr_language_backbone:g}",
+        ("full_cosine", "--lr_mp"): f"{3 * recipe.lr_mp:g}",
         ("shortened_linear", "--min_lr_ratio"): "0",
         ("paper", "--vision_tau"): "0.30",
         ("lora_grades", "--metric"): "gradient_norm",
@@ -136,6 +138,7 @@ def test_results_of_other_settings_are_refused(start, capsys, words, difference)
         (reproduce, ["--seeds", "1", "--rows", "full_grades", "other_time"], "--rows other_time needs --seeds 2"),
         (reproduce, ["--rows", "full_cosine", "--", "--lr_schedule", "cosine"], "--rows full_cosine needs a recipe"),
         (reproduce, ["--lora_base_share", "0"], "--lora_base_share 0.0"),
+        (reproduce, ["--peak", "0"], "--peak 0.0"),
         (reproduce, ["--seeds", "0"], "--seeds 0"),
         (reproduce, ["--", "--seed", "3"], "--seed:"),
         (reproduce, ["--", "--enable_grades"], "--enable_grades:"),

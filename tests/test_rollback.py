@@ -205,6 +205,11 @@ def test_the_picture_tells_losses_of_fewer_rows_apart():
     lines = {line.get_label(): list(line.get_xdata()) for line in convergence(history).axes[0].get_lines()}
     sample = "averaged weights, on the sample of the gains"
     assert lines == {"last weights": [3], "averaged weights": [3], sample: [9, 12], f"{sample}: a quarter of it": [6]}
+    alone = history | {"validation": []}  # as under transformers' Trainer
+    assert {line.get_label() for line in convergence(alone).axes[0].get_lines()} == {
+        sample,
+        f"{sample}: a quarter of it",
+    }
 
 
 def test_few_rows_are_all_measured():

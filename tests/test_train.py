@@ -331,7 +331,7 @@ def test_the_rate_never_rises_when_a_run_cools_down(schedule, converged):
     cfg = parse_arguments(flags).train
     factors = [lr_factor(step, cfg, None if step <= converged else converged) for step in range(31, 1001)]
     assert factors == sorted(factors, reverse=True)
-    assert factors[-1] == 0 or (schedule, converged) == ("constant", 950)  # whose cooldown the end cuts short
+    assert factors[-1] == 0  # of a constant rate, too, that has 50 steps left for a cooldown of 190
     assert factors[converged - 31] == lr_factor(converged, cfg)
 
 

@@ -12,7 +12,7 @@ from training.early_stopping import EarlyStopping, validation_interval
 from training.logging import RunLog
 from training.meter import Meter
 from training.parallel import Parallel
-from training.schedule import cooldown_steps
+from training.schedule import cooldown_end
 from training.signals import StopSignal
 from training.state import LoopState
 from training.task_numbers import main_numbers
@@ -117,7 +117,7 @@ class EvaluationSchedule:
         if self.monitor is not None and self.monitor.enough_frozen():
             return "frozen"
         start = None if self.monitor is None else self.monitor.converged_step
-        if start is not None and state.step >= start + cooldown_steps(self.cfg, start):
+        if start is not None and state.step >= cooldown_end(self.cfg, start):
             return "converged"
         if start is None and self.early_stopping is not None and self.early_stopping.is_over:  # a cooldown goes on
             return "early_stopping"

@@ -15,7 +15,7 @@ from data.mixture_rows import mixture_lines
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
 from grades.files import write_json, write_text
-from grades.report import HISTORY_NAME, still_learning, undecided
+from grades.report import HISTORY_NAME, NOTHING_TO_SAVE, still_learning, undecided
 from grades.towers import CONNECTOR, TOWERS
 from models.attention import has_compiler
 from models.config import TrainConfig
@@ -267,7 +267,7 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
     if summary["converged_step"] is not None:
         lines.append(f"{'':<22}all had converged at step {summary['converged_step']:,}: the cooldown began")
     elif summary["frozen_share"] == 0 and summary["stop_reason"] == "max_training_steps" and summary["still_learning"]:
-        lines.append(f"{'':<22}still learning at the end: nothing to save")
+        lines.append(f"{'':<22}{NOTHING_TO_SAVE}")
     lines += [f"{'':<22}{line}" for line in summary["undecided"]]
     if summary["rollback_time_s"]:
         share = percent(summary["rollback_time_s"] / summary["total_time_s"])

@@ -12,6 +12,11 @@ def cooldown_steps(cfg: TrainConfig, steps: int) -> int:
     return max(1, math.ceil(cfg.cooldown_ratio * steps))
 
 
+def cooldown_end(cfg: TrainConfig, start: int) -> int:
+    """The last step of the cooldown of a run that converged after step `start`: at most the planned last one."""
+    return max(start + 1, min(start + cooldown_steps(cfg, start), cfg.max_training_steps))
+
+
 def lr_factor(
     step: int, cfg: TrainConfig, cooldown_start: int | None = None, warmup_ratio: float | None = None
 ) -> float:
@@ -24,7 +29,7 @@ def lr_factor(
     planned = _planned(step, cfg, ratio)
     if cooldown_start is None:
         return planned
-    cooled = _cooled((step - cooldown_start) / cooldown_steps(cfg, cooldown_start), cfg)
+    cooled = _cooled((step - cooldown_start) / (cooldown_end(cfg, cooldown_start) - cooldown_start), cfg)
     return min(planned, cooled, _planned(cooldown_start, cfg, ratio))  # which may lie in the warm-up
 
 
