@@ -77,6 +77,7 @@ class VisionLanguageModel(nn.Module):
         label_positions: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
         pool_index: torch.Tensor | None = None,
         loss_per_label: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,11 +91,14 @@ class VisionLanguageModel(nn.Module):
         rows can share an image; label_positions, int [L]: flat positions in B * T that have a target;
         label_weights, float32 [L]: how much each of them counts in the sum (default: 1).
         image_features, [N, patches, vit_feature_dim]: what the vision tower gave for `images`, which are then not
-        needed. pool_index, int [M, K]: see ModalityProjector; image_sources then count its M image embeddings.
+        needed. image_embeddings, [N, M, C]: what the projector made of them, in place of both.
+        pool_index, int [M, K]: see ModalityProjector; image_sources then count its M image embeddings.
         loss_per_label: with label_positions, the loss of each of them without weights, float32 [L].
         position_ids, document_ids, branch_ids, int [B, T]: see LanguageModel.forward.
         """
-        x = self.embed(input_ids, images, image_slots, image_sources, image_features, pool_index=pool_index)
+        x = self.embed(
+            input_ids, images, image_slots, image_sources, image_features, image_embeddings, pool_index=pool_index
+        )
         response = targets != -100 if targets is not None and self.decoder.drops_responses() else None
         x = self.decoder(x, attention_mask, position_ids, document_ids, response=response, branch_ids=branch_ids)
         if label_positions is not None:
@@ -141,6 +145,7 @@ class VisionLanguageModel(nn.Module):
         image_slots: torch.Tensor | None = None,
         image_sources: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
         *,
         pool_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -151,21 +156,25 @@ class VisionLanguageModel(nn.Module):
         Raises ValueError where input_ids do not hold one image token per image embedding.
         """
         x = self.decoder.token_embedding(input_ids)
-        if image_features is None:
-            images = _stack_images(images)
-            if images is None:
-                return x
-            image_features = self.vision_encoder(images)
-        assert image_features is not None
-        image_embeddings = self.MP(image_features, pool_index).view(-1, x.shape[-1])  # [N * M, C], or [M, C]
+        if image_embeddings is None:
+            if image_features is None:
+                images = _stack_images(images)
+                if images is None:
+                    return x
+                image_features = self.vision_encoder(images)
+            assert image_features is not None
+            image_embeddings = self.MP(image_features, pool_index)
+        image_embeddings = image_embeddings.view(-1, x.shape[-1])  # [N * M, C], or [M, C]
         if image_sources is not None:
             image_embeddings = image_embeddings.index_select(0, image_sources)
         if image_slots is None:
             image_slots = (input_ids.flatten() == self.cfg.image_token_id).nonzero().squeeze(1)
             if len(image_slots) != len(image_embeddings):
-                images_of = f"of {self.cfg.mp_image_token_length} tokens" if pool_index is None else "by pool_index"
+                length = self.cfg.mp_image_token_length
+                images_of = f"of {length} tokens" if pool_index is None else "by pool_index"
+                count = len(image_embeddings) // length if image_features is None else len(image_features)
                 raise ValueError(
-                    f"input_ids hold {len(image_slots)} image tokens, {len(image_features)} images {images_of} make "
+                    f"input_ids hold {len(image_slots)} image tokens, {count} images {images_of} make "
                     f"{len(image_embeddings)}"
                 )
         image_embeddings, tokens = image_embeddings.to(x.dtype), x.flatten(0, 1)

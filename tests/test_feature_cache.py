@@ -44,6 +44,27 @@ def test_what_is_held_is_what_would_be_computed(model):
     assert again["image_features"].stride() == model.vision_encoder(turned["images"]).stride()
 
 
+def test_with_the_projector_frozen_too_its_output_is_held(model):
+    """Which takes less; when it trains again, the tower's own."""
+    cache, given = FeatureCache(model, 1.0), inputs()
+    cache.complete(given, KEYS)
+    of_features = cache.held_bytes
+    model.MP.requires_grad_(False)
+    expected = model.MP(model.vision_encoder(given["images"]))
+    assert [cache.complete(given, KEYS)[1] for _ in range(2)] == [0, 4]
+    held = cache.complete(given, KEYS)[0]
+    torch.testing.assert_close(held["image_embeddings"], expected)
+    assert held.keys() == {"input_ids", "image_embeddings"}
+    assert cache.held_bytes == expected.nbytes != of_features
+    ids = torch.full((1, expected.shape[:-1].numel()), model.cfg.image_token_id)
+    torch.testing.assert_close(model(ids, image_embeddings=expected)[0], model(ids, given["images"])[0])
+    pooled, spared = cache.complete(given | {"pool_index": torch.zeros(1, 1, dtype=torch.long)}, KEYS)
+    assert (spared, "image_features" in pooled) == (0, True)
+    model.MP.requires_grad_(True)
+    assert "image_features" in cache.complete(given, KEYS)[0]
+    assert (cache.served, cache.batches) == (6, 6)
+
+
 @pytest.mark.parametrize("gib", [1.0, 1e-9])
 def test_an_image_that_comes_twice_in_a_batch_is_computed_once(model, gib):
     cache, given, seen = FeatureCache(model, gib), inputs(), []
@@ -89,7 +110,7 @@ def test_it_is_empty_while_anything_in_the_tower_trains(model):
     cache.complete(inputs(), KEYS)
     model.vision_encoder.blocks[1].ln1.weight.requires_grad_(True)
     same, hits = cache.complete(inputs(), KEYS)
-    assert (hits, cache.features) == (0, {})
+    assert (hits, cache.features, cache.served, cache.batches) == (0, {}, 1, 2)
     assert "images" in same
 
 

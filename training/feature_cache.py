@@ -10,22 +10,27 @@ from models.attention import compute_dtype
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
+COUNTS = ("hits", "lookups", "served", "batches")
+
 
 class FeatureCache:
     """The vision tower's output by what it sees, on the device, up to a budget; what came first stays.
 
     It serves only while nothing in the tower trains; when something does (a thaw), and where matrix products have
     another dtype than before, it is emptied. A resumed run starts with an empty one. With bfloat16 products the
-    features are bfloat16, as the tower gives them.
+    features are bfloat16, as the tower gives them. While nothing in the projector trains either, its output is held
+    in place of the tower's, unless windows of patches (pool_index) go into it.
     """
 
     def __init__(self, model: VisionLanguageModel, gib: float):
         self.model, self.budget_bytes = model, int(gib * 2**30)
         self.features: dict[bytes, torch.Tensor] = {}
         self.held_bytes = 0
-        self.dtype: torch.dtype | None = None  # of the products that made what is held
+        self.kind: tuple[torch.dtype, str] | None = None  # of what is held: of the products, and the model's argument
         self.hits = self.lookups = 0  # images, in the whole run
+        self.served = self.batches = 0  # micro-batches with images while it was active, and all with images
         self.parameters = list(model.vision_encoder.parameters())
+        self.projector = list(model.MP.parameters())
 
     @classmethod
     def of_run(cls, model: VisionLanguageModel, cfg: TrainConfig, say: Callable[[str], None]) -> "FeatureCache | None":
@@ -48,15 +53,18 @@ class FeatureCache:
 
     @torch.no_grad()
     def complete(self, inputs: dict[str, Any], keys: Sequence[bytes]) -> tuple[dict[str, Any], int]:
-        """The inputs of a micro-batch with image_features in place of images, and how many of these were not computed:
-        they were held, or come twice in the micro-batch.
+        """The inputs of a micro-batch with image_features, or image_embeddings, in place of images, and how many of
+        these were not computed: they were held, or come twice in the micro-batch.
 
         keys: of the N images in order, see data.collators.image_keys. To be called in the autocast of the forward pass.
         """
-        dtype = compute_dtype(self.parameters[0])
-        if not self.is_active or dtype != self.dtype:
-            self.features, self.held_bytes, self.dtype = {}, 0, dtype
+        trains = any(parameter.requires_grad for parameter in self.projector)
+        name = "image_features" if trains or inputs.get("pool_index") is not None else "image_embeddings"
+        kind = compute_dtype(self.parameters[0]), name
+        if not self.is_active or kind != self.kind:
+            self.features, self.held_bytes, self.kind = {}, 0, kind
         images = inputs.get("images")
+        self.batches += images is not None
         if not self.is_active or images is None or len(keys) != len(images):  # without images, or with a blank one
             return inputs, 0
         places: dict[bytes, int] = {}  # of each image to compute, the first one that shows it
@@ -64,21 +72,24 @@ class FeatureCache:
             if key not in self.features:
                 places.setdefault(key, place)
         spared = len(keys) - len(places)
+        self.served += 1
         self.lookups += len(keys)
         self.hits += spared
-        features = self._compute(images, places)
+        features = self._compute(images, places, name)
         if spared:
             new = dict(zip(places, features, strict=True))
             features = torch.stack([new[key] if key in new else self.features[key] for key in keys])
         rest = {name: value for name, value in inputs.items() if name != "images"}
-        return rest | {"image_features": features}, spared
+        return rest | {name: features}, spared
 
-    def _compute(self, images: torch.Tensor, places: dict[bytes, int]) -> torch.Tensor:
-        """The features of the images at these places, of which as many are kept as the budget allows."""
+    def _compute(self, images: torch.Tensor, places: dict[bytes, int], name: str) -> torch.Tensor:
+        """The features, or embeddings, of the images at these places, of which the budget's share is kept."""
         if not places:
             return images.new_empty(0)
         some = len(places) < len(images)
         computed = self.model.vision_encoder(images[list(places.values())] if some else images)
+        if name == "image_embeddings":
+            computed = self.model.MP(computed)
         for key, features in zip(places, computed, strict=True):
             if self.held_bytes + features.nbytes > self.budget_bytes:
                 break
@@ -88,8 +99,9 @@ class FeatureCache:
 
     def state_dict(self) -> dict[str, int]:
         """The counts; features are computed again."""
-        return {"hits": self.hits, "lookups": self.lookups}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.hits, self.lookups = state["hits"], state["lookups"]
+        for name in COUNTS:  # of which older checkpoints have two
+            setattr(self, name, state.get(name, 0))
         self.features, self.held_bytes = {}, 0
