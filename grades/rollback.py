@@ -154,7 +154,8 @@ class Rollback(Metric):
             return {}
         loss, _ = mean_and_error(self.losses)
         gains = {part: [self.scale * value for value in pair] for part, pair in self.gains.items()}
-        return {"loss": loss, "rows": len(self.losses), "is_whole": self.is_whole, "gains": gains}
+        found = {"loss": loss} if math.isfinite(loss) else {}  # JSON has no NaN
+        return found | {"rows": len(self.losses), "is_whole": self.is_whole, "gains": gains}
 
     def risen(self) -> list[str]:
         """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""
@@ -279,11 +280,11 @@ def paired_difference(before: Losses, after: Losses) -> tuple[float, float]:
 
 
 def mean_and_error(rows: Losses) -> tuple[float, float]:
-    """Mean per token of (sum, tokens) of rows, and its standard error (of a ratio, over rows)."""
+    """Mean per token of (sum, tokens) of rows, and its standard error (of a ratio, over rows), which one row lacks."""
     tokens = sum(count for _, count in rows)
     if not tokens:
         return math.nan, math.nan
     mean = math.fsum(total for total, _ in rows) / tokens
     square = math.fsum((total - mean * count) ** 2 for total, count in rows)
-    n = len(rows)
-    return mean, math.sqrt(square * n / max(1, n - 1)) / tokens
+    n = sum(count > 0 for _, count in rows)
+    return mean, math.sqrt(square * n / (n - 1)) / tokens if n > 1 else math.inf

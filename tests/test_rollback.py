@@ -130,6 +130,16 @@ def test_the_error_is_that_of_a_ratio():
     assert error == pytest.approx(math.sqrt(sum((s - 1.5 * n) ** 2 for s, n in rows) * 4 / 3) / 10)
     assert paired_difference(rows, [(s + n, n) for s, n in rows]) == pytest.approx((1.0, 0.0))
     assert all(math.isnan(value) for value in mean_and_error([]))
+    assert mean_and_error([(3.0, 4)]) == mean_and_error([(3.0, 4), (0.0, 0)]) == (0.75, math.inf)
+
+
+def test_one_held_out_row_freezes_nothing():
+    """Its gain has no standard error."""
+    run = loop(
+        {"vision_tau": 1e9, "language_tau": 1e9}, evaluate=lambda same_vision, first: [(2.0, 4)] if first else []
+    )
+    assert not run.run().monitor.frozen
+    assert all(not check["gains"] for check in run.monitor.checks if "gains" in check)
 
 
 def test_nothing_freezes_on_noise():

@@ -21,6 +21,7 @@ def test_a_loss_that_is_no_number_is_no_convergence(loss):
     run = loop(ALWAYS, evaluate=lambda same_vision, first: [(loss, 20)] * 8).run()
     assert (run.step, run.monitor.frozen) == (STEPS, {})
     assert gains(run)[1:] == [{}] * (STEPS // 3 - 1)
+    assert not any("loss" in check for check in run.monitor.checks)  # JSON has neither
 
 
 def test_rows_without_labels_are_no_convergence():
