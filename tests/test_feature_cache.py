@@ -60,9 +60,11 @@ def test_with_the_projector_frozen_too_its_output_is_held(model):
     torch.testing.assert_close(model(ids, image_embeddings=expected)[0], model(ids, given["images"])[0])
     pooled, spared = cache.complete(given | {"pool_index": torch.zeros(1, 1, dtype=torch.long)}, KEYS)
     assert (spared, "image_features" in pooled) == (0, True)
+    cache.complete({"input_ids": None}, [])  # text alone, which tells nothing of windows
+    assert cache.complete(given | {"pool_index": torch.zeros(1, 1, dtype=torch.long)}, KEYS)[1] == 4
     model.MP.requires_grad_(True)
     assert "image_features" in cache.complete(given, KEYS)[0]
-    assert (cache.served, cache.batches) == (6, 6)
+    assert (cache.served, cache.batches) == (7, 7)
 
 
 @pytest.mark.parametrize("gib", [1.0, 1e-9])

@@ -58,15 +58,17 @@ class FeatureCache:
 
         keys: of the N images in order, see data.collators.image_keys. To be called in the autocast of the forward pass.
         """
+        images = inputs.get("images")
+        known = images is not None and len(keys) == len(images)  # else without images, or with a blank one
         trains = any(parameter.requires_grad for parameter in self.projector)
         name = "image_features" if trains or inputs.get("pool_index") is not None else "image_embeddings"
         kind = compute_dtype(self.parameters[0]), name
-        if not self.is_active or kind != self.kind:
+        if not self.is_active or (known and kind != self.kind):
             self.features, self.held_bytes, self.kind = {}, 0, kind
-        images = inputs.get("images")
-        self.batches += images is not None
-        if not self.is_active or images is None or len(keys) != len(images):  # without images, or with a blank one
+        self.batches += known
+        if not self.is_active or not known:
             return inputs, 0
+        assert images is not None
         places: dict[bytes, int] = {}  # of each image to compute, the first one that shows it
         for place, key in enumerate(keys):
             if key not in self.features:

@@ -120,7 +120,9 @@ def log_progress(
         shown["frozen"] = f"{monitor.frozen_share():.0%}"
     if cache is not None and cache.lookups:
         values["train/feature_cache_hit_share"] = cache.hits / cache.lookups  # of the whole run
-        values["train/feature_cache_step_share"] = cache.served / cache.batches  # of its micro-batches with images
+        values["train/feature_cache_step_share"] = cache.served / max(
+            1, cache.batches
+        )  # of its micro-batches with images
     log.record(state.step, values)
     log.show(state.step, **shown)
 
