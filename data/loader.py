@@ -115,19 +115,29 @@ def _used(loader: Iterable[dict], batches_per_epoch: int | None, start: int, bla
 
 
 def eval_batches(
-    dataset: VQADataset,
-    collator: TrainCollator,
-    train_cfg: TrainConfig,
-    dropped: DropCounter | None = None,
-    first: int | None = None,
+    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, dropped: DropCounter | None = None
 ) -> Iterator[dict]:
     """Every conversation once, in order, eval_batch_size conversations in a batch; batches as train_batches'.
 
-    dataset: made with train=False; with train=True the conversations are those that its first visit draws. first: of
-    so many rows alone. `dropped` gets the counts of what cannot be used (the batches' own is empty).
+    dataset: made with train=False. `dropped` gets the counts of what cannot be used (the batches' own is empty).
+    """
+    samples = _in_order(dataset, train_cfg.num_workers, "samples")
+    return _sample_batches(_counted(samples, dropped), collator, train_cfg.eval_batch_size)
+
+
+def whole_row_batches(
+    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, first: int, size: int
+) -> Iterator[dict]:
+    """The first rows in order, each of them whole: `size` rows in a batch, which has "row_sizes" besides: a list of how
+    many conversations each has. Rows that cannot be used are left out.
+
+    dataset: with train=True a row's conversations are those that its first visit draws.
     """
     samples = itertools.islice(_in_order(dataset, train_cfg.num_workers, "samples"), first)
-    return _sample_batches(_counted(samples, dropped), collator, train_cfg.eval_batch_size)
+    while chunk := list(itertools.islice(samples, size)):
+        sizes = [len(sample.conversations) for sample in chunk if sample.conversations]
+        if sizes:
+            yield collator(chunk) | {"row_sizes": sizes}
 
 
 def _sample_batches(samples: Iterator[Sample], collator: TrainCollator, size: int) -> Iterator[dict]:

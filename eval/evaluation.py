@@ -1,7 +1,6 @@
 """Running a model over evaluation batches: mean loss, and greedy answers to questions."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ import torch
 
 from data.collators import PromptCollator, TrainCollator, to_device
 from data.drops import DropCounter
-from data.loader import PromptBatch, batches_of_both, eval_batches, prompt_batches
+from data.loader import PromptBatch, batches_of_both, eval_batches, prompt_batches, whole_row_batches
 from data.pipeline import Data
 from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
-BATCHES = 4  # into which at least the conversations of row_losses are divided, so that every fourth stands for all
+BATCHES = 4  # into which at least the rows of row_losses are divided, so that every fourth stands for all
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 
@@ -59,18 +58,18 @@ class Evaluator:
         return {"val/loss": total.item() / labels if labels else None} | _named("val", score(pairs))
 
     def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each conversation drawn from the first `rows` validation rows.
+        """(summed loss in nats, label tokens) of each of the first `rows` validation rows that can be used.
 
-        The draws are those of training (turns_per_image, its weights, mirroring) and the same at each call.
+        A row's conversations are about one image, so that for the standard error they are one observation. The draws
+        are those of training (turns_per_image, its weights, mirroring) and the same at each call.
         same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
         first: every fourth batch alone; False: all others.
         """
         if not self.held_out:
             collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
-            count = rows * (self.cfg.turns_per_image or 1)
-            size = min(self.cfg.eval_batch_size, math.ceil(count / BATCHES))
-            cfg = dataclasses.replace(self.cfg, eval_batch_size=size)
-            self.held_out = list(eval_batches(self.data.drawn_validation_rows(), collator, cfg, first=rows))
+            size = max(1, self.cfg.eval_batch_size // (self.cfg.turns_per_image or 1))
+            size, drawn = min(size, math.ceil(rows / BATCHES)), self.data.drawn_validation_rows()
+            self.held_out = list(whole_row_batches(drawn, collator, self.cfg, rows, size))
             self.features = [None] * len(self.held_out)
         numbers = [i for i in range(len(self.held_out)) if first is None or (i % 4 == 0) == first]
         self.measured = [self.held_out[i] for i in numbers]
@@ -145,15 +144,16 @@ def row_losses(
     autocast: Autocast,
     features: list[torch.Tensor | None] | None = None,
 ) -> tuple[list[tuple[float, int]], list[torch.Tensor | None]]:
-    """((summed loss in nats, label tokens) of each conversation of the batches, the features of each batch's images).
+    """((summed loss in nats, label tokens) of each row of the batches, the features of each batch's images).
 
-    features: those of an earlier call, where the vision tower is the same. Waits for the device once.
+    A batch's "row_sizes" says how many of its conversations each row has; without it, one. features: those of an
+    earlier call, where the vision tower is the same. Waits for the device once.
     """
     sums, counts, used = [], [], []
     with evaluating(model):
         for batch, known in zip(batches, features or [None] * len(batches), strict=True):
             inputs = to_device(batch, device)
-            rows, length = inputs["input_ids"].shape
+            conversations, length = batch["input_ids"].shape
             if known is not None:
                 inputs.pop("images")
             given: list[torch.Tensor] = []
@@ -165,9 +165,11 @@ def row_losses(
                 losses = model(**inputs, image_features=known, loss_per_label=True)
             hook.remove()
             used.append(given[0] if given else known)
-            row = inputs["label_positions"] // length
-            sums.append(torch.zeros(rows, device=device).index_add_(0, row, losses))
-            counts += torch.bincount(batch["label_positions"] // length, minlength=rows).tolist()
+            sizes = batch.get("row_sizes", [1] * conversations)
+            of_row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # int64 [conversations]
+            rows = of_row[batch["label_positions"] // length]  # int64 [L]
+            sums.append(torch.zeros(len(sizes), device=device).index_add_(0, rows.to(device), losses))
+            counts += torch.bincount(rows, minlength=len(sizes)).tolist()
     return list(zip(torch.cat(sums).tolist(), counts, strict=True)) if sums else [], used
 
 

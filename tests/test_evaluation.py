@@ -1,19 +1,22 @@
 """Evaluations in training: the loss and the answers of a row come from images that are decoded once."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny.data import dataset, encoded, picture, row, stream, tiny_train, tiny_vlm, turn
 
+from data.collators import TrainCollator
 from data.drops import DropCounter
 from data.images import ImageProcessor
-from eval.evaluation import Evaluator
+from eval.evaluation import Evaluator, summed_loss
 from models.vision_language_model import VisionLanguageModel
 from training.evaluation import EvaluationSchedule
 from training.state import LoopState
 
+CPU = torch.device("cpu")
 SMALL = {
     "vit_hidden_dim": 16, "vit_inter_dim": 32, "vit_n_heads": 2, "vit_n_blocks": 1, "lm_hidden_dim": 16,
     "lm_inter_dim": 32, "lm_n_heads": 2, "lm_n_kv_heads": 1, "lm_n_blocks": 1,
@@ -102,3 +105,24 @@ def test_early_stopping_ends_no_cooldown():
     monitor.converged_step = 40
     assert schedule.end_reason(LoopState(step=41)) is None
     assert schedule.end_reason(LoopState(step=99)) == "converged"
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_the_conversations_of_a_row_are_one_held_out_row(size):
+    evaluator = make_evaluator(turns_per_image=1, eval_batch_size=size)
+    rows = evaluator.data.val_dataset
+    evaluator.data.drawn_validation_rows = lambda: rows  # without draws: both turns of a row, each a conversation
+    losses = evaluator.row_losses(7)
+    assert [len(sizes) for sizes in (batch["row_sizes"] for batch in evaluator.held_out)] == (
+        [1] * 6 if size == 1 else [2, 1, 2, 1]
+    )
+    collator, expected = TrainCollator(rows.tokenizer.pad_token_id, rows.vlm_cfg), []
+    for sample in (rows[0, i] for i in (0, 1, 2, 4, 5, 6)):  # the fourth cannot be used
+        alone = [replace(sample, conversations=[one]) for one in sample.conversations]
+        totals = [summed_loss(evaluator.model, [collator([one])], CPU, contextlib.nullcontext()) for one in alone]
+        expected.append((sum(float(loss) for loss, _ in totals), sum(count for _, count in totals)))
+    assert sum(len(batch["input_ids"]) for batch in evaluator.held_out) == 11  # of six rows
+    assert [count for _, count in losses] == [count for _, count in expected]
+    assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    first, others = (evaluator.row_losses(7, first=part) for part in (True, False))
+    assert sorted(loss for loss, _ in first + others) == pytest.approx(sorted(loss for loss, _ in losses), rel=1e-6)

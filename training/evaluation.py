@@ -33,7 +33,7 @@ class Evaluator(Protocol):
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
 
     def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each conversation of a part of the first rows."""
+        """(summed loss in nats, label tokens) of each row of a part of the first rows."""
 
     def release(self) -> None:
         """Let go of the features of row_losses."""
@@ -75,7 +75,7 @@ class HeldOutLosses:
     meter: Meter
 
     def __call__(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each conversation of a part of the first rows. Counts the FLOPs."""
+        """(summed loss in nats, label tokens) of each row of a part of the first rows. Counts the FLOPs."""
         with self.meter.clock("rollback"):
             losses = self.parallel.with_model(lambda: self.evaluator.row_losses(self.rows, same_vision, first))
             self.meter.flops.add_forward(self.evaluator.measured)
