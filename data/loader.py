@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
@@ -25,8 +28,20 @@ PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | Non
 
 
 def init_worker(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the main one shall act on it."""
+    """Ctrl-C reaches every process of the terminal, and what ends a job sends SIGTERM to every process of it. The main
+    one alone shall act on them: it needs its workers to finish the step, and then ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a signal does not tell its sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
+
+
+def _end_by(parent: int | None) -> None:
+    """Wait for SIGTERM of this process, and end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def shares_rows(rows: Any, cfg: TrainConfig) -> bool:

@@ -23,8 +23,11 @@ import pytest
 import torch
 import tqdm
 from tiny.runs import ROOT, arguments, assert_same, before_steps, state
+from torch.utils.data import get_worker_info
 
 import train
+from data.datasets import VQADataset
+from data.pipeline import Data
 from training.arguments import parse_arguments
 from training.checkpoint_folder import STATE, damage, step_folders, write_manifest
 
@@ -114,6 +117,28 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(start, out, number):
     assert state(out / "run")["step"] == 7
     assert start().wait() == 0
     assert_same(out / "run", out / "whole")
+
+
+def test_workers_serve_the_step_when_all_processes_of_a_run_get_the_signal(start, out, monkeypatch):
+    """As timeout, Slurm and systemd send it. Here the run waits for a batch when it comes."""
+    read, made = Data.start_reading, []
+
+    def signalled(dataset, keys):
+        made.append(keys)
+        if len(made) == 24 and get_worker_info().id == 0:
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(0.2)
+        return getitem(dataset, keys)
+
+    getitem = VQADataset.__getitem__
+    monkeypatch.setattr(VQADataset, "__getitem__", signalled)
+    monkeypatch.setattr(Data, "start_reading", lambda data: (os.setsid(), read(data)))
+    child = start(num_workers=2, gradient_accumulation_steps=8)
+    assert child.wait() == 128 + signal.SIGTERM, child.printed
+    assert "SIGTERM: saving and ending after this step" in child.printed
+    assert state(out / "run")["step"] in (1, 2)
+    with pytest.raises(ProcessLookupError):  # no worker is left either
+        os.killpg(child.pid, 0)
 
 
 @pytest.mark.slow

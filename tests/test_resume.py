@@ -364,6 +364,11 @@ def test_a_crash_is_taken_up_only_where_it_is_named(run, tmp_path, monkeypatch, 
     assert run("run", resume="auto") == 0
     assert "after step 6; only --resume" in line("is what an error left", capsys)
     assert_same(folder, tmp_path / "out" / "whole")
+    calls.clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("early", eval_interval=99)
+    assert run("early", eval_interval=99, resume="auto") == 0
+    assert "after step 6; only --resume" in line("is what an error left", capsys)  # where nothing else was saved too
 
 
 def test_where_memory_runs_out_what_was_trained_is_saved_and_the_flags_to_turn_are_named(

@@ -203,14 +203,16 @@ def _find(
         checkpoint = _newest_whole(folder, notes)
     if checkpoint is None and settings.train.resume != "auto":
         raise ValueError(f"--resume {settings.train.resume}: has no checkpoint yet")
+    crash, step = folder / "checkpoints" / "crash", 0
+    if checkpoint is not None:
+        state = load_state(checkpoint)
+        step = state["step"]
+        notes.append(f"resuming from {checkpoint}, after step {step:,}")
+    if (crash / MANIFEST).exists() and step_of(crash) > step:
+        notes.append(f"{crash} is what an error left after step {step_of(crash):,}; only --resume {crash} takes it")
     if checkpoint is None:
         limit_tiles_of_run(settings, processes)
-        return None, {}, []
-    state = load_state(checkpoint)
-    notes.append(f"resuming from {checkpoint}, after step {state['step']:,}")
-    crash = folder / "checkpoints" / "crash"
-    if (crash / MANIFEST).exists() and step_of(crash) > state["step"]:
-        notes.append(f"{crash} is what an error left after step {step_of(crash):,}; only --resume {crash} takes it")
+        return None, {}, notes
     _check_settings(state, settings, processes)  # what may differ is in settings.given then, and may be a size
     limit_tiles_of_run(settings, processes, checkpoint)
     return checkpoint, state, notes + _check_settings(state, settings, processes)  # the tiles too
