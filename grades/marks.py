@@ -31,6 +31,11 @@ def mark(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
                 vars(module).setdefault(name, Switch(module, name))
 
 
+def marked(model: nn.Module) -> set[nn.Parameter]:
+    """What GradES froze in it: these parameters require no gradient, but in the step of a probe."""
+    return {module.get_parameter(name) for module in model.modules() for name in vars(module).get(MARK, ())}
+
+
 # Methods by which peft, layer by layer, switches adapters off and on or exchanges them.
 SWITCHES = ("set_adapter", "enable_adapters")
 

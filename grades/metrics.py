@@ -22,12 +22,15 @@ class Metric:
     """
 
     reads_gradients = False
-    first_check = 1  # the check, counted from 1, that gives the first number
 
     def __init__(self, sample: int = 1) -> None:
         """sample: measure 1/sample of the elements and scale the sums up."""
         self.sampler = make_sampler(sample)
         self.kept: dict[str, list[torch.Tensor]] = {}  # by component: what its weights are compared with next time
+
+    def first_check(self, compute_interval: int) -> int:
+        """The check, counted from 1, that gives the first number."""
+        return 1
 
     def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:
         """check: whether this step ends with a check; check_is_next: whether the step after it does."""
@@ -63,7 +66,8 @@ class Metric:
 class WeightChange(Metric):
     """sum |W_t - W_s|, s the previous check: the metric of the authors' nanoVLM runs and of their package."""
 
-    first_check = 2
+    def first_check(self, compute_interval: int) -> int:
+        return 2
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:
@@ -108,11 +112,12 @@ class GradientChange(GradientNorm):
     the check.
     """
 
-    first_check = 2  # at a compute_interval of 1; else the first
-
     def __init__(self, sample: int = 1) -> None:
         super().__init__(sample)
         self.copied: set[str] = set()  # components whose copy in self.kept is of the step before
+
+    def first_check(self, compute_interval: int) -> int:
+        return 2 if compute_interval == 1 else 1  # before step 1 there is no gradient
 
     @torch.no_grad()
     def after_backward(self, components: Sequence[Component], check: bool, check_is_next: bool) -> None:

@@ -209,7 +209,8 @@ class GradESMonitor:
 
     def _check_grace(self) -> None:
         """Raise ValueError where a tau is auto and the grace period too short to find it in."""
-        checks, needed = self.grace_steps // self.config.compute_interval, self.metric.first_check
+        interval = self.config.compute_interval
+        checks, needed = self.grace_steps // interval, self.metric.first_check(interval)
         if not self.taus and self.config.replay_history is None and checks < needed:
             raise ValueError(
                 f"alpha {self.config.alpha}: the grace period of {self.grace_steps} steps holds {checks} checks; "

@@ -56,8 +56,6 @@ class Rollback(Metric):
     part that no update has reached, or of which the losses tell nothing (NaN, no label, no difference at all).
     """
 
-    first_check = 2
-
     def __init__(
         self,
         model: nn.Module,
@@ -89,6 +87,9 @@ class Rollback(Metric):
         vision = Towers(model).of
         self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
         self.seen: set[bool] = set()  # parts of the rows whose latest evaluation was with the vision tower of now
+
+    def first_check(self, compute_interval: int) -> int:
+        return 2
 
     @torch.no_grad()
     def measure(self, components: Sequence[Component]) -> dict[str, float | None]:

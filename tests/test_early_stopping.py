@@ -1,9 +1,13 @@
 """Early stopping on lists of losses."""
 
+import json
 import math
 
 import pytest
+from tiny.runs import arguments
 
+import train
+from training.arguments import parse_arguments
 from training.early_stopping import EarlyStopping, validation_interval
 
 
@@ -57,3 +61,18 @@ def test_the_interval_is_exact():
     assert validation_interval(0.05, 1600) == 80
     assert validation_interval(0.07, 100) == 7
     assert validation_interval(0.05, 8) == 1
+
+
+def test_a_run_that_it_ended_goes_on_with_more_patience_alone(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("grades.plots.draw", lambda history: [])
+
+    def run(**flags) -> dict:
+        given = {"es_interval": 0.25, "es_delta": 1e9, "max_training_steps": 12, "eval_interval": 99, "resume": "auto"}
+        words = arguments(data, tmp_path, "run", **given | {"early_stopping": True} | flags)
+        assert train.main(parse_arguments(words)) == 0
+        return json.loads((tmp_path / "out" / "run" / "summary.json").read_text())
+
+    assert run(es_patience=1)["steps"] == 6
+    assert run(es_patience=1)["steps"] == 6
+    assert run(es_patience=2, resume_override=True)["steps"] == 9
+    assert run(early_stopping=False, resume_override=True)["steps"] == 12

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from tiny.data import byte_level_tokenizer, dataset, encoded, picture, tiny_train, tiny_vlm
-from tiny.grades import FAMILIES, make_model
+from tiny.grades import FAMILIES, make_model, make_optimizer
 from tiny.runs import arguments
 
 import train
 from data.collators import TrainCollator, image_keys
 from data.datasets import Sample
 from data.packing import PackedCollator
+from grades import GradESConfig, GradESMonitor
 from models.config import VLMConfig
 from training.arguments import parse_arguments
 from training.feature_cache import FeatureCache
@@ -114,6 +115,24 @@ def test_it_is_empty_while_anything_in_the_tower_trains(model):
     same, hits = cache.complete(inputs(), KEYS)
     assert (hits, cache.features, cache.served, cache.batches) == (0, {}, 1, 2)
     assert "images" in same
+
+
+def test_a_probe_of_what_is_frozen_leaves_it_as_it_is():
+    """--unfreeze_factor gives what is frozen a gradient in one step, and no update."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    monitor = GradESMonitor(GradESConfig(metric="gradient_norm", unfreeze_factor=1e9), model, optimizer, 10)
+    cache, given = FeatureCache(model, 1.0), inputs()
+    monitor.freezer.freeze([name for name, part in monitor.by_name.items() if part.tower == "vision"])
+    model.vision_encoder.requires_grad_(False)
+    assert [cache.complete(given, KEYS)[1] for _ in range(2)] == [0, 4]
+    monitor.freezer.begin_probe()
+    assert "images" in cache.complete(given, KEYS)[0]  # the tower has to be computed
+    monitor.freezer.end_probe()
+    assert cache.complete(given, KEYS)[1] == 4
+    monitor.freezer.unfreeze(monitor.by_name)
+    cache.complete(given, KEYS)
+    assert not cache.features
 
 
 def keys_of(samples: list[Sample], vlm: VLMConfig) -> list[bytes]:

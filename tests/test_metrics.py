@@ -269,3 +269,22 @@ def test_gradient_rms_needs_adam():
             GradESMonitor(GradESConfig(metric="gradient_rms", alpha=0), model, optimizer)
     with pytest.raises(ValueError, match=r"exp_avg_sq.* step, exp_avg, exp_inf"):
         train({"metric": "gradient_rms", "alpha": 0.9}, 2, model, optimizer=torch.optim.Adamax(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("metric", "interval", "needed"),
+    [
+        ("gradient_norm", 4, 1),
+        ("gradient_change", 4, 1),  # of the step before the check
+        ("gradient_change", 1, 2),
+        ("weight_change", 4, 2),
+    ],
+)
+def test_a_tau_of_auto_needs_a_grace_period_with_a_number(metric, interval, needed):
+    def run(checks: int) -> Loop:
+        config = {"metric": metric, "compute_interval": interval, "vision_tau": "auto", "language_tau": "auto"}
+        return train(config | {"alpha": ((checks + 1) * interval - 1) / 32}, 32)
+
+    assert all(tau > 0 for tau in run(needed).monitor.taus.values())
+    with pytest.raises(ValueError, match=f"it must hold {needed} or more"):
+        run(needed - 1)

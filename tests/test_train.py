@@ -22,7 +22,6 @@ from training import checkpoint, setup
 from training.arguments import parse_arguments
 from training.checkpoint_folder import CheckpointError, begin, damage, find_checkpoint, finishing, step_folder
 from training.evaluation import EvaluationSchedule
-from training.schedule import lr_factor
 from training.setup import freeze_untrained, make_optimizer
 from training.step import forward_backward
 
@@ -302,47 +301,6 @@ def test_every_label_token_weighs_the_same_over_micro_batches():
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(accumulated[name], p.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
-    cfg = parse_arguments(["--max_training_steps", "1000", "--lr_schedule", "cosine"]).train
-    factors = [lr_factor(step, cfg) for step in range(1, 1001)]
-    assert factors[0] == pytest.approx(1 / 30)
-    assert factors[29] == 1.0
-    assert factors[30 + 485 - 1] == pytest.approx(0.55, abs=1e-3)  # half-way down
-    assert factors[-1] == pytest.approx(0.1)
-    assert max(factors) == 1.0
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("converged", [500, 950])
-def test_the_rate_never_rises_when_a_run_cools_down(schedule, converged):
-    """Not even where the schedule was falling already; at the end of the cooldown it is as low as either says."""
-    flags = [
-        "--max_training_steps",
-        "1000",
-        "--lr_schedule",
-        schedule,
-        "--min_lr_ratio",
-        "0",
-        "--cooldown_ratio",
-        "0.2",
-    ]
-    cfg = parse_arguments(flags).train
-    factors = [lr_factor(step, cfg, None if step <= converged else converged) for step in range(31, 1001)]
-    assert factors == sorted(factors, reverse=True)
-    assert factors[-1] == 0  # of a constant rate, too, that has 50 steps left for a cooldown of 190
-    assert factors[converged - 31] == lr_factor(converged, cfg)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_the_rate_never_rises_in_a_cooldown_that_begins_in_a_warm_up(schedule):
-    flags = ["--max_training_steps", "1000", "--lr_schedule", schedule, "--min_lr_ratio", "0"]
-    cfg = parse_arguments(flags).train
-    factors = [lr_factor(step, cfg, 400, warmup_ratio=0.5) for step in range(400, 1001)]
-    assert factors[0] == lr_factor(400, cfg, warmup_ratio=0.5) == 0.8
-    assert factors == sorted(factors, reverse=True)
-    assert factors[-1] == 0
 
 
 def test_each_part_has_its_own_peak_learning_rate():

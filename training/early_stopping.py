@@ -1,12 +1,13 @@
 """Classic early stopping, the baseline of the paper: end when the validation loss has stopped falling."""
 
 import math
-from decimal import Decimal
+
+from training.schedule import share_of
 
 
 def validation_interval(share: float, total_steps: int) -> int:
-    """Steps between two validations: ceil(share * total_steps), exact (0.07 * 100 is 7, though more in floats)."""
-    return math.ceil(Decimal(repr(share)) * total_steps)
+    """Steps between two validations: that share of the run, rounded up."""
+    return math.ceil(share_of(total_steps, share))
 
 
 class EarlyStopping:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from grades.marks import marked
 from models.attention import compute_dtype
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
@@ -51,6 +52,14 @@ class FeatureCache:
         """Whether the whole vision tower is frozen."""
         return self.budget_bytes > 0 and not any(parameter.requires_grad for parameter in self.parameters)
 
+    def _moves(self) -> bool:
+        """Whether something in the tower trains, other than what --unfreeze_factor probes: that has a gradient then,
+        but gets no update."""
+        if self.is_active or not self.features:
+            return not self.is_active
+        frozen = marked(self.model.vision_encoder)
+        return any(parameter.requires_grad and parameter not in frozen for parameter in self.parameters)
+
     @torch.no_grad()
     def complete(self, inputs: dict[str, Any], keys: Sequence[bytes]) -> tuple[dict[str, Any], int]:
         """The inputs of a micro-batch with image_features, or image_embeddings, in place of images, and how many of
@@ -63,7 +72,7 @@ class FeatureCache:
         trains = any(parameter.requires_grad for parameter in self.projector)
         name = "image_features" if trains or inputs.get("pool_index") is not None else "image_embeddings"
         kind = compute_dtype(self.parameters[0]), name
-        if not self.is_active or (known and kind != self.kind):
+        if self._moves() or (known and kind != self.kind):
             self.features, self.held_bytes, self.kind = {}, 0, kind
         self.batches += known
         if not self.is_active or not known:

@@ -72,9 +72,13 @@ class RunStart:
         if self.is_new or not self.state or not summary.exists():
             return False
         found = json.loads(summary.read_text(encoding="utf-8"))
-        longer = found["stop_reason"] == "max_training_steps" and found["steps"] < self.requested["max_training_steps"]
-        ended = found["stop_reason"] in END_REASONS and not longer
-        return ended and found["steps"] == self.state["step"]
+        reason, now, before = found["stop_reason"], self.requested, self.state["settings"]
+        longer = (reason == "max_training_steps" and found["steps"] < now["max_training_steps"]) or (
+            reason == "early_stopping"
+            and (now["es_patience"] > before["es_patience"] or not now["early_stopping"])
+            and found["steps"] < now["max_training_steps"]
+        )
+        return reason in END_REASONS and not longer and found["steps"] == self.state["step"]
 
     def check_same_data(self, data: dict[str, str], cfg: TrainConfig) -> None:
         """Take what tells the training data set's rows from others (data.loader.identify). Raises ValueError where the

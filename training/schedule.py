@@ -1,15 +1,21 @@
 """The learning rate of each step."""
 
 import math
+from decimal import Decimal
 
 import torch
 
 from models.config import TrainConfig
 
 
+def share_of(steps: int, share: float) -> Decimal:
+    """So many steps, exact: 0.07 of 100 is 7, though more in floats, and 0.29 of 100 is 29, though less."""
+    return Decimal(repr(float(share))) * steps
+
+
 def cooldown_steps(cfg: TrainConfig, steps: int) -> int:
     """Length of a cooldown of a run with so many steps (of wsd), or after so many (on_converged cooldown)."""
-    return max(1, math.ceil(cfg.cooldown_ratio * steps))
+    return max(1, math.ceil(share_of(steps, cfg.cooldown_ratio)))
 
 
 def cooldown_end(cfg: TrainConfig, start: int) -> int:
@@ -36,7 +42,7 @@ def lr_factor(
 def _planned(step: int, cfg: TrainConfig, warmup_ratio: float) -> float:
     """The factor of the warm-up and the schedule."""
     total = cfg.max_training_steps
-    warmup = int(warmup_ratio * total)
+    warmup = int(share_of(total, warmup_ratio))
     if step <= warmup:
         return step / warmup
     progress = (step - warmup) / max(1, total - warmup)
