@@ -33,6 +33,7 @@ from eval.samples import SampleQuestions
 from eval.task_evaluation import TaskEvaluator, open_eval_tasks
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
+from grades.config import ROLLBACK
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 from training import setup
@@ -156,6 +157,9 @@ def watch(
     cfg = settings.train
     if not cfg.enable_grades:
         return None
+    held_out = HeldOutLosses(evaluator, cfg.rollback_rows, parallel, meter)
+    if settings.grades.metric == ROLLBACK:
+        held_out.check(settings.grades.freeze_vision, log.say)
     return GradESMonitor(
         settings.grades,
         model,
@@ -166,7 +170,7 @@ def watch(
         rewrap=parallel.on_requires_grad_change,  # DDP is wrapped again after a freeze
         broadcast=parallel.same_on_all,  # all ranks freeze alike
         averages=averages,
-        evaluate=HeldOutLosses(evaluator, cfg.rollback_rows, parallel, meter),
+        evaluate=held_out,
     )
 
 

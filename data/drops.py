@@ -105,10 +105,10 @@ def drop_records(samples: Iterable[Any]) -> list[DropRecord]:
     ]
 
 
-def nothing_usable(dropped: DropCounter) -> ValueError:
+def nothing_usable(dropped: DropCounter, rows: str = "row of the training data") -> ValueError:
     """The error to raise when an epoch, or a long part of it, had no other rows than these, which were dropped."""
     first = "".join(f"\n  {reason}: {found}" for reason, found in list(dropped.examples().items())[:REASONS_TO_SHOW])
-    return ValueError(f"no row of the training data can be used: {dropped.summary()}{first}")
+    return ValueError(f"no {rows} can be used: {dropped.summary()}{first}")
 
 
 def _listed(counts: dict[str, int], unit: str) -> str:

@@ -141,14 +141,14 @@ def eval_batches(
 
 
 def whole_row_batches(
-    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, first: int, size: int
+    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, dropped: DropCounter, first: int, size: int
 ) -> Iterator[dict]:
     """The first rows in order, each of them whole: `size` rows in a batch, which has "row_sizes" besides: a list of how
-    many conversations each has. Rows that cannot be used are left out.
+    many conversations each has. Rows that cannot be used are left out; `dropped` gets their counts.
 
     dataset: with train=True a row's conversations are those that its first visit draws.
     """
-    samples = itertools.islice(_in_order(dataset, train_cfg.num_workers, "samples"), first)
+    samples = _counted(itertools.islice(_in_order(dataset, train_cfg.num_workers, "samples"), first), dropped)
     while chunk := list(itertools.islice(samples, size)):
         sizes = [len(sample.conversations) for sample in chunk if sample.conversations]
         if sizes:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from data.collators import PromptCollator, TrainCollator, to_device
-from data.drops import DropCounter
+from data.drops import DropCounter, nothing_usable
 from data.loader import PromptBatch, batches_of_both, eval_batches, prompt_batches, whole_row_batches
 from data.pipeline import Data
 from eval.scoring import score
@@ -57,6 +57,18 @@ class Evaluator:
             pairs += self._answered(prompts)
         return {"val/loss": total.item() / labels if labels else None} | _named("val", score(pairs))
 
+    def hold_out(self, rows: int) -> list[dict]:
+        """The batches of row_losses, which are made at the first call. Raises ValueError where they have no label."""
+        if not self.held_out:
+            collator, dropped = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg), DropCounter()
+            size = max(1, self.cfg.eval_batch_size // (self.cfg.turns_per_image or 1))
+            size, drawn = min(size, math.ceil(rows / BATCHES)), self.data.drawn_validation_rows()
+            self.held_out = list(whole_row_batches(drawn, collator, self.cfg, dropped, rows, size))
+            self.features = [None] * len(self.held_out)
+            if not any(batch["num_labels"] for batch in self.held_out):
+                raise nothing_usable(dropped, f"validation row of --rollback_rows {rows}")
+        return self.held_out
+
     def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each of the first `rows` validation rows that can be used.
 
@@ -65,12 +77,7 @@ class Evaluator:
         same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
         first: every fourth batch alone; False: all others.
         """
-        if not self.held_out:
-            collator = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg)
-            size = max(1, self.cfg.eval_batch_size // (self.cfg.turns_per_image or 1))
-            size, drawn = min(size, math.ceil(rows / BATCHES)), self.data.drawn_validation_rows()
-            self.held_out = list(whole_row_batches(drawn, collator, self.cfg, rows, size))
-            self.features = [None] * len(self.held_out)
+        self.hold_out(rows)
         numbers = [i for i in range(len(self.held_out)) if first is None or (i % 4 == 0) == first]
         self.measured = [self.held_out[i] for i in numbers]
         known = [self.features[i] for i in numbers] if same_vision else None

@@ -76,18 +76,29 @@ def summary(history: dict[str, Any]) -> list[str]:
 
 
 def undecided(history: dict[str, Any]) -> list[str]:
-    """A line for each tower that trained to the end though its last rollback gain was below tau: not by its error."""
-    lines: list[str] = []
+    """A line for each tower that trained to the end because its last rollback gain was below tau, but not by its error,
+    or could not be measured."""
     if history["stopped_early"] or history.get("converged_step") is not None:
-        return lines
-    measured = (check["gains"] for check in reversed(history["checks"]) if check.get("gains"))
-    gains: dict[str, tuple[float, float]] = next(measured, {})
+        return []
+    gains = next((check["gains"] for check in reversed(history["checks"]) if "gains" in check), None)
     frozen = {event["name"] for event in lasting(history["events"])}
-    for tower, (gain, error) in gains.items():
-        taus = [c["tau"] for c in history["components"] if c["tower"] == tower and c["name"] not in frozen]
-        tau = max((tau for tau in taus if tau is not None), default=-math.inf)
-        may_freeze = history["config"].get(f"freeze_{tower}", True)
-        if may_freeze and gain < tau <= gain + CERTAINTY * error:
+    taus: dict[str, float] = {}  # of each tower in which something may freeze still, the highest
+    for component in history["components"]:
+        tower, tau = component["tower"], component["tau"]
+        may_freeze = history["config"].get(f"freeze_{tower}", True) and component["name"] not in frozen
+        if gains is not None and may_freeze and tau is not None:
+            taus[tower] = max(taus.get(tower, -math.inf), tau)
+    lines: list[str] = []
+    # Where a tower was above its tau the towers after it were not measured.
+    is_whole = all(sum(gains[tower]) < tau for tower, tau in taus.items() if gains and tower in gains)
+    for tower, tau in taus.items():
+        gain, error = (gains or {}).get(tower, (None, None))
+        if gain is None and is_whole:
+            lines.append(
+                f"{tower}: no gain could be measured at the last check: the held-out rows tell nothing of it (no "
+                "label, no image, no finite loss), or no update reached it"
+            )
+        elif gain is not None and gain < tau <= gain + CERTAINTY * error:
             times = math.ceil((CERTAINTY * error / (tau - gain)) ** 2)
             lines.append(
                 f"{tower}: the last gain, {gain:.4f} \u00b1 {error:.4f} nats per 100 steps, is below tau {tau:g} but "

@@ -88,6 +88,29 @@ def test_a_gain_below_tau_within_its_error_is_told(gain, frozen, told):
 
 
 @pytest.mark.parametrize(
+    ("gains", "told"),
+    [
+        ({}, ["language", "vision"]),
+        ({"language": [0.001, 0.001]}, ["vision"]),
+        ({"language": [0.1, 0.001]}, []),  # above tau: the vision tower was not measured after it
+        ({"language": [0.001, 0.001], "vision": [0.001, 0.001]}, []),
+    ],
+)
+def test_a_tower_that_could_not_be_measured_is_told(gains, told):
+    towers = ["language", "vision"]
+    history = {
+        "config": {"metric": "rollback"}, "stopped_early": False, "events": [],
+        "components": [{"name": tower, "tower": tower, "layer": 0, "tau": 0.004} for tower in towers],
+        "checks": [{"step": 5, "values": [None, None]}, {"step": 10, "values": [None, None], "gains": gains}],
+    }  # fmt: skip
+    lines = undecided(history)
+    assert [line.split(":")[0] for line in lines] == told
+    assert all("no gain could be measured" in line for line in lines)
+    assert not undecided(history | {"checks": history["checks"][:1]})
+    assert not undecided(history | {"config": {"freeze_language": False, "freeze_vision": False}})
+
+
+@pytest.mark.parametrize(
     ("values", "freezes", "learns"),
     [([None, None], True, False), ([9.0, None], True, False), ([9.0, 0.5], True, True), ([9.0, 0.5], False, False),
      ([9.0, 0.1], True, False)],

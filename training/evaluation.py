@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ class Evaluator(Protocol):
 
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the answers to the questions of "val" or "test"."""
+
+    def hold_out(self, rows: int) -> list[dict]:
+        """The batches of row_losses. Raises ValueError where they have no label."""
 
     def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each row of a part of the first rows."""
@@ -73,6 +77,17 @@ class HeldOutLosses:
     rows: int
     parallel: Parallel
     meter: Meter
+
+    def check(self, freeze_vision: bool, say: Callable[[str], None]) -> None:
+        """Before the first step: raises ValueError where the rows have no label, and says so where the vision tower is
+        to freeze and they have no image. All ranks must call it."""
+        batches = self.evaluator.hold_out
+        has_image = self.parallel.from_main(lambda: any(batch["images"] is not None for batch in batches(self.rows)))
+        if freeze_vision and not has_image:
+            say(
+                f"--rollback_rows {self.rows}: none of these validation rows has an image, so that the vision tower's "
+                "gain cannot be measured: it will not freeze, and with --freeze_order together nothing will"
+            )
 
     def __call__(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each row of a part of the first rows. Counts the FLOPs."""
