@@ -22,14 +22,17 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm
-from tiny.runs import ROOT, arguments, assert_same, before_steps, state
+from safetensors.torch import load_file
+from tiny.runs import ROOT, arguments, assert_same, before_steps, numbers, same, state
 from torch.utils.data import get_worker_info
 
 import train
 from data.datasets import VQADataset
 from data.pipeline import Data
 from training.arguments import parse_arguments
-from training.checkpoint_folder import STATE, damage, step_folders, write_manifest
+from training.checkpoint_folder import STATE, damage, follow, step_folders, write_manifest
+from training.evaluation import EvaluationSchedule
+from training.state import LoopState
 
 tqdm.tqdm.monitor_interval = 0  # no thread that a fork would lose
 STEPS = 12
@@ -215,22 +218,54 @@ def test_a_full_disk_is_said_and_survived(start, out, recovers):
             assert_same(out / "run", out / "whole")
 
 
+def limited(step):
+    """No file may be long in the steps from 7 to 10."""
+    size = 20_000 if 7 <= step < 11 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 def test_a_file_that_cannot_grow_is_said_and_survived(start, out):
     """As on a full disk, where nothing may be mounted: the weights cannot be written, the log can."""
-
-    def limited(step):
-        size = 20_000 if 7 <= step < 11 else resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     assert start("whole").wait() == 0
     child = start(before_step=limited)
     assert child.wait() == 0
     assert child.printed.count("NOT SAVED: step_00000008 could not be written") == 1
-    assert_same(out / "run", out / "whole")
+    assert numbers(out / "run") == numbers(out / "whole")
+    ours, theirs = (load_file(out / name / "checkpoints/last/model.safetensors") for name in ("run", "whole"))
+    assert same(ours, theirs)
     child = start("other", before_step=limited, max_training_steps=8)
     assert child.wait() == 1
     assert "the end of the run is not saved: step_00000008" in child.printed.splitlines()[-1]
     assert [damage(folder) for folder in step_folders(out / "other")] == [None]
+
+
+def test_a_step_that_the_disk_refused_is_not_the_best(start, out):
+    """`best` leads to the best of those that are there."""
+
+    losses = {4: 3.0, 8: 1.0, 12: 2.0}
+    record = LoopState.record
+
+    def measured(state, val):
+        record(state, val | {"val/loss": losses[state.step], "val/loss_averaged": None})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopState, "record", measured)
+        child = start(before_step=limited)
+        assert child.wait() == 0, child.printed
+    assert "NOT SAVED: step_00000008" in child.printed
+    assert follow(out / "run/checkpoints/best").name == "step_00000012"
+    found = json.loads((out / "run/summary.json").read_text())
+    assert (found["best_step"], found["best_metric"]) == (12, 2.0)
+
+
+def test_an_end_that_the_disk_refused_is_tried_once_more(start, out, monkeypatch):
+    run = EvaluationSchedule.run
+    monkeypatch.setattr(EvaluationSchedule, "run", lambda *args: (run(*args), limited(0)))  # the disk recovers
+    child = start(before_step=limited, max_training_steps=8)
+    assert child.wait() == 0
+    assert "NOT SAVED: step_00000008" in child.printed
+    assert state(out / "run")["step"] == 8
 
 
 def flip(path: Path) -> None:

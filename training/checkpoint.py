@@ -99,6 +99,7 @@ class Checkpointer:
         self.stateful, self.keep, self.parallel, self.say = stateful, keep, parallel, say
         self.folder = start.folder
         self.saved_step: int | None = None
+        self.best_before: tuple[int | None, float | None, str] = None, None, "loss"  # at the latest save
         self.error: str | None = None
 
     @contextlib.contextmanager
@@ -212,12 +213,16 @@ class Checkpointer:
         Raises what a state_dict raises, before anything is written: NonFiniteLossError.
         """
         averaged = self.averages is not None and state.averaged_is_better
+        if state.best_step != state.step:
+            self.best_before = state.best
         with self.averages.applied() if averaged and self.averages is not None else contextlib.nullcontext():
-            self._save(state, name)
-        self.saved_averages = averaged
-        self.mark_best(state)
+            is_written = self._save(state, name)
+        if is_written:
+            self.saved_step, self.saved_averages = state.step, averaged
+            self.mark_best(state)
 
-    def _save(self, state: LoopState, name: str | None) -> None:
+    def _save(self, state: LoopState, name: str | None) -> bool:
+        """Whether the disk took it."""
         folder = step_folder(self.folder, state.step) if name is None else self.folder / "checkpoints" / name
         sharded, problem = self.parallel.sharded, None
         states = {}
@@ -240,14 +245,16 @@ class Checkpointer:
             "lora": lora_state_dict(model),
             "states": states,
         }
-        self.parallel.from_main(lambda: self._write(folder, model, content, problem, state))
-        self.saved_step = state.step
+        return self.parallel.from_main(lambda: self._write(folder, model, content, problem, state))
 
     def mark_best(self, state: LoopState) -> None:
         """Let `best` lead to the checkpoint of this step, if that was saved and is the best so far.
 
         Where an evaluation has found the other of last and averaged weights to be better, it is saved again with those.
+        A step that the disk refused is not the best: nothing could lead to it.
         """
+        if state.best_step == state.step != self.saved_step:
+            state.best = self.best_before
         if self.saved_step == state.step and self.saved_averages != state.averaged_is_better:
             self.save(state)
             return
@@ -289,8 +296,9 @@ class Checkpointer:
 
     def _write(
         self, folder: Path, model: VisionLanguageModel, content: dict, problem: str | None, state: LoopState
-    ) -> None:
-        """Write the checkpoint; then the link `last`, and the oldest go. problem: why the shards are not there."""
+    ) -> bool:
+        """Write the checkpoint; then the link `last`, and the oldest go. Whether the disk took it. problem: why the
+        shards are not there."""
         try:
             if problem is not None:
                 shutil.rmtree(unfinished(folder), ignore_errors=True)
@@ -314,6 +322,7 @@ class Checkpointer:
         except (CheckpointError, OSError) as error:
             self.error = str(error)
             self.say(f"NOT SAVED: {error}; earlier checkpoints are as they were, the next one is tried as usual")
+        return self.error is None
 
     def _write_shards(self, folder: Path) -> str | None:
         """Let each rank write its part of the optimizer and of the states. Returns on rank 0 why that has failed."""

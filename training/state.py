@@ -48,6 +48,15 @@ class LoopState:
         if self.best_value is None or sign * value > sign * self.best_value:
             self.best_value, self.best_step = value, self.step
 
+    @property
+    def best(self) -> tuple[int | None, float | None, str]:
+        """(step, its value, of which metric)."""
+        return self.best_step, self.best_value, self.best_metric
+
+    @best.setter
+    def best(self, best: tuple[int | None, float | None, str]) -> None:
+        self.best_step, self.best_value, self.best_metric = best
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
