@@ -16,9 +16,15 @@ from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
-BATCHES = 4  # into which at least the rows of row_losses are divided, so that every fourth stands for all
+BATCHES = 4  # into which at least the rows of row_losses are divided per rank, so that every fourth stands for all
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
+RowLosses: TypeAlias = list[tuple[float, int]]  # of each row: summed loss in nats, label tokens
+Complete: TypeAlias = Callable[[dict[str, torch.Tensor], VisionLanguageModel], dict[str, torch.Tensor]]
+
+
+def _as_they_are(inputs: dict[str, torch.Tensor], model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    return inputs
 
 
 @dataclass
@@ -34,6 +40,8 @@ class Evaluator:
     device: torch.device
     autocast: Autocast
     until: Callable[[Iterable], Iterator] = iter  # ends the batches early where the run is to stop
+    share: tuple[int, int] = (0, 1)  # this rank, of how many, that compute row_losses together
+    complete: Complete = _as_they_are  # what goes into the model where ranks do so
     held_out: list[dict] = field(default_factory=list)  # the batches of row_losses, once they are made
     features: list[torch.Tensor | None] = field(default_factory=list)  # of the images of each, as of its latest call
     measured: list[dict] = field(default_factory=list)  # those of them that the latest call took
@@ -62,31 +70,37 @@ class Evaluator:
         if not self.held_out:
             collator, dropped = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg), DropCounter()
             size = max(1, self.cfg.eval_batch_size // (self.cfg.turns_per_image or 1))
-            size, drawn = min(size, math.ceil(rows / BATCHES)), self.data.drawn_validation_rows()
+            size = min(size, math.ceil(rows / (BATCHES * self.share[1])))
+            drawn = self.data.drawn_validation_rows()
             self.held_out = list(whole_row_batches(drawn, collator, self.cfg, dropped, rows, size))
             self.features = [None] * len(self.held_out)
             if not any(batch["num_labels"] for batch in self.held_out):
                 raise nothing_usable(dropped, f"validation row of --rollback_rows {rows}")
         return self.held_out
 
-    def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each of the first `rows` validation rows that can be used.
+    def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[RowLosses]:
+        """(summed loss in nats, label tokens) of each row of this rank's share of the batches, batch by batch.
 
-        A row's conversations are about one image, so that for the standard error they are one observation. The draws
-        are those of training (turns_per_image, its weights, mirroring) and the same at each call.
+        They hold the first `rows` validation rows, whose draws are those of training (turns_per_image, its weights,
+        mirroring) and the same at each call. A row's conversations are about one image, so that for the standard error
+        they are one observation.
         same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
         first: every fourth batch alone; False: all others.
         """
         self.hold_out(rows)
         numbers = [i for i in range(len(self.held_out)) if first is None or (i % 4 == 0) == first]
-        self.measured = [self.held_out[i] for i in numbers]
-        known = [self.features[i] for i in numbers] if same_vision else None
-        losses, used = row_losses(self.model, self.measured, self.device, self.autocast, known)
-        for i, batch, features in zip(numbers, self.measured, used, strict=True):
+        rank, ranks = self.share
+        own = numbers[rank::ranks]
+        # Ranks whose weights are sharded meet in the layers: each makes as many passes, one of no use at the end.
+        made = [*own, *numbers[:1]][: math.ceil(len(numbers) / ranks)]
+        self.measured = [self.held_out[i] for i in made]
+        known = [self.features[i] for i in made] if same_vision else None
+        losses, used = row_losses(self.model, self.measured, self.device, self.autocast, known, self.complete)
+        for i, batch, features in zip(made, self.measured, used, strict=True):
             self.features[i] = features
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
             batch["cached_images"] = len(features) if same_vision and features is not None else 0
-        return losses
+        return losses[: len(own)]
 
     def release(self) -> None:
         """Let go of the features of row_losses."""
@@ -150,16 +164,17 @@ def row_losses(
     device: torch.device,
     autocast: Autocast,
     features: list[torch.Tensor | None] | None = None,
-) -> tuple[list[tuple[float, int]], list[torch.Tensor | None]]:
-    """((summed loss in nats, label tokens) of each row of the batches, the features of each batch's images).
+    complete: Complete = _as_they_are,
+) -> tuple[list[RowLosses], list[torch.Tensor | None]]:
+    """((summed loss in nats, label tokens) of each row of each batch, the features of each batch's images).
 
     A batch's "row_sizes" says how many of its conversations each row has; without it, one. features: those of an
-    earlier call, where the vision tower is the same. Waits for the device once.
+    earlier call, where the vision tower is the same. complete: see Parallel.complete. Waits for the device once.
     """
     sums, counts, used = [], [], []
     with evaluating(model):
         for batch, known in zip(batches, features or [None] * len(batches), strict=True):
-            inputs = to_device(batch, device)
+            inputs = complete(to_device(batch, device), model)
             conversations, length = batch["input_ids"].shape
             if known is not None:
                 inputs.pop("images")
@@ -176,8 +191,9 @@ def row_losses(
             of_row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # int64 [conversations]
             rows = of_row[batch["label_positions"] // length]  # int64 [L]
             sums.append(torch.zeros(len(sizes), device=device).index_add_(0, rows.to(device), losses))
-            counts += torch.bincount(rows, minlength=len(sizes)).tolist()
-    return list(zip(torch.cat(sums).tolist(), counts, strict=True)) if sums else [], used
+            counts.append(torch.bincount(rows, minlength=len(sizes)).tolist())
+    found = iter(torch.cat(sums).tolist() if sums else [])
+    return [[(next(found), count) for count in of_batch] for of_batch in counts], used
 
 
 def answered(

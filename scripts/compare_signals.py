@@ -27,7 +27,7 @@ import torch
 
 from data.mixture_rows import load_training_rows
 from data.pipeline import load_data
-from eval.evaluation import Evaluator
+from eval.evaluation import Evaluator, RowLosses
 from grades import find_components
 from grades.averaging import AVERAGE, AveragedWeights
 from grades.components import TOWERS, tower_of
@@ -108,12 +108,12 @@ class Run:
     def signs_of(self, last: Weights, average: Weights, before: Weights, steps: int) -> dict[str, dict[str, float]]:
         """Every sign of both towers; the model has the averaged weights, before and after. steps: since `before`."""
         found: dict[str, dict[str, float]] = {"drift": drift(last, average, before), "noise": self.noise()}
-        losses = self.evaluator.row_losses(self.cfg.rollback_rows)
+        losses = self.losses()
         now = self.features()
 
         def gain(names: Sequence[str]) -> float:
             self.load(before, names)
-            value, error = paired_difference(losses, self.evaluator.row_losses(self.cfg.rollback_rows))
+            value, error = paired_difference(losses, self.losses())
             self.load(average, names)
             return (value + CERTAINTY * error) * PER_STEPS / steps
 
@@ -130,6 +130,10 @@ class Run:
         self.load(average)
         return found | {"features": {tower: 1 - linear_cka(now[tower], then[tower]) for tower in TOWERS}}
 
+    def losses(self) -> RowLosses:
+        """Of each held-out row."""
+        return [row for batch in self.evaluator.row_losses(self.cfg.rollback_rows) for row in batch]
+
     def features(self) -> dict[str, torch.Tensor]:
         """What the vision tower and the language model's last norm give for the held-out rows: [positions, width]."""
         found: dict[str, list[torch.Tensor]] = {tower: [] for tower in TOWERS}
@@ -140,7 +144,7 @@ class Run:
             )
             for tower, module in places.items()
         ]
-        self.evaluator.row_losses(self.cfg.rollback_rows)
+        self.losses()
         for hook in hooks:
             hook.remove()
         return {tower: torch.cat(parts) for tower, parts in found.items()}

@@ -14,6 +14,7 @@ from data.images import ImageProcessor
 from eval.evaluation import Evaluator, summed_loss
 from models.vision_language_model import VisionLanguageModel
 from training.evaluation import EvaluationSchedule
+from training.parallel import Parallel
 from training.state import LoopState
 
 CPU = torch.device("cpu")
@@ -109,10 +110,8 @@ def test_early_stopping_ends_no_cooldown():
 
 @pytest.mark.parametrize("size", [1, 64])
 def test_the_conversations_of_a_row_are_one_held_out_row(size):
-    evaluator = make_evaluator(turns_per_image=1, eval_batch_size=size)
-    rows = evaluator.data.val_dataset
-    evaluator.data.drawn_validation_rows = lambda: rows  # without draws: both turns of a row, each a conversation
-    losses = evaluator.row_losses(7)
+    evaluator = held_out_evaluator(size)
+    rows, losses = evaluator.data.val_dataset, flat(evaluator.row_losses(7))
     assert [len(sizes) for sizes in (batch["row_sizes"] for batch in evaluator.held_out)] == (
         [1] * 6 if size == 1 else [2, 1, 2, 1]
     )
@@ -124,5 +123,37 @@ def test_the_conversations_of_a_row_are_one_held_out_row(size):
     assert sum(len(batch["input_ids"]) for batch in evaluator.held_out) == 11  # of six rows
     assert [count for _, count in losses] == [count for _, count in expected]
     assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
-    first, others = (evaluator.row_losses(7, first=part) for part in (True, False))
+    first, others = (flat(evaluator.row_losses(7, first=part)) for part in (True, False))
     assert sorted(loss for loss, _ in first + others) == pytest.approx(sorted(loss for loss, _ in losses), rel=1e-6)
+
+
+def test_ranks_measure_held_out_rows_together():
+    """In the order of one rank with such batches, each with as many forward passes, also of a batch without an image,
+    and with the features of before where the vision tower is the same."""
+    ranks = 3
+    evaluators = [held_out_evaluator(1, share=(rank, ranks), complete=with_blank) for rank in range(ranks)]
+    alone = held_out_evaluator(1)
+    for first in (None, True, False):
+        expected = flat(alone.row_losses(7, first=first))
+        for same_vision in (False, True):
+            shares = [evaluator.row_losses(7, same_vision, first) for evaluator in evaluators]
+            assert len({len(evaluator.measured) for evaluator in evaluators}) == 1
+            found = flat([shares[i % ranks][i // ranks] for i in range(sum(map(len, shares)))])
+            assert [count for _, count in found] == [count for _, count in expected]
+            assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+
+
+def held_out_evaluator(size: int, **others) -> Evaluator:
+    """Without draws: each turn of a row is a conversation. Batches of so many rows."""
+    evaluator = make_evaluator(turns_per_image=1, eval_batch_size=size)
+    rows = evaluator.data.val_dataset
+    evaluator.data.drawn_validation_rows = lambda: rows
+    return replace(evaluator, held_out=[], features=[], measured=[], **others)
+
+
+def flat(batches: list) -> list:
+    return [row for batch in batches for row in batch]
+
+
+def with_blank(inputs: dict, model: VisionLanguageModel) -> dict:
+    return Parallel.complete(SimpleNamespace(is_alone=False), inputs, model)

@@ -36,8 +36,8 @@ class Evaluator(Protocol):
     def hold_out(self, rows: int) -> list[dict]:
         """The batches of row_losses. Raises ValueError where they have no label."""
 
-    def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[tuple[float, int]]:
-        """(summed loss in nats, label tokens) of each row of a part of the first rows."""
+    def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[list[tuple[float, int]]]:
+        """(summed loss in nats, label tokens) of each row, of this rank's share of a part of the batches."""
 
     def release(self) -> None:
         """Let go of the features of row_losses."""
@@ -92,9 +92,9 @@ class HeldOutLosses:
     def __call__(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each row of a part of the first rows. Counts the FLOPs."""
         with self.meter.clock("rollback"):
-            losses = self.parallel.with_model(lambda: self.evaluator.row_losses(self.rows, same_vision, first))
+            batches = self.parallel.divided(lambda: self.evaluator.row_losses(self.rows, same_vision, first))
             self.meter.flops.add_forward(self.evaluator.measured)
-        return losses
+        return [row for batch in batches for row in batch]
 
     def release(self) -> None:
         """Let go of the features of the images."""

@@ -128,6 +128,17 @@ class Parallel:
         self.sharded.reshard()
         return [value] if self.is_main else []
 
+    def divided(self, compute: Callable[[], list[T]]) -> list[T]:
+        """The items of a list, in order and on every rank; each computes every world_size-th, with the model."""
+        own = compute()
+        if self.sharded is not None:
+            self.sharded.reshard()
+        if self.is_alone:
+            return own
+        shares: list[Any] = [None] * self.world_size
+        dist.all_gather_object(shares, own, group=self.hosts)
+        return [shares[i % self.world_size][i // self.world_size] for i in range(sum(map(len, shares)))]
+
     # Tensors
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
