@@ -160,7 +160,7 @@ def watch(
         return None
     held_out = HeldOutLosses(evaluator, cfg.rollback_rows, parallel, meter)
     if settings.grades.metric == ROLLBACK:
-        held_out.check(settings.grades.freeze_vision, log.say)
+        held_out.check(settings.grades.freeze_vision and cfg.lr_vision_backbone > 0, log.say)
     return GradESMonitor(
         settings.grades,
         model,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import math
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
@@ -29,19 +29,17 @@ PromptBatch: TypeAlias = tuple[dict, list[str | tuple[str, ...]], list[str | Non
 
 def init_worker(_worker: int) -> None:
     """Ctrl-C reaches every process of the terminal, and what ends a job sends SIGTERM to every process of it. The main
-    one alone shall act on them: it needs its workers to finish the step, and then ends them itself."""
+    one alone shall act on them: it needs its workers to finish the step. They end when it asks them to, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a signal does not tell its sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_by(parent: int | None) -> None:
-    """Wait for SIGTERM of this process, and end."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+@atexit.register
+def _kill_workers() -> None:
+    """Those that were not asked, or are too busy to hear it: multiprocessing would wait for them after a SIGTERM."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def shares_rows(rows: Any, cfg: TrainConfig) -> bool:
@@ -141,18 +139,29 @@ def eval_batches(
 
 
 def whole_row_batches(
-    dataset: VQADataset, collator: TrainCollator, train_cfg: TrainConfig, dropped: DropCounter, first: int, size: int
+    dataset: VQADataset,
+    collator: TrainCollator,
+    train_cfg: TrainConfig,
+    dropped: DropCounter,
+    first: int,
+    size: int,
+    parts: int = 1,
 ) -> Iterator[dict]:
-    """The first rows in order, each of them whole: `size` rows in a batch, which has "row_sizes" besides: a list of how
-    many conversations each has. Rows that cannot be used are left out; `dropped` gets their counts.
+    """The first rows in order, each of them whole: blocks of `size` rows, each in so many parts, which are batches.
 
+    A batch has besides "block", the number of its block, and "row_sizes": a list of how many conversations each of its
+    rows has. Rows that cannot be used are left out; `dropped` gets their counts.
     dataset: with train=True a row's conversations are those that its first visit draws.
     """
     samples = _counted(itertools.islice(_in_order(dataset, train_cfg.num_workers, "samples"), first), dropped)
-    while chunk := list(itertools.islice(samples, size)):
-        sizes = [len(sample.conversations) for sample in chunk if sample.conversations]
-        if sizes:
-            yield collator(chunk) | {"row_sizes": sizes}
+    for block in itertools.count():
+        rows, length = list(itertools.islice(samples, size)), math.ceil(size / parts)
+        for chunk in (rows[i : i + length] for i in range(0, len(rows), length)):
+            sizes = [len(sample.conversations) for sample in chunk if sample.conversations]
+            if sizes:
+                yield collator(chunk) | {"row_sizes": sizes, "block": block}
+        if not rows:
+            return
 
 
 def _sample_batches(samples: Iterator[Sample], collator: TrainCollator, size: int) -> Iterator[dict]:
@@ -218,10 +227,15 @@ def _in_order(dataset: VQADataset, workers: int, what: str) -> Iterator[Any]:
     rows = _InOrder(dataset, what)
     if dataset.prepared is not None or workers == 0:  # a worker's cache would be lost with it
         return (rows[index] for index in range(len(rows)))
-    # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
-    torch.multiprocessing.set_sharing_strategy("file_system")
     options: dict[str, Any] = {"worker_init_fn": init_worker, "generator": torch.Generator()}  # see train_batches
-    return iter(DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, **options))
+    loader = DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, **options)
+    # Tensors come as files: as descriptors, the default, a large batch of rows would exceed what a process may open.
+    default = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        return iter(loader)  # starts the workers, which keep it
+    finally:
+        torch.multiprocessing.set_sharing_strategy(default)
 
 
 def _counted(rows: Iterator[Any], dropped: DropCounter | None) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from eval.scoring import score
 from models.config import TrainConfig
 from models.vision_language_model import VisionLanguageModel
 
-BATCHES = 4  # into which at least the rows of row_losses are divided per rank, so that every fourth stands for all
+BLOCKS = 4  # into which at least the rows of row_losses are divided, so that every fourth stands for all
 Autocast = contextlib.AbstractContextManager
 Answered: TypeAlias = tuple[str, str | tuple[str, ...], str | None]
 RowLosses: TypeAlias = list[tuple[float, int]]  # of each row: summed loss in nats, label tokens
@@ -66,16 +66,21 @@ class Evaluator:
         return {"val/loss": total.item() / labels if labels else None} | _named("val", score(pairs))
 
     def hold_out(self, rows: int) -> list[dict]:
-        """The batches of row_losses, which are made at the first call. Raises ValueError where they have no label."""
+        """The batches of row_losses, which are made at the first call. Raises ValueError where they have no label.
+
+        However many ranks there are, the blocks of which every fourth stands for all hold the same rows.
+        """
         if not self.held_out:
             collator, dropped = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg), DropCounter()
             size = max(1, self.cfg.eval_batch_size // (self.cfg.turns_per_image or 1))
-            size = min(size, math.ceil(rows / (BATCHES * self.share[1])))
+            size, parts = min(size, math.ceil(rows / BLOCKS)), self.share[1]
             drawn = self.data.drawn_validation_rows()
-            self.held_out = list(whole_row_batches(drawn, collator, self.cfg, dropped, rows, size))
+            self.held_out = list(whole_row_batches(drawn, collator, self.cfg, dropped, rows, size, parts))
             self.features = [None] * len(self.held_out)
             if not any(batch["num_labels"] for batch in self.held_out):
-                raise nothing_usable(dropped, f"validation row of --rollback_rows {rows}")
+                if dropped:
+                    raise nothing_usable(dropped, f"validation row of --rollback_rows {rows}")
+                raise ValueError(f"rollback_rows {rows}: none of these validation rows has a label token")
         return self.held_out
 
     def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[RowLosses]:
@@ -85,10 +90,11 @@ class Evaluator:
         mirroring) and the same at each call. A row's conversations are about one image, so that for the standard error
         they are one observation.
         same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
-        first: every fourth batch alone; False: all others.
+        first: every fourth block alone; False: all others.
         """
         self.hold_out(rows)
-        numbers = [i for i in range(len(self.held_out)) if first is None or (i % 4 == 0) == first]
+        blocks = [batch["block"] for batch in self.held_out]
+        numbers = [i for i, block in enumerate(blocks) if first is None or (block % BLOCKS == 0) == first]
         rank, ranks = self.share
         own = numbers[rank::ranks]
         # Ranks whose weights are sharded meet in the layers: each makes as many passes, one of no use at the end.
@@ -99,7 +105,7 @@ class Evaluator:
         for i, batch, features in zip(made, self.measured, used, strict=True):
             self.features[i] = features
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
-            batch["cached_images"] = len(features) if same_vision and features is not None else 0
+            batch["cached_images"] = 0 if features is None or batch["images"] is None else same_vision * len(features)
         return losses[: len(own)]
 
     def release(self) -> None:
@@ -190,7 +196,8 @@ def row_losses(
             sizes = batch.get("row_sizes", [1] * conversations)
             of_row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # int64 [conversations]
             rows = of_row[batch["label_positions"] // length]  # int64 [L]
-            sums.append(torch.zeros(len(sizes), device=device).index_add_(0, rows.to(device), losses))
+            there = rows.to(device, non_blocking=True)
+            sums.append(torch.zeros(len(sizes), device=device).index_add_(0, there, losses))
             counts.append(torch.bincount(rows, minlength=len(sizes)).tolist())
     found = iter(torch.cat(sums).tolist() if sums else [])
     return [[(next(found), count) for count in of_batch] for of_batch in counts], used

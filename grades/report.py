@@ -89,10 +89,12 @@ def undecided(history: dict[str, Any]) -> list[str]:
         if gains is not None and may_freeze and tau is not None:
             taus[tower] = max(taus.get(tower, -math.inf), tau)
     lines: list[str] = []
-    # Where a tower was above its tau the towers after it were not measured.
-    is_whole = all(sum(gains[tower]) < tau for tower, tau in taus.items() if gains and tower in gains)
+    # With freeze_order together the towers after one that was above its tau were not measured.
+    config, known = history["config"], {tower: gains[tower] for tower in taus if gains and tower in gains}
+    stops = config.get("freeze_order") == "together" and config.get("rollback_parts") == "towers"
+    is_whole = not stops or all(gain + CERTAINTY * error < taus[tower] for tower, (gain, error) in known.items())
     for tower, tau in taus.items():
-        gain, error = (gains or {}).get(tower, (None, None))
+        gain, error = known.get(tower, (None, None))
         if gain is None and is_whole:
             lines.append(
                 f"{tower}: no gain could be measured at the last check: the held-out rows tell nothing of it (no "

@@ -1,5 +1,8 @@
 """Batches for training and evaluation: what is in them, their order, and where a run continues."""
 
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -18,6 +21,7 @@ from tiny.data import (
     tiny_vlm,
     turn,
 )
+from tiny.runs import ROOT
 
 from data.collators import PromptCollator, TrainCollator
 from data.drops import DropCounter, DropRecord
@@ -343,3 +347,31 @@ def test_streams_can_be_evaluated():
         "stream[0]#0", "stream[0]#1", "stream[0]#2", "stream[1]#0", "stream[1]#1"
     ]  # fmt: skip
     assert sum(len(answers) for _, answers, _, _ in prompt_batches(data, PromptCollator(PAD, SMALL), config)) == 5
+
+
+BUSY = """
+import time
+import torch
+from data.loader import init_worker
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        if index:
+            time.sleep(0.5)  # until the first row is sent
+            sum(range(10**12))  # one call that holds the interpreter's lock
+        return index
+
+if __name__ == "__main__":
+    batches = iter(torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=1, worker_init_fn=init_worker))
+    assert next(batches) == 0
+    time.sleep(1)
+"""
+
+
+def test_a_worker_that_hears_nothing_does_not_keep_the_program_from_its_end(tmp_path):
+    (tmp_path / "busy.py").write_text(BUSY)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, tmp_path / "busy.py"], env=environment, check=True, timeout=60)

@@ -8,6 +8,7 @@ from tiny.runs import arguments
 
 import train
 from training.arguments import parse_arguments
+from training.checkpoint_folder import follow
 from training.early_stopping import EarlyStopping, validation_interval
 
 
@@ -72,7 +73,9 @@ def test_a_run_that_it_ended_goes_on_with_more_patience_alone(data, tmp_path, mo
         assert train.main(parse_arguments(words)) == 0
         return json.loads((tmp_path / "out" / "run" / "summary.json").read_text())
 
-    assert run(es_patience=1)["steps"] == 6
+    ended = run(es_patience=1)
+    assert (ended["steps"], ended["best_step"]) == (6, 6)  # which is saved after its evaluation
+    assert follow(tmp_path / "out" / "run" / "checkpoints" / "best").name == "step_00000006"
     assert run(es_patience=1)["steps"] == 6
     assert run(es_patience=2, resume_override=True)["steps"] == 9
     assert run(early_stopping=False, resume_override=True)["steps"] == 12

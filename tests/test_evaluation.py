@@ -127,12 +127,13 @@ def test_the_conversations_of_a_row_are_one_held_out_row(size):
     assert sorted(loss for loss, _ in first + others) == pytest.approx(sorted(loss for loss, _ in losses), rel=1e-6)
 
 
-def test_ranks_measure_held_out_rows_together():
-    """In the order of one rank with such batches, each with as many forward passes, also of a batch without an image,
+@pytest.mark.parametrize("size", [1, 64])
+def test_ranks_measure_held_out_rows_together(size):
+    """In the order of one rank, each with as many forward passes, also of a batch without an image,
     and with the features of before where the vision tower is the same."""
     ranks = 3
-    evaluators = [held_out_evaluator(1, share=(rank, ranks), complete=with_blank) for rank in range(ranks)]
-    alone = held_out_evaluator(1)
+    evaluators = [held_out_evaluator(size, share=(rank, ranks), complete=with_blank) for rank in range(ranks)]
+    alone = held_out_evaluator(size)
     for first in (None, True, False):
         expected = flat(alone.row_losses(7, first=first))
         for same_vision in (False, True):

@@ -23,7 +23,7 @@ import pytest
 import torch
 import tqdm
 from safetensors.torch import load_file
-from tiny.runs import ROOT, arguments, assert_same, before_steps, numbers, same, state
+from tiny.runs import ROOT, UNEQUAL, arguments, assert_same, before_steps, numbers, same, state
 from torch.utils.data import get_worker_info
 
 import train
@@ -218,6 +218,11 @@ def test_a_full_disk_is_said_and_survived(start, out, recovers):
             assert_same(out / "run", out / "whole")
 
 
+def without_best(saved: dict) -> dict:
+    loop = {name: value for name, value in saved["states"]["loop"].items() if not name.startswith("best")}
+    return saved | {"best_step": None, "states": saved["states"] | {"loop": loop}}
+
+
 def limited(step):
     """No file may be long in the steps from 7 to 10."""
     size = 20_000 if 7 <= step < 11 else resource.RLIM_INFINITY
@@ -234,6 +239,8 @@ def test_a_file_that_cannot_grow_is_said_and_survived(start, out):
     assert numbers(out / "run") == numbers(out / "whole")
     ours, theirs = (load_file(out / name / "checkpoints/last/model.safetensors") for name in ("run", "whole"))
     assert same(ours, theirs)
+    ours, theirs = (without_best(state(out / name)) for name in ("run", "whole"))
+    assert all(same(ours[key], theirs[key]) for key in ours.keys() - UNEQUAL)
     child = start("other", before_step=limited, max_training_steps=8)
     assert child.wait() == 1
     assert "the end of the run is not saved: step_00000008" in child.printed.splitlines()[-1]
@@ -266,6 +273,7 @@ def test_an_end_that_the_disk_refused_is_tried_once_more(start, out, monkeypatch
     assert child.wait() == 0
     assert "NOT SAVED: step_00000008" in child.printed
     assert state(out / "run")["step"] == 8
+    assert follow(out / "run/checkpoints/best").name == "step_00000008"
 
 
 def flip(path: Path) -> None:

@@ -99,7 +99,8 @@ def test_a_gain_below_tau_within_its_error_is_told(gain, frozen, told):
 def test_a_tower_that_could_not_be_measured_is_told(gains, told):
     towers = ["language", "vision"]
     history = {
-        "config": {"metric": "rollback"}, "stopped_early": False, "events": [],
+        "config": {"metric": "rollback", "freeze_order": "together", "rollback_parts": "towers"},
+        "stopped_early": False, "events": [],
         "components": [{"name": tower, "tower": tower, "layer": 0, "tau": 0.004} for tower in towers],
         "checks": [{"step": 5, "values": [None, None]}, {"step": 10, "values": [None, None], "gains": gains}],
     }  # fmt: skip
@@ -107,6 +108,9 @@ def test_a_tower_that_could_not_be_measured_is_told(gains, told):
     assert [line.split(":")[0] for line in lines] == told
     assert all("no gain could be measured" in line for line in lines)
     assert not undecided(history | {"checks": history["checks"][:1]})
+    every = history | {"config": {"metric": "rollback", "freeze_order": "any", "rollback_parts": "towers"}}
+    missing = [tower for tower in towers if tower not in gains]  # there all towers are measured
+    assert [line.split(":")[0] for line in undecided(every)] == missing
     assert not undecided(history | {"config": {"freeze_language": False, "freeze_vision": False}})
 
 

@@ -99,7 +99,9 @@ class Checkpointer:
         self.stateful, self.keep, self.parallel, self.say = stateful, keep, parallel, say
         self.folder = start.folder
         self.saved_step: int | None = None
-        self.best_before: tuple[int | None, float | None, str] = None, None, "loss"  # at the latest save
+        self.refused_step: int | None = None  # of which the disk has taken no checkpoint
+        self.best_there = LoopState().best  # of the steps that the disk has taken
+        self.withheld = LoopState().best  # what would be best, had it taken that one
         self.error: str | None = None
 
     @contextlib.contextmanager
@@ -213,13 +215,18 @@ class Checkpointer:
         Raises what a state_dict raises, before anything is written: NonFiniteLossError.
         """
         averaged = self.averages is not None and state.averaged_is_better
-        if state.best_step != state.step:
-            self.best_before = state.best
+        if state.step == self.refused_step == self.withheld[0]:
+            state.best = self.withheld  # this time it may be there
+        else:
+            self._settle_best(state)
         with self.averages.applied() if averaged and self.averages is not None else contextlib.nullcontext():
             is_written = self._save(state, name)
         if is_written:
-            self.saved_step, self.saved_averages = state.step, averaged
+            self.saved_step, self.saved_averages, self.refused_step = state.step, averaged, None
             self.mark_best(state)
+        elif self.saved_step != state.step:
+            self.refused_step = state.step
+            self._settle_best(state)
 
     def _save(self, state: LoopState, name: str | None) -> bool:
         """Whether the disk took it."""
@@ -253,14 +260,20 @@ class Checkpointer:
         Where an evaluation has found the other of last and averaged weights to be better, it is saved again with those.
         A step that the disk refused is not the best: nothing could lead to it.
         """
-        if state.best_step == state.step != self.saved_step:
-            state.best = self.best_before
+        self._settle_best(state)
         if self.saved_step == state.step and self.saved_averages != state.averaged_is_better:
             self.save(state)
             return
         if self.parallel.is_main:
             self._point_to_best(state)
         self.describe(state)
+
+    def _settle_best(self, state: LoopState) -> None:
+        """Let the state's best be one that is there, where the disk has refused the present step."""
+        if state.best_step == state.step == self.refused_step:
+            self.withheld, state.best = state.best, self.best_there
+        elif state.best_step != state.step or self.saved_step == state.step:
+            self.best_there = state.best
 
     def _point_to_best(self, state: LoopState) -> None:
         """Let `best` lead to the checkpoint of the best step, if it is there and `best` leads elsewhere."""
@@ -297,8 +310,9 @@ class Checkpointer:
     def _write(
         self, folder: Path, model: VisionLanguageModel, content: dict, problem: str | None, state: LoopState
     ) -> bool:
-        """Write the checkpoint; then the link `last`, and the oldest go. Whether the disk took it. problem: why the
+        """Write the checkpoint; then the link `last`, and the oldest go. Whether it is there. problem: why the
         shards are not there."""
+        is_written = False
         try:
             if problem is not None:
                 shutil.rmtree(unfinished(folder), ignore_errors=True)
@@ -314,6 +328,7 @@ class Checkpointer:
                 elif self.card is not None:
                     self.card.take(content)
                     self._write_card(beside, self.card, state)
+            is_written = True
             if folder.name.startswith("step_"):
                 point(folder.with_name("last"), folder)
                 self._point_to_best(state)  # which the disk may have refused; what it leads to is not removed
@@ -322,7 +337,7 @@ class Checkpointer:
         except (CheckpointError, OSError) as error:
             self.error = str(error)
             self.say(f"NOT SAVED: {error}; earlier checkpoints are as they were, the next one is tried as usual")
-        return self.error is None
+        return is_written
 
     def _write_shards(self, folder: Path) -> str | None:
         """Let each rank write its part of the optimizer and of the states. Returns on rank 0 why that has failed."""

@@ -79,11 +79,13 @@ class HeldOutLosses:
     meter: Meter
 
     def check(self, freeze_vision: bool, say: Callable[[str], None]) -> None:
-        """Before the first step: raises ValueError where the rows have no label, and says so where the vision tower is
-        to freeze and they have no image. All ranks must call it."""
-        batches = self.evaluator.hold_out
-        has_image = self.parallel.from_main(lambda: any(batch["images"] is not None for batch in batches(self.rows)))
-        if freeze_vision and not has_image:
+        """Before the first step: raises ValueError where the rows have no label or are not the same on all ranks, and
+        says so where the vision tower is to freeze and they have no image. All ranks must call it."""
+        batches = self.evaluator.hold_out(self.rows)
+        labels = sum(batch["num_labels"] for batch in batches)
+        if self.parallel.sum(labels) != [labels * self.parallel.world_size]:
+            raise ValueError(f"rollback_rows {self.rows}: the processes read different validation rows")
+        if freeze_vision and all(batch["images"] is None for batch in batches):
             say(
                 f"--rollback_rows {self.rows}: none of these validation rows has an image, so that the vision tower's "
                 "gain cannot be measured: it will not freeze, and with --freeze_order together nothing will"
