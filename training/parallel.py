@@ -115,9 +115,14 @@ class Parallel:
         return value
 
     @property
+    def place(self) -> tuple[int, int]:
+        """(which, of how many) processes this one is."""
+        return self.rank, self.world_size
+
+    @property
     def share(self) -> tuple[int, int]:
         """(which, of how many) of what is divided among the ranks this one has; where weights are sharded all of it."""
-        return (self.rank, self.world_size) if self.sharded is None else (0, 1)
+        return self.place if self.sharded is None else (0, 1)
 
     def shares_with_model(self, compute: Callable[[], T]) -> list[T]:
         """What each rank computes with the model of its share, on rank 0; where weights are sharded all compute the
