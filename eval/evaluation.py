@@ -43,7 +43,8 @@ class Evaluator:
     share: tuple[int, int] = (0, 1)  # this rank, of how many, that compute row_losses together
     complete: Complete = _as_they_are  # what goes into the model where ranks do so
     held_out: list[dict] = field(default_factory=list)  # the batches of row_losses, once they are made
-    features: list[torch.Tensor | None] = field(default_factory=list)  # of the images of each, as of its latest call
+    features: list[torch.Tensor | None] = field(default_factory=list)  # of each one's images, at its "new" call
+    before: list[torch.Tensor | None] = field(default_factory=list)  # at the check before, on the CPU
     measured: list[dict] = field(default_factory=list)  # those of them that the latest call took
 
     def loss(self) -> float | None:
@@ -76,21 +77,21 @@ class Evaluator:
             size, parts = min(size, math.ceil(rows / BLOCKS)), self.share[1]
             drawn = self.data.drawn_validation_rows()
             self.held_out = list(whole_row_batches(drawn, collator, self.cfg, dropped, rows, size, parts))
-            self.features = [None] * len(self.held_out)
+            self.features, self.before = [None] * len(self.held_out), [None] * len(self.held_out)
             if not any(batch["num_labels"] for batch in self.held_out):
                 if dropped:
                     raise nothing_usable(dropped, f"validation row of --rollback_rows {rows}")
                 raise ValueError(f"rollback_rows {rows}: none of these validation rows has a label token")
         return self.held_out
 
-    def row_losses(self, rows: int, same_vision: bool = False, first: bool | None = None) -> list[RowLosses]:
+    def row_losses(self, rows: int, vision: str = "other", first: bool | None = None) -> list[RowLosses]:
         """(summed loss in nats, label tokens) of each row of this rank's share of the batches, batch by batch.
 
         They hold the first `rows` validation rows, whose draws are those of training (turns_per_image, its weights,
         mirroring) and the same at each call. A row's conversations are about one image, so that for the standard error
         they are one observation.
-        same_vision: the vision tower's weights are those of these rows' call before, whose features then serve again.
-        first: every fourth block alone; False: all others.
+        vision: which weights the vision tower has (see grades.rollback.Evaluate). first: every fourth block alone;
+        False: all others.
         """
         self.hold_out(rows)
         blocks = [batch["block"] for batch in self.held_out]
@@ -100,17 +101,29 @@ class Evaluator:
         # Ranks whose weights are sharded meet in the layers: each makes as many passes, one of no use at the end.
         made = [*own, *numbers[:1]][: math.ceil(len(numbers) / ranks)]
         self.measured = [self.held_out[i] for i in made]
-        known = [self.features[i] for i in made] if same_vision else None
+        kept = {"same": self.features, "before": self.before}.get(vision)
+        known = None if kept is None else [kept[i] for i in made]
         losses, used = row_losses(self.model, self.measured, self.device, self.autocast, known, self.complete)
         for i, batch, features in zip(made, self.measured, used, strict=True):
-            self.features[i] = features
+            if vision == "before":
+                self.before[i] = None  # nobody asks for it again
+            elif vision != "other":
+                self.features[i] = features
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
-            batch["cached_images"] = 0 if features is None or batch["images"] is None else same_vision * len(features)
+            is_spared = kept is not None and batch["images"] is not None
+            batch["cached_images"] = len(features) if is_spared and features is not None else 0
         return losses[: len(own)]
 
-    def release(self) -> None:
-        """Let go of the features of row_losses."""
-        self.features = [None] * len(self.held_out)
+    def next_check(self, vision: str) -> None:
+        """What the vision tower of this check is at the next one: "same", "before" or "other".
+
+        Features of the check before lie in the CPU's memory until they serve: pictures of many tiles have many.
+        """
+        self.before = [None] * len(self.held_out)
+        if vision == "before":
+            self.before = [None if features is None else features.cpu() for features in self.features]
+        if vision != "same":
+            self.features = [None] * len(self.held_out)
 
     def answers(self, split: str = "val") -> dict[str, float | None]:
         """{split}/exact_match of the greedy answers to the questions of "val" or "test", and {split}/exact_match/SOURCE
@@ -189,8 +202,9 @@ def row_losses(
             hook = model.vision_encoder.register_forward_hook(
                 lambda module, images, output, given=given: given.append(output)
             )
+            of_images = None if known is None else known.to(device, non_blocking=True)
             with autocast:
-                losses = model(**inputs, image_features=known, loss_per_label=True)
+                losses = model(**inputs, image_features=of_images, loss_per_label=True)
             hook.remove()
             used.append(given[0] if given else known)
             sizes = batch.get("row_sizes", [1] * conversations)

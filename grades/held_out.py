@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from grades.averaging import AveragedWeights, OwnState
 from grades.components import clean_name
-from grades.rollback import FIRST, OTHERS, mean_and_error
+from grades.rollback import FIRST, OTHERS, VisionIs, mean_and_error
 
 logger = logging.getLogger("grades")
 
@@ -30,7 +30,7 @@ class HeldOut:
         masked = any(type(module).__name__.endswith("ForMaskedLM") for module in trainer.model.modules())
         self.is_aligned = masked or getattr(trainer.model.config, "is_encoder_decoder", False)
 
-    def losses(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
+    def losses(self, vision: VisionIs, first: bool) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each row of a part of the batches (see grades.rollback.Evaluate), in
         the same order on all ranks. Draws no random number."""
         model, found = self.trainer.model, []
@@ -54,7 +54,7 @@ class HeldOut:
 
     def mean_loss(self) -> float:
         """Of all rows, under the model's present weights."""
-        mean, _ = mean_and_error(self.losses(False, FIRST) + self.losses(False, OTHERS))
+        mean, _ = mean_and_error(self.losses("other", FIRST) + self.losses("other", OTHERS))
         return mean
 
     def _sample(self) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn as nn
@@ -28,11 +28,15 @@ RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since 
 SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
 
 Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
-# Gives the losses of a part of a fixed sample of held-out rows under the model's present weights. Its arguments:
-# whether the vision tower's weights are those of the latest call for these rows, whose image features then serve again;
-# and which part it is: True the first one, every fourth batch; False the others. Its method `release`, if it has one,
-# is called when the features of the images cannot serve again.
-Evaluate = Callable[[bool, bool], Losses]
+# Which weights the vision tower has, for the features of images, which may serve again: "new", the averages of this
+# check, whose features are to be kept; "same", those of the "new" call for the same rows; "before", those of the "new"
+# call at the check before, asked once; "other". A resumed run asks for features that it does not have.
+VisionIs: TypeAlias = Literal["new", "same", "before", "other"]
+# Gives the losses of a part of a fixed sample of held-out rows under the model's present weights. Its arguments: which
+# weights the vision tower has; and which part of the rows it is: True the first one, every fourth batch; False the
+# others. Its method `next_check`, if it has one, is called at the end of a check with what the "new" tower will be at
+# the next one: "same", "before", or "other", whose features are not asked for.
+Evaluate = Callable[[VisionIs, bool], Losses]
 FIRST, OTHERS = True, False
 KEPT = ("gains", "scale", "older_at", "is_measured", "is_whole")  # with the state, as they are
 
@@ -83,10 +87,12 @@ class Rollback(Metric):
         self.is_whole = True  # whether it evaluated all rows
         self.losses: Losses = ()  # at the last check that did, under the averaged weights, of the rows that it needed
         self.at_freeze: dict[str, Losses] = {}  # by frozen component
-        self.release: Callable[[], None] = getattr(evaluate, "release", lambda: None)
-        vision = Towers(model).of
+        self.next_check: Callable[[VisionIs], None] = getattr(evaluate, "next_check", lambda vision: None)
+        vision, averaged = Towers(model).of, set(averages.parameters)
         self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
-        self.seen: set[bool] = set()  # parts of the rows whose latest evaluation was with the vision tower of now
+        self.is_averaged = all(p in averaged for p in self.vision if p.requires_grad)  # else it is never put back whole
+        self.seen: set[bool] = set()  # parts of the rows of which the features of the vision tower of now are kept
+        self.before: set[bool] = set()  # and of that of the check before
 
     def first_check(self, compute_interval: int) -> int:
         return 2
@@ -99,12 +105,16 @@ class Rollback(Metric):
         bounds: dict[str, list[float]] = {}
         self.gains, self.is_measured = {}, bool(known)
         if not known:
+            self.before.clear()
             self._remember()
             return dict.fromkeys((component.name for component in components), None)
         assert self.older_at is not None
+        vision_trains = any(parameter.requires_grad for parameter in self.vision)
+        if vision_trains:
+            self.seen.clear()  # an error may have ended the check before
         self.scale = PER_STEPS / (self.averages.updates - self.older_at)
         with self.averages.applied():
-            known.sort(key=lambda part: part.tower == VISION)  # until then the images' features are the same
+            known.sort(key=lambda part: part.tower == VISION)  # the dear one to measure is the last
             self.losses, first = self._screen(known[0])
             for part in known:
                 gain, error = paired_difference(self.losses, first if part is known[0] else self._put_back(part))
@@ -115,10 +125,13 @@ class Rollback(Metric):
                 for name in part.components:
                     bounds.setdefault(name, []).append(bound)
                 if bound >= self.limits.get(part.name, math.inf):
-                    break  # nothing can freeze at this check, and the vision tower is the dear one to measure
-        if any(parameter.requires_grad for parameter in self.vision):
+                    break  # nothing can freeze at this check
+        self.before = set()
+        if vision_trains:
+            if self.is_averaged and any(part.name == VISION for part in parts):
+                self.before |= self.seen
             self.seen.clear()
-            self.release()
+        self.next_check("before" if self.before else "other" if vision_trains else "same")
         self._remember()
         return {c.name: min(bounds[c.name]) if c.name in bounds else None for c in components}
 
@@ -139,7 +152,7 @@ class Rollback(Metric):
         """The losses of these parts of the rows."""
         losses: list[tuple[float, int]] = []
         for part in parts:
-            losses += self.evaluate(part in self.seen, part)
+            losses += self.evaluate("same" if part in self.seen else "new", part)
             self.seen.add(part)
         return losses
 
@@ -176,6 +189,9 @@ class Rollback(Metric):
     def forget(self, names: Iterable[str]) -> None:
         """Remember the losses at which these froze, if they are known: where they keep their last values, it was
         measured with others, and the next check tells."""
+        names = list(names)
+        if names and (self.freeze_to != "average" or self.averages.updates != self.older_at):
+            self.before.clear()  # what froze is not as it was measured
         if self.losses:
             self.at_freeze |= dict.fromkeys(names, self.losses if self.freeze_to == "average" else ())
 
@@ -190,19 +206,24 @@ class Rollback(Metric):
 
     def _put_back(self, part: Part, *rows: bool) -> Losses:
         """The losses of these parts of the rows, of all where none is named, with the part at its older average."""
-        rows, done = rows or (FIRST, OTHERS), []
-        if part.tower == VISION:
-            self.seen.difference_update(rows)
+        losses: list[tuple[float, int]] = []
+        done: list[nn.Parameter] = []
         try:
             for parameter in self._averaged(part):
                 exchange(parameter, self.averages.state[parameter][OLDER])
                 done.append(parameter)
-            return self._evaluate(*rows)
+            for row_part in rows or (FIRST, OTHERS):
+                losses += self.evaluate(self._vision_with(part, row_part), row_part)
+            return losses
         finally:  # an error must not leave the older average in place of the average
             for parameter in done:
                 exchange(parameter, self.averages.state[parameter][OLDER])
-            if part.tower == VISION:
-                self.seen.difference_update(rows)
+
+    def _vision_with(self, part: Part, rows: bool) -> VisionIs:
+        """Which weights the vision tower has, with the part put back."""
+        if part.tower != VISION:
+            return "same"
+        return "before" if part.name == VISION and rows in self.before else "other"
 
     def _remember(self) -> None:
         """Let the averages of now be the older ones of the next check."""
@@ -219,12 +240,13 @@ class Rollback(Metric):
             "losses": list(self.losses),
             "at_freeze": dict(self.at_freeze),
             "seen": sorted(self.seen),
+            "before": sorted(self.before),
             **{name: getattr(self, name) for name in KEPT},
         }
 
     def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
         self.losses, self.at_freeze = state["losses"], dict(state["at_freeze"])
-        self.seen = set(state.get("seen", ()))
+        self.seen, self.before = set(state.get("seen", ())), set(state.get("before", ()))
         for name in KEPT:
             if name in state:  # older checkpoints have none: the first check measures nothing then
                 setattr(self, name, state[name])

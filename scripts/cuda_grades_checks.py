@@ -159,7 +159,7 @@ def measure_short(case: Case, metric: str, device: torch.device) -> dict[str, fl
     config = GradESConfig(metric=metric, alpha=0.0, freeze_vision=False, freeze_language=False, compute_interval=2)
     monitor = GradESMonitor(
         config, model, optimizer, 4, log=lambda line: None, averages=averages,
-        evaluate=lambda same_vision, first: row_losses(model, held_out, device, evaluated)[0][0] if first else [],
+        evaluate=lambda vision, first: row_losses(model, held_out, device, evaluated)[0][0] if first else [],
     )  # fmt: skip
     for step in range(1, 5):
         _one_step(device, model, optimizer, monitor, step, 96, averages.update if averages else lambda: None)

@@ -134,14 +134,23 @@ def test_ranks_measure_held_out_rows_together(size):
     ranks = 3
     evaluators = [held_out_evaluator(size, share=(rank, ranks), complete=with_blank) for rank in range(ranks)]
     alone = held_out_evaluator(size)
-    for first in (None, True, False):
-        expected = flat(alone.row_losses(7, first=first))
-        for same_vision in (False, True):
-            shares = [evaluator.row_losses(7, same_vision, first) for evaluator in evaluators]
+    expected = {first: flat(alone.row_losses(7, first=first)) for first in (True, False)}
+    for vision in ("new", "same", "before"):
+        if vision == "before":
+            for evaluator in evaluators:
+                evaluator.next_check("before")
+                evaluator.model.vision_encoder.requires_grad_(False).apply(spoil)
+        for first in (True, False):
+            shares = [evaluator.row_losses(7, vision, first) for evaluator in evaluators]
             assert len({len(evaluator.measured) for evaluator in evaluators}) == 1
             found = flat([shares[i % ranks][i // ranks] for i in range(sum(map(len, shares)))])
-            assert [count for _, count in found] == [count for _, count in expected]
-            assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+            assert [count for _, count in found] == [count for _, count in expected[first]]
+            assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected[first]], rel=1e-5)
+
+
+def spoil(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.add_(0.3)
 
 
 def held_out_evaluator(size: int, **others) -> Evaluator:

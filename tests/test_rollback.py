@@ -45,7 +45,7 @@ def loop(config: dict, evaluate=None, **others) -> Loop:
     given = {"metric": "rollback", "compute_interval": 3, "alpha": 0.0} | config
     made.monitor = GradESMonitor(
         GradESConfig(**given), model, optimizer, STEPS, made.lines.append, averages=averages,
-        evaluate=evaluate or (lambda same_vision, first: row_losses(model, first)), **others,
+        evaluate=evaluate or (lambda vision, first: row_losses(model, first)), **others,
     )  # fmt: skip
     made.averages, made.averaged = averages, {}
     after_step = made.monitor.after_step
@@ -135,9 +135,7 @@ def test_the_error_is_that_of_a_ratio():
 
 def test_one_held_out_row_freezes_nothing():
     """Its gain has no standard error."""
-    run = loop(
-        {"vision_tau": 1e9, "language_tau": 1e9}, evaluate=lambda same_vision, first: [(2.0, 4)] if first else []
-    )
+    run = loop({"vision_tau": 1e9, "language_tau": 1e9}, evaluate=lambda vision, first: [(2.0, 4)] if first else [])
     assert not run.run().monitor.frozen
     assert all(not check["gains"] for check in run.monitor.checks if "gains" in check)
 
@@ -146,7 +144,7 @@ def test_nothing_freezes_on_noise():
     """Gains of zero whose error is above tau."""
     calls = [0]
 
-    def noisy(same_vision, first):
+    def noisy(vision, first):
         if not first:
             return []
         calls.append(1)
@@ -188,7 +186,7 @@ def test_a_gain_far_above_its_limit_is_measured_on_a_share_of_the_rows():
     """Whatever its size, the run ends as if all rows had been evaluated at each check."""
     heights, asked = {}, []
 
-    def losses(same_vision, first):
+    def losses(vision, first):
         asked.append(first)
         height = heights["now"] + (heights["gain"] if len(asked) % 2 == 0 else 0.0)  # the second of a check: put back
         return [(20 * (height + i % 3 / 100), 20) for i in cut(range(80), first)]
@@ -231,7 +229,7 @@ def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
     height, small = [0.0], (i / 1e6 for i in range(999))
     run = loop(
         {"vision_tau": 1e9, "language_tau": 1e-12},
-        evaluate=lambda same_vision, first: [
+        evaluate=lambda vision, first: [
             (20.0 + height[0] + i / 10 * height[0] + next(small), 20) for i in range(9) if first
         ],
     )

@@ -41,7 +41,7 @@ def test_a_gain_is_told_per_the_steps_that_were_made():
 def test_an_error_in_a_check_does_not_shorten_the_next_gain():
     fails = [False]
 
-    def evaluate(same_vision, first):
+    def evaluate(vision, first):
         if fails[0]:
             raise torch.OutOfMemoryError
         return row_losses(run.model, first)
@@ -72,7 +72,7 @@ def test_a_change_over_other_steps_is_not_compared():
 def test_a_freeze_alone_thaws_nothing(kept):
     """Whatever value the vision tower keeps: its last one has a higher loss here than its average has."""
 
-    def evaluate(same_vision, first):
+    def evaluate(vision, first):
         weight = run.model.get_parameter("vision_encoder.blocks.0.mlp.fc1.weight")
         return [(20.0 + float(weight.detach().mean()) * (99 + i / 9), 20) for i in cut(ROWS, first)]
 
@@ -114,30 +114,6 @@ def test_a_check_that_measures_nothing_has_no_loss():
     assert gains(run.monitor.checks[-2])
     assert set(run.monitor.checks[-1]) == {"step", "values"}
     assert set(run.monitor.frozen.values()) == {6}
-
-
-def test_features_are_let_go_while_the_vision_tower_trains():
-    class Evaluate:
-        def __init__(self):
-            self.calls, self.released = 0, []
-
-        def __call__(self, same_vision, first):
-            self.calls += 1
-            return row_losses(run.model, first)
-
-        def release(self):
-            self.released.append(self.calls)
-
-    evaluate = Evaluate()
-    run = loop(NEVER, evaluate=evaluate)
-    run.run(9)
-    assert evaluate.released == [evaluate.calls // 2, evaluate.calls]
-    evaluate = Evaluate()
-    run = loop(NEVER, evaluate=evaluate)
-    run.model.vision_encoder.requires_grad_(False)
-    run.run(9)
-    assert evaluate.calls
-    assert not evaluate.released
 
 
 def test_the_history_says_that_it_ended_the_run_only_where_it_did():

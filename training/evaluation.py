@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from grades import GradESMonitor
 from grades.averaging import AveragedWeights
+from grades.rollback import VisionIs
 from models.config import TrainConfig
 from training.early_stopping import EarlyStopping, validation_interval
 from training.logging import RunLog
@@ -36,11 +37,11 @@ class Evaluator(Protocol):
     def hold_out(self, rows: int) -> list[dict]:
         """The batches of row_losses. Raises ValueError where they have no label."""
 
-    def row_losses(self, rows: int, same_vision: bool, first: bool | None) -> list[list[tuple[float, int]]]:
+    def row_losses(self, rows: int, vision: str, first: bool | None) -> list[list[tuple[float, int]]]:
         """(summed loss in nats, label tokens) of each row, of this rank's share of a part of the batches."""
 
-    def release(self) -> None:
-        """Let go of the features of row_losses."""
+    def next_check(self, vision: str) -> None:
+        """What the vision tower of this check is at the next one."""
 
 
 class Tasks(Protocol):
@@ -91,16 +92,17 @@ class HeldOutLosses:
                 "gain cannot be measured: it will not freeze, and with --freeze_order together nothing will"
             )
 
-    def __call__(self, same_vision: bool, first: bool) -> list[tuple[float, int]]:
+    def __call__(self, vision: VisionIs, first: bool) -> list[tuple[float, int]]:
         """(summed loss in nats, label tokens) of each row of a part of the first rows. Counts the FLOPs."""
         with self.meter.clock("rollback"):
-            batches = self.parallel.divided(lambda: self.evaluator.row_losses(self.rows, same_vision, first))
+            batches = self.parallel.divided(lambda: self.evaluator.row_losses(self.rows, vision, first))
             self.meter.flops.add_forward(self.evaluator.measured)
         return [row for batch in batches for row in batch]
 
-    def release(self) -> None:
-        """Let go of the features of the images."""
-        self.evaluator.release()
+    def next_check(self, vision: VisionIs) -> None:
+        """What the vision tower of this check is at the next one."""
+        with self.meter.clock("rollback"):
+            self.evaluator.next_check(vision)
 
 
 class EvaluationSchedule:
