@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from grades.config import AUTO, DEFAULT_TAUS, ROLLBACK
 from grades.fields import allowed_values, choice_word
 from models.config import RETIRED
 
@@ -69,9 +70,16 @@ def _flags(configs: Sequence[Any], everything: bool) -> Iterator[tuple[str, str,
             untold = [choice for choice in rules.get("choices", ()) if choice_word(choice) not in text]
             if untold or (everything and {"lt", "le"} & rules.keys()):
                 text += f"; {allowed_values(rules)}"
-            yield section, name + _placeholder(types[name]), text + _in_brackets(getattr(config, name))
+            yield section, name + _placeholder(types[name]), text + _in_brackets(_value(config, name))
             if name in MORE_FLAGS:
                 yield section, *MORE_FLAGS[name]
+
+
+def _value(config: Any, name: str) -> Any:
+    """What the flag has in the recipe; auto for a tau that the metric rollback takes for it (GradESConfig.tau_of)."""
+    value = getattr(config, name)
+    is_default = name.endswith("_tau") and value in DEFAULT_TAUS.values()
+    return AUTO if is_default and config.metric == ROLLBACK else value
 
 
 def _placeholder(kind: Any) -> str:

@@ -2,17 +2,20 @@
 
 import itertools
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from training.parallel import Parallel
 
+SAME_S = 1.0  # within which a signal that comes again is the same one: `uv run` passes on what its group got already
+
 T = TypeVar("T")
 
 
 class StopSignal:
-    """Within this context Ctrl-C and SIGTERM only ask for the end; a second one ends the program at once.
+    """Within this context Ctrl-C and SIGTERM only ask for the end; a second one, later, ends the program at once.
 
     With several processes any of them may get the signal, and `share` tells all of them. A second signal does
     nothing there, as the terminal and torchrun both pass on the same one.
@@ -22,6 +25,7 @@ class StopSignal:
         """say: takes a line for the console."""
         self.say, self.parallel = say, parallel or Parallel()
         self.signal = 0  # the number of the signal that came
+        self.came_s = 0.0  # when
         self.shared = False
         self.previous: dict[int, Any] = {}
 
@@ -46,12 +50,12 @@ class StopSignal:
         return self.signal != 0
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal and self.parallel.is_alone:
-            raise KeyboardInterrupt
-        again = "; a second one ends at once" if self.parallel.is_alone else ""
         if not self.signal:
+            again = "; a second one ends at once" if self.parallel.is_alone else ""
+            self.signal, self.came_s = number, time.monotonic()
             self.say(f"{signal.Signals(number).name}: saving and ending after this step{again}")
-        self.signal = number
+        elif self.parallel.is_alone and time.monotonic() - self.came_s > SAME_S:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> "StopSignal":
         self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
