@@ -347,3 +347,13 @@ def test_help_shows_lists_of_numbers(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--image_mean", "0.1", "0.2", "0.3", "--help_all"])
     assert "[0.1 0.2 0.3]" in " ".join(capsys.readouterr().out.split())  # however wide the terminal is
+
+
+def test_help_says_auto_where_rollback_takes_a_tau_for_it(capsys):
+    """GradESConfig.tau_of: the paper's defaults are not in nats."""
+    for flags, tau in (
+        ([], "[auto]"),
+        (["--metric", "weight_change"], "[1e-05]"),
+        (["--vision_tau", "0.01"], "[0.01]"),
+    ):
+        assert tau in " ".join(help_of(capsys, *flags, "--help")).split("--vision_tau X")[1].split("--language_tau")[0]
