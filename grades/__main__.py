@@ -5,6 +5,8 @@ python -m grades components MODEL: print which matrices of a model are watched, 
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 from grades.plots import draw
@@ -26,6 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         print_report(given.folder, given.output) if given.command == "report" else print_components(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         parser.error(str(error))
 
@@ -36,9 +41,7 @@ def print_report(folder: Path, output: Path | None) -> None:
     with reading_history(str(path)):
         history = json.loads(path.read_text(encoding="utf-8"))
         lines = [table(history), "", *summary(history)]
-    print(*lines, sep="\n")
-    for picture in draw(path, output):
-        print(picture)
+    print(*lines, *draw(path, output), sep="\n")
 
 
 def print_components(given: argparse.Namespace) -> None:

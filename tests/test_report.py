@@ -1,5 +1,9 @@
 """What `python -m grades report` says of a run of train.py or of a loop of one's own."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from PIL import Image
 from tiny.grades import ALWAYS, NEVER, train
@@ -29,6 +33,18 @@ def test_a_run_or_its_latest_checkpoint_is_reported_from_its_history(tmp_path, c
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])
     assert HISTORY_NAME in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    train({"alpha": 0.25, "vision_tau": ALWAYS, "language_tau": NEVER}, 8).monitor.save_history(tmp_path / HISTORY_NAME)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "grades", "report", str(tmp_path)], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "freezing.png").is_file()
 
 
 @pytest.mark.parametrize("text", ['{"version": 2,\n', "{}", "[]", '{"events": 3}', "\0"])
