@@ -60,7 +60,7 @@ def convergence(history: dict[str, Any]) -> Any:
         config = history["config"]
         unit = " / own peak" if config["tau_mode"] == "relative" else ""
         axis.set_ylabel(UNITS[config["metric"]] + unit, fontsize=8)
-        axis.set_xlim(0, history["total_steps"] or history["last_step"] or 1)
+        axis.set_xlim(0, 1.01 * (history["total_steps"] or history["last_step"] or 1))  # what is at the end is whole
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     axes[-1].set_xlabel("optimizer step")
     return figure
@@ -121,18 +121,30 @@ def _draw_losses(axis: Any, history: dict[str, Any], losses: dict[str, list[tupl
             markerfacecolor=fill,
             label=label,
         )  # fmt: skip
+    last, converged = history["last_step"], history.get("converged_step")
+    if converged is not None and converged < last:
+        axis.axvline(converged, color="black", linestyle="-.", linewidth=1, label=f"cooldown, step {converged:,}")
     if history["stopped_early"]:
-        axis.axvline(history["last_step"], color="black", linestyle=":", label=f"end, step {history['last_step']:,}")
-    axis.set_yscale("log")
+        axis.axvline(last, color="black", linestyle=":", label=f"end, step {last:,}")
+    _make_logarithmic(axis)
     axis.set_title("validation loss", loc="left", fontweight="bold")
     axis.set_ylabel("nats", fontsize=8)
     axis.grid(axis="y", color="0.9")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
+def _make_logarithmic(axis: Any) -> None:
+    """With plain numbers at 1, 2 and 5 of each decade, as a picture may span less than one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
     import numpy as np
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     columns = [i for i, component in enumerate(history["components"]) if component["tower"] == tower]
     counts = _frozen_counts(history, tower)
@@ -158,10 +170,7 @@ def _draw_metric(axis: Any, history: dict[str, Any], tower: str) -> None:
         axis.axhline(tau, color="black", linestyle="--", linewidth=1.2 if len(taus) < 3 else 0.5, label=label)
     _draw_events(axis, history, tower)
     if any(value > 0 for value in high):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        _make_logarithmic(axis)
     axis.grid(axis="y", color="0.9")
 
 

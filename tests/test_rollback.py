@@ -220,6 +220,18 @@ def test_the_picture_tells_losses_of_fewer_rows_apart():
     }
 
 
+def test_the_picture_shows_where_a_cooldown_began_and_plain_numbers():
+    run = loop({"vision_tau": 1e9, "language_tau": 1e9, "on_converged": "cooldown"}).run()
+    history = run.monitor.history() | {"last_step": STEPS}
+    history["validation"] = [{"step": step, "loss": loss, "loss_averaged": loss} for step, loss in ((3, 7.0), (9, 0.8))]
+    figure = convergence(history)
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    assert "cooldown, step 6" in [line.get_label() for line in axis.get_lines()]
+    assert {"1", "2", "5"} <= {label.get_text() for label in axis.get_yticklabels()}
+    assert axis.get_xlim()[1] > STEPS
+
+
 def test_few_rows_are_all_measured():
     run = loop({"language_tau": 1e-9, "vision_tau": 1e-9, "freeze_order": "together"}).run()
     assert [check.get("rows") for check in run.monitor.checks] == [None, 6, 6, 6]
