@@ -196,15 +196,17 @@ class GradESConfig(Checked):
         """The towers that are watched."""
         return ("vision", "language", *(("connector",) if self.watch_connector else ()), *self.taus)
 
+    def means_auto(self, tau: Any) -> bool:
+        """Whether the metric rollback takes this tau for "auto": the paper's defaults are not in nats."""
+        return self.metric == ROLLBACK and tau in (AUTO, *DEFAULT_TAUS.values())
+
     def tau_of(self, tower: str, part: str) -> float | str:
         """The threshold of the part ("attention" or "mlp") of a watched tower; "auto" where the grace period has to
         show it."""
         own: float | None = getattr(self, f"{tower}_{part}_tau", None)
         tau = self.tower_tau(tower) if own is None else own
         assert tau is not None, f"the {tower} tower is not watched"
-        if self.metric == ROLLBACK and tau in (AUTO, *DEFAULT_TAUS.values()):  # the paper's, which are not in nats
-            return ROLLBACK_TAU
-        return tau
+        return ROLLBACK_TAU if self.means_auto(tau) else tau
 
     def rollback_limits(self, parts: Iterable[tuple[str, str]]) -> dict[str, float]:
         """With freeze_order together: of each tower that may freeze the gain at which none does, whatever the others'.

@@ -77,7 +77,9 @@ REENTRANT = {
 def test_what_is_frozen_never_moves_and_the_rest_does(hf, tmp_path, model, config, others):
     if model.get("quantized") in ("nf4", "int8"):
         pytest.importorskip("bitsandbytes")
-    hf.check_freezing(tmp_path, lambda: hf.llama(**model), hf.settings(**config), **others)
+    trainer, callback = hf.check_freezing(tmp_path, lambda: hf.llama(**model), hf.settings(**config), **others)
+    assert set(callback.monitor.frozen.values()) == {5}
+    assert trainer.state.global_step > 5
 
 
 @pytest.mark.parametrize(

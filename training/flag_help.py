@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grades.config import AUTO, DEFAULT_TAUS, ROLLBACK
+from grades.config import AUTO
 from grades.fields import allowed_values, choice_word
 from models.config import RETIRED
 
@@ -78,8 +78,7 @@ def _flags(configs: Sequence[Any], everything: bool) -> Iterator[tuple[str, str,
 def _value(config: Any, name: str) -> Any:
     """What the flag has in the recipe; auto for a tau that the metric rollback takes for it (GradESConfig.tau_of)."""
     value = getattr(config, name)
-    is_default = name.endswith("_tau") and value in DEFAULT_TAUS.values()
-    return AUTO if is_default and config.metric == ROLLBACK else value
+    return AUTO if name.endswith("_tau") and config.means_auto(value) else value
 
 
 def _placeholder(kind: Any) -> str:
