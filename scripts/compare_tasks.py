@@ -84,8 +84,8 @@ def write_digits(folder: Path) -> None:
 
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise SystemExit("the task digits needs scikit-learn: pip install scikit-learn, or choose --tasks") from None
+    except ImportError as error:
+        raise SystemExit(f"the task digits needs scikit-learn ({error}): install it, or choose --tasks") from None
     folder.mkdir()
     found = load_digits()
     lines = []
