@@ -43,8 +43,9 @@ class Evaluator:
     share: tuple[int, int] = (0, 1)  # this rank, of how many, that compute row_losses together
     complete: Complete = _as_they_are  # what goes into the model where ranks do so
     held_out: list[dict] = field(default_factory=list)  # the batches of row_losses, once they are made
-    features: list[torch.Tensor | None] = field(default_factory=list)  # of each one's images, at its "new" call
-    before: list[torch.Tensor | None] = field(default_factory=list)  # at the check before, on the CPU
+    # Of each one's images, at its "new" call and at the check before: on the CPU, as those of many tiles are many.
+    features: list[torch.Tensor | None] = field(default_factory=list)
+    before: list[torch.Tensor | None] = field(default_factory=list)
     measured: list[dict] = field(default_factory=list)  # those of them that the latest call took
 
     def loss(self) -> float | None:
@@ -75,6 +76,8 @@ class Evaluator:
             collator, dropped = TrainCollator(self.data.tokenizer.pad_token_id, self.model.cfg), DropCounter()
             size = max(1, self.cfg.eval_batch_size // (self.cfg.turns_per_image or 1))
             size, parts = min(size, math.ceil(rows / BLOCKS)), self.share[1]
+            if self.cfg.tiles_per_row:  # then a micro-batch is what fits
+                size = min(size, self.cfg.batch_size)
             drawn = self.data.drawn_validation_rows()
             self.held_out = list(whole_row_batches(drawn, collator, self.cfg, dropped, rows, size, parts))
             self.features, self.before = [None] * len(self.held_out), [None] * len(self.held_out)
@@ -108,20 +111,15 @@ class Evaluator:
             if vision == "before":
                 self.before[i] = None  # nobody asks for it again
             elif vision != "other":
-                self.features[i] = features
+                self.features[i] = None if features is None else features.cpu()
             # For the FLOPs; what a resumed run has to compute once more is not counted, so that it counts the same.
             is_spared = kept is not None and batch["images"] is not None
             batch["cached_images"] = len(features) if is_spared and features is not None else 0
         return losses[: len(own)]
 
     def next_check(self, vision: str) -> None:
-        """What the vision tower of this check is at the next one: "same", "before" or "other".
-
-        Features of the check before lie in the CPU's memory until they serve: pictures of many tiles have many.
-        """
-        self.before = [None] * len(self.held_out)
-        if vision == "before":
-            self.before = [None if features is None else features.cpu() for features in self.features]
+        """What the vision tower of this check is at the next one: "same", "before" or "other"."""
+        self.before = list(self.features) if vision == "before" else [None] * len(self.held_out)
         if vision != "same":
             self.features = [None] * len(self.held_out)
 

@@ -22,6 +22,7 @@ class Metric:
     """
 
     reads_gradients = False
+    is_of_shards = True  # with sharded weights each rank's state is of its own shards
 
     def __init__(self, sample: int = 1) -> None:
         """sample: measure 1/sample of the elements and scale the sums up."""

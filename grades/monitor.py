@@ -139,11 +139,11 @@ class GradESMonitor:
         self.freezer.check_prefix()
         if self._is_probe(step):
             self._unfreeze(step)
-        if self._is_check(step):
+        if self._is_check(step) and self.converged_step is None:  # a cooldown decides nothing
             self.freezer.still.check()
             self.latest = self._measure(step)
             self._thaw(step)
-            if step > self.grace_steps and self.converged_step is None:
+            if step > self.grace_steps:
                 self._judge(step)
         if step in self.replayed:
             self._freeze(self.replayed[step], step)

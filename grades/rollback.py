@@ -24,7 +24,7 @@ PER_STEPS = 100  # a gain is told per this many steps
 CERTAINTY = 1.0  # standard errors that are added to a gain before it is compared with tau
 SCREEN_CERTAINTY = 3.0  # standard errors by which a gain on the first rows must be above its limit to do without others
 SCREEN_ROWS = 16  # of fewer the standard error is not known well enough
-RISE_CERTAINTY = 2.0  # standard errors by which the loss must have risen since a freeze to thaw it
+RISE_CERTAINTY = 2.0  # standard errors by which the loss must be above its lowest since a freeze to thaw it
 SMALLEST = 1e-9  # a gain below it counts as it: pictures have logarithmic axes
 
 Losses = Sequence[tuple[float, int]]  # of each held-out row: summed loss in nats, number of label tokens
@@ -60,6 +60,8 @@ class Rollback(Metric):
     part that no update has reached, or of which the losses tell nothing (NaN, no label, no difference at all).
     """
 
+    is_of_shards = False  # the older averages are in the optimizer's state, and all ranks know the same losses
+
     def __init__(
         self,
         model: nn.Module,
@@ -86,7 +88,7 @@ class Rollback(Metric):
         self.is_measured = False  # whether the last check evaluated anything
         self.is_whole = True  # whether it evaluated all rows
         self.losses: Losses = ()  # at the last check that did, under the averaged weights, of the rows that it needed
-        self.at_freeze: dict[str, Losses] = {}  # by frozen component
+        self.lowest: dict[str, Losses] = {}  # by frozen component, since its freeze
         self.next_check: Callable[[VisionIs], None] = getattr(evaluate, "next_check", lambda vision: None)
         vision, averaged = Towers(model).of, set(averages.parameters)
         self.vision = [p for name, p in model.named_parameters() if vision(clean_name(name)) == VISION]
@@ -139,7 +141,7 @@ class Rollback(Metric):
         """The losses now and with the part put back: of the first rows alone where its gain is above its limit there
         beyond doubt, so that nothing can freeze at this check; else of all rows."""
         limit, self.is_whole = self.limits.get(part.name), True
-        if limit is None or self.at_freeze:  # with something frozen all rows tell whether the loss has risen since
+        if limit is None or self.lowest:  # with something frozen all rows tell whether the loss has risen since
             return self._evaluate(FIRST, OTHERS), self._put_back(part)
         now, back = self._evaluate(FIRST), self._put_back(part, FIRST)
         gain, error = paired_difference(now, back)
@@ -172,19 +174,25 @@ class Rollback(Metric):
         return found | {"rows": len(self.losses), "is_whole": self.is_whole, "gains": gains}
 
     def risen(self) -> list[str]:
-        """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw."""
+        """The frozen components since whose freeze the loss has risen by more than its error: they are to thaw.
+
+        It is compared with its lowest since then, as other parts that train on lower it.
+        """
         if not self.is_measured:
             return []
         tokens = [count for _, count in self.losses]
-        for name, before in self.at_freeze.items():
+        for name, before in self.lowest.items():
             if [count for _, count in before] != tokens:  # unknown or of other rows: it is compared from here on
-                self.at_freeze[name] = self.losses
-        rises = {id(before): paired_difference(before, self.losses) for before in self.at_freeze.values()}
-        return [
-            name
-            for name, before in self.at_freeze.items()
-            if rises[id(before)][0] > RISE_CERTAINTY * rises[id(before)][1] > 0
-        ]
+                self.lowest[name] = self.losses
+        rises = {id(before): paired_difference(before, self.losses) for before in self.lowest.values()}
+        found = []
+        for name, before in self.lowest.items():
+            rise, error = rises[id(before)]
+            if rise > RISE_CERTAINTY * error > 0:
+                found.append(name)
+            elif rise < 0:
+                self.lowest[name] = self.losses
+        return found
 
     def forget(self, names: Iterable[str]) -> None:
         """Remember the losses at which these froze, if they are known: where they keep their last values, it was
@@ -193,13 +201,13 @@ class Rollback(Metric):
         if names and (self.freeze_to != "average" or self.averages.updates != self.older_at):
             self.before.clear()  # what froze is not as it was measured
         if self.losses:
-            self.at_freeze |= dict.fromkeys(names, self.losses if self.freeze_to == "average" else ())
+            self.lowest |= dict.fromkeys(names, self.losses if self.freeze_to == "average" else ())
 
     def thaw(self, names: Iterable[str]) -> None:
         """These train again."""
         self.seen.clear()
         for name in names:
-            self.at_freeze.pop(name, None)
+            self.lowest.pop(name, None)
 
     def _averaged(self, part: Part) -> list[nn.Parameter]:
         return [p for p in part.parameters if AVERAGE in self.averages.state.get(p, ())]
@@ -238,14 +246,15 @@ class Rollback(Metric):
         """The older averages are in the parameters' state."""
         return {
             "losses": list(self.losses),
-            "at_freeze": dict(self.at_freeze),
+            "lowest": dict(self.lowest),
             "seen": sorted(self.seen),
             "before": sorted(self.before),
             **{name: getattr(self, name) for name in KEPT},
         }
 
     def load_state_dict(self, state: dict[str, Any], components: Sequence[Component]) -> None:
-        self.losses, self.at_freeze = state["losses"], dict(state["at_freeze"])
+        lowest = state["lowest"] if "lowest" in state else state["at_freeze"]  # of an older checkpoint
+        self.losses, self.lowest = state["losses"], dict(lowest)
         self.seen, self.before = set(state.get("seen", ())), set(state.get("before", ()))
         for name in KEPT:
             if name in state:  # older checkpoints have none: the first check measures nothing then

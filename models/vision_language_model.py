@@ -106,13 +106,19 @@ class VisionLanguageModel(nn.Module):
             hidden = x.flatten(0, 1).index_select(0, label_positions)  # [L, C]
             labels = targets.flatten().index_select(0, label_positions)
             if loss_per_label:
-                return F.cross_entropy(self.decoder.head(hidden).float(), labels, reduction="none")
+                return self._losses(hidden, labels)
             return self._summed_loss(hidden, labels, label_weights)
         logits = self.decoder.head(x)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         return logits, loss
+
+    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each of the hidden states [L, C] and int labels [L], by loss_chunk_size: float32 [L]."""
+        size = self.loss_chunk_size or max(1, len(labels))
+        chunks = zip(hidden.split(size), labels.split(size), strict=True)
+        return torch.cat([F.cross_entropy(self.decoder.head(h).float(), of, reduction="none") for h, of in chunks])
 
     def _summed_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None

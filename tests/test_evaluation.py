@@ -148,6 +148,23 @@ def test_ranks_measure_held_out_rows_together(size):
             assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected[first]], rel=1e-5)
 
 
+def test_held_out_rows_keep_to_what_fits():
+    """No more rows at a time than a micro-batch that is limited has, and logits of no more labels than a chunk."""
+    evaluator = held_out_evaluator(64)
+    expected = flat(evaluator.row_losses(7))
+    limited = held_out_evaluator(64)
+    limited.cfg = replace(limited.cfg, batch_size=1, max_tiles_per_batch=4)
+    limited.model.loss_chunk_size = 2
+    sizes: list[int] = []
+    limited.model.decoder.head.register_forward_hook(lambda module, given, output: sizes.append(len(output)))
+    found = flat(limited.row_losses(7))
+    assert max(len(batch["row_sizes"]) for batch in evaluator.held_out) == 2
+    assert max(len(batch["row_sizes"]) for batch in limited.held_out) == 1
+    assert max(sizes) == 2
+    assert sorted(count for _, count in found) == sorted(count for _, count in expected)
+    assert sorted(loss for loss, _ in found) == pytest.approx(sorted(loss for loss, _ in expected), rel=1e-5)
+
+
 def spoil(module: torch.nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.add_(0.3)

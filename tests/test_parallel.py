@@ -288,6 +288,13 @@ def test_another_number_of_processes_goes_on_as_the_same_run(two):
 
 
 @pytest.mark.slow
+def test_rollback_gains_need_no_shards_of_before(two):
+    ours = goes_on(two, "fsdp_rollback_on_one", "fsdp_rollback", batch_size=4, parallel="fsdp", **ROLLBACK)
+    assert_same_run(ours, two / "fsdp_rollback")
+    assert any(value is not None for value in history(ours)["checks"][4]["values"])
+
+
+@pytest.mark.slow
 def test_another_global_batch_is_another_run(two, capsys):
     rows = two / "rows"
     assert train.main(parse_arguments(arguments(rows, "alone", resume=step_4(two / "fsdp"), parallel="fsdp"))) == 2

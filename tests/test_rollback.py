@@ -86,7 +86,7 @@ def test_the_loop_of_the_docs_freezes_by_rollback(on_converged):
         "optimizer": make_optimizer(inner), "total_steps": STEPS, "batches": range(STEPS), "held_out": list(ROWS),
         "row_loss": lambda row: (float(model(row)) * 20, 20),
     }  # fmt: skip
-    exec(code.replace("compute_interval=50", settings), given)
+    exec(code.replace("compute_interval=50, patience=2", settings), given)
     monitor, averages = given["monitor"], given["averages"]
     assert set(monitor.checks[-1]["gains"]) == {"vision", "language"}
     assert averages.is_swapped
@@ -252,12 +252,27 @@ def test_a_part_thaws_when_the_loss_has_risen_since_its_freeze():
     assert any("risen" in line for line in run.lines)
 
 
+def test_a_rise_is_one_above_the_lowest_loss_since_the_freeze():
+    """The language tower that trains on has lowered it by more than it rises then."""
+    height, small = {6: 10.2, 9: 1.02, 12: 9.18}, (i / 1e6 for i in range(999))
+    run = loop(
+        {"vision_tau": 1e9, "language_tau": 1e-12},
+        evaluate=lambda vision, first: [
+            (20 * height[run.step] * (1 + i / 10) + next(small), 20) for i in cut(range(9), first)
+        ],
+    )
+    run.run()
+    events = [(event["step"], bool(event.get("unfrozen"))) for event in run.monitor.events]
+    assert set(events) == {(6, False), (12, True)}
+
+
 def test_the_last_part_trains_on_in_the_cooldown():
     run = loop({"vision_tau": 1e9, "language_tau": 1e9, "on_converged": "cooldown"})
     run.run()
     assert run.monitor.converged_step == 6
     assert not run.monitor.frozen
     assert run.step == STEPS  # whoever drives it ends the run
+    assert run.monitor.checks[-1]["step"] == 6  # nothing is measured that decides nothing
 
 
 @pytest.mark.parametrize(("level", "names"), [

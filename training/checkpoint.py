@@ -50,21 +50,24 @@ class Stateful(Protocol):
 
 
 class MonitorState:
-    """GradES in a checkpoint of sharded weights: what its metric compares with is, on each rank, of its own shards."""
+    """GradES in a checkpoint of sharded weights: what most metrics compare with is, on each rank, of its own shards."""
 
     def __init__(self, monitor: GradESMonitor):
         self.monitor = monitor
 
     def state_dict(self) -> dict[str, Any]:
-        return self.monitor.state_dict() | {"metric": None}
+        state = self.monitor.state_dict()
+        return state | {"metric": None} if self.monitor.metric.is_of_shards else state
 
     def shard_state_dict(self) -> Any:
         """What this rank alone has."""
         return self.monitor.state_dict()["metric"]
 
     def load_state_dict(self, state: dict[str, Any], shard: Any = None) -> None:
-        """shard: None where the weights were sharded otherwise; then nothing is judged before it is measured again."""
-        self.monitor.load_state_dict(state | {"metric": shard})
+        """shard: None where the weights were sharded otherwise; then what is of shards is measured again first."""
+        if shard is not None or self.monitor.metric.is_of_shards:
+            state = state | {"metric": shard}
+        self.monitor.load_state_dict(state)
 
 
 class Checkpointer:
