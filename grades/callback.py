@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from grades.advice import advice
 from grades.callback_config import GradEarlyStoppingConfig, VLMGradEarlyStoppingConfig
 from grades.compat import AuthorsInterface
 from grades.config import ROLLBACK, GradESConfig
@@ -128,6 +129,9 @@ class VLMGradEarlyStoppingCallback(AuthorsInterface, LoopCallback, ExportableSta
                 f"{type(self).__name__}: no trainable projection matrix in the {tower} tower, so {tower}_tau has no "
                 "effect; for a model of one tower take GradEarlyStoppingCallback"
             )
+        if state.global_step == 0:
+            for line in advice(monitor, getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)):
+                logger.warning(f"GradES: {line}")
         self.begin_record()
         check_optimizer(optimizer, monitor.metric.reads_gradients, monitor.freezer.waits)
         if self._is_sharded:

@@ -109,6 +109,8 @@ class Freezer:
         is_compiled = compiled.has_compiled(self.model)
         flipped = compiled.flippable(self.model, self.components, self.decided) if is_compiled else set(self.decided)
         self._mark(self.applied | flipped)
+        # While they waited for this round they required a gradient, so that they may have got an average again.
+        self.settle([p for name in flipped - self.applied for p in self.by_name[name].parameters])
         for name in self.applied ^ flipped:
             for parameter in self.by_name[name].parameters:
                 parameter.requires_grad_(name not in flipped)

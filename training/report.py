@@ -14,6 +14,7 @@ from data.drops import DROPPED, REASONS_TO_SHOW, TRUNCATED, USED
 from data.mixture_rows import mixture_lines
 from data.pipeline import Data, format_names
 from grades import GradESMonitor, plots
+from grades.advice import advice
 from grades.files import write_json, write_text
 from grades.report import HISTORY_NAME, NOTHING_TO_SAVE, still_learning, undecided
 from grades.towers import CONNECTOR, TOWERS
@@ -89,8 +90,26 @@ def open_report(
         watched = " and ".join(f"{towers.count(tower)} {tower}" for tower in monitor.config.towers)
         log.say(
             f"GradES watches {watched} matrices every {monitor.config.compute_interval} steps; nothing freezes before "
-            f"step {monitor.grace_steps + 1}"
+            f"step {monitor.grace_steps + 1}; {tau_words(monitor)}"
         )
+        for line in advice(monitor, cfg.lr_schedule, "--"):
+            log.say(f"NOTE {line}")
+
+
+def tau_words(monitor: GradESMonitor) -> str:
+    """The thresholds in effect."""
+    by_tower: dict[str, set[float]] = {}
+    for name, tau in monitor.taus.items():
+        by_tower.setdefault(monitor.by_name[name].tower, set()).add(tau)
+    if not by_tower:
+        return "taus are found in the grace period"
+    found = {
+        tower: " to ".join(dict.fromkeys(f"{tau:g}" for tau in (min(taus), max(taus))))
+        for tower, taus in by_tower.items()
+    }
+    if len(set(found.values())) == 1:
+        return f"tau {next(iter(found.values()))}"
+    return ", ".join(f"tau {words} ({tower})" for tower, words in found.items())
 
 
 def log_progress(
@@ -255,33 +274,15 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
         lines.append(f"test exact match      {percent(summary['test_exact_match'])}{weights}{of_each}")
     for one in main_numbers(summary["eval_tasks"] or {}):
         lines.append(f"{one.task:<21} {one.words}, step {summary['eval_tasks_step']:,}")
+    if None not in (summary["val_loss"], summary["val_loss_averaged"]):
+        losses = f"last {summary['val_loss']:.4g}, averaged {summary['val_loss_averaged']:.4g}"
+        lines.append(f"weights               {summary['weights']} (validation loss: {losses})")
     if summary["test_cut_short"]:
         lines.append("test exact match      the test was cut short; a resumed run begins with it")
     if summary["question_only_exact_match"] is not None:
         unseen = percent(summary["question_only_exact_match"])
         lines.append(f"text-only baseline    {unseen} (most frequent answer to each question)")
-    if summary["frozen_share"] is not None:
-        shares = {tower: summary[f"frozen_share_{tower}"] for tower in SHARES_OF}
-        if shares["connector"] is None:  # not watched
-            del shares["connector"]
-        towers = ", ".join(f"{tower} {percent(share)}" for tower, share in shares.items())
-        freed = summary["freed_bytes"] / 2**20
-        lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
-    if summary["converged_step"] is not None:
-        lines.append(f"{'':<22}all had converged at step {summary['converged_step']:,}: the cooldown began")
-    elif summary["frozen_share"] == 0 and summary["stop_reason"] == "max_training_steps" and summary["still_learning"]:
-        lines.append(f"{'':<22}{NOTHING_TO_SAVE}")
-    lines += [f"{'':<22}{line}" for line in summary["undecided"]]
-    if summary["rollback_time_s"]:
-        share = percent(summary["rollback_time_s"] / summary["total_time_s"])
-        lines.append(f"measuring gains       {summary['rollback_time_s']:.1f} s, {share} of the time")
-    if summary["feature_cache_lookups"]:
-        hits = percent(summary["feature_cache_hits"] / summary["feature_cache_lookups"])
-        lines.append(f"feature cache         held {hits} of {summary['feature_cache_lookups']:,} images")
-    if summary["frozen_share"] and summary["steps"]:
-        share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
-        tflop = summary["train_flops"] / 1e12
-        lines.append(f"FLOPs                 {tflop:,.2f} T, {percent(share)} of as many steps without GradES")
+    lines += _grades_lines(summary)
     if summary["train_tflops_per_s"]:
         speed = f"{summary['train_tflops_per_s']:.3g} TFLOP/s"
         if summary["peak_memory_gib"] is not None:
@@ -307,3 +308,31 @@ def summary_lines(summary: dict, folder: Path, pictures: list[Path]) -> list[str
 
 def percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.1f} %"
+
+
+def _grades_lines(summary: dict) -> list[str]:
+    """What froze, and what measuring and the feature cache did."""
+    lines: list[str] = []
+    if summary["frozen_share"] is not None:
+        shares = {tower: summary[f"frozen_share_{tower}"] for tower in SHARES_OF}
+        if shares["connector"] is None:  # not watched
+            del shares["connector"]
+        towers = ", ".join(f"{tower} {percent(share)}" for tower, share in shares.items())
+        freed = summary["freed_bytes"] / 2**20
+        lines.append(f"frozen matrices       {percent(summary['frozen_share'])} ({towers}; {freed:.1f} MiB freed)")
+    if summary["converged_step"] is not None:
+        lines.append(f"{'':<22}all had converged at step {summary['converged_step']:,}: the cooldown began")
+    elif summary["frozen_share"] == 0 and summary["stop_reason"] == "max_training_steps" and summary["still_learning"]:
+        lines.append(f"{'':<22}{NOTHING_TO_SAVE}")
+    lines += [f"{'':<22}{line}" for line in summary["undecided"]]
+    if summary["rollback_time_s"]:
+        share = percent(summary["rollback_time_s"] / summary["total_time_s"])
+        lines.append(f"measuring gains       {summary['rollback_time_s']:.1f} s, {share} of the time")
+    if summary["feature_cache_lookups"]:
+        hits = percent(summary["feature_cache_hits"] / summary["feature_cache_lookups"])
+        lines.append(f"feature cache         held {hits} of {summary['feature_cache_lookups']:,} images")
+    if summary["frozen_share"] and summary["steps"]:
+        share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
+        tflop = summary["train_flops"] / 1e12
+        lines.append(f"FLOPs                 {tflop:,.2f} T, {percent(share)} of as many steps without GradES")
+    return lines
