@@ -330,7 +330,7 @@ def _grades_lines(summary: dict) -> list[str]:
         lines.append(f"measuring gains       {summary['rollback_time_s']:.1f} s, {share} of the time")
     if summary["feature_cache_lookups"]:
         hits = percent(summary["feature_cache_hits"] / summary["feature_cache_lookups"])
-        lines.append(f"feature cache         held {hits} of {summary['feature_cache_lookups']:,} images")
+        lines.append(f"feature cache         {hits} of {summary['feature_cache_lookups']:,} images were not computed")
     if summary["frozen_share"] and summary["steps"]:
         share = summary["train_flops"] / (summary["train_flops_unfrozen_per_step"] * summary["steps"])
         tflop = summary["train_flops"] / 1e12
