@@ -139,7 +139,7 @@ class GradESMonitor:
         self.freezer.check_prefix()
         if self._is_probe(step):
             self._unfreeze(step)
-        if self._is_check(step) and self.converged_step is None:  # a cooldown decides nothing
+        if self._is_check(step):
             self.freezer.still.check()
             self.latest = self._measure(step)
             self._thaw(step)
@@ -187,6 +187,8 @@ class GradESMonitor:
         return [component for component in self.components if component.name not in self.frozen]
 
     def _is_check(self, step: int) -> bool:
+        if self.converged_step is not None:  # a cooldown decides nothing
+            return False
         measuring = self.config.monitor_grace or step > self.grace_steps
         return measuring and policy.is_check(step, self.config.compute_interval)
 

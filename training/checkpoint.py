@@ -60,8 +60,8 @@ class MonitorState:
         return state | {"metric": None} if self.monitor.metric.is_of_shards else state
 
     def shard_state_dict(self) -> Any:
-        """What this rank alone has."""
-        return self.monitor.state_dict()["metric"]
+        """What this rank alone has; None where all have the same."""
+        return self.monitor.state_dict()["metric"] if self.monitor.metric.is_of_shards else None
 
     def load_state_dict(self, state: dict[str, Any], shard: Any = None) -> None:
         """shard: None where the weights were sharded otherwise; then what is of shards is measured again first."""
